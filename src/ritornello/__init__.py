@@ -1,0 +1,36 @@
+"""Asynchronous distributed rehearsal buffers for data-parallel continual learning.
+
+Start with ``RehearsalBuffer``.
+"""
+
+from ritornello.buffer import BufferStats, RehearsalBuffer
+from ritornello.errors import BufferClosedError, PeerLostError, RoundError
+from ritornello.sampling import SamplingPolicy, UniformSampling
+from ritornello.selection import (
+    Assignment,
+    ClassBalanced,
+    Fifo,
+    PerClassRandom,
+    Reservoir,
+    SelectionPolicy,
+)
+from ritornello.transports import Transport
+from ritornello.version import __version__
+
+__all__ = [
+    "Assignment",
+    "BufferClosedError",
+    "BufferStats",
+    "ClassBalanced",
+    "Fifo",
+    "PeerLostError",
+    "PerClassRandom",
+    "RehearsalBuffer",
+    "Reservoir",
+    "RoundError",
+    "SamplingPolicy",
+    "SelectionPolicy",
+    "Transport",
+    "UniformSampling",
+    "__version__",
+]

@@ -1,0 +1,576 @@
+"""The distributed rehearsal buffer. Read this first.
+
+::
+
+    trainer's thread              worker (one per rank)              other ranks
+    ----------------              ---------------------              -----------
+    update(batch t)
+      take R[t] of round t-1
+      join: batch t + R[t]
+      copy candidates t, start -> round t: admit candidates
+    train on b + r samples                 plan the global draw
+                                           exchange records     <->  their workers
+    update(batch t+1) takes  <-            stage R[t+1]
+"""
+
+from __future__ import annotations
+
+import logging
+import operator
+import os
+import time
+import weakref
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, NoReturn, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ritornello.errors import BufferClosedError, PeerLostError, RoundError
+from ritornello.random_streams import Purpose, stream
+from ritornello.records import Batch, Layout, Path
+from ritornello.rounds import Rounds, check_labels
+from ritornello.sampling import SamplingPolicy, UniformSampling
+from ritornello.selection import SelectionPolicy, selection_policy
+from ritornello.staging import Staging
+from ritornello.transports import Transport, check_agreement, open_transport
+from ritornello.version import __version__
+from ritornello.worker import InlineWorker, ThreadWorker, Worker
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
+
+logger = logging.getLogger(__name__)
+
+GRACE_SECONDS = 1.0
+"""How much longer than a peer the trainer waits, so that the error that names the peer is first."""
+
+EXIT_SECONDS = 5.0
+"""How long a buffer that was never closed waits for its round when it is collected."""
+
+
+@dataclass(frozen=True)
+class BufferStats:
+    """What a buffer holds and what it has cost so far. Seconds are wall-clock, of this rank."""
+
+    capacity: int
+    """Representatives that the whole buffer can hold."""
+    num_held: int
+    """Representatives that it holds, over all ranks."""
+    held_per_rank: list[int]
+    held_per_class: dict[int, int]
+    """Label to representatives, in this rank's shard; empty without labels."""
+    record_bytes: int
+    """Of one representative; 0 before the first mini-batch."""
+    shard_bytes: int
+    """Memory of this rank's shard."""
+    num_rounds: int
+    bytes_sent: int
+    """Payload that this rank has sent to other ranks."""
+    bytes_received: int
+    seconds_waited: float
+    """What the trainer has waited for rounds."""
+    seconds_joining: float
+    """What joining mini-batches and representatives has taken on the trainer's thread."""
+    seconds_offering: float
+    """What copying candidates (and with ``asynchronous=False`` the rounds) has taken there."""
+    seconds_per_stage: dict[str, float]
+    """Of the worker: admit, plan, exchange, stage."""
+
+
+class RehearsalBuffer:
+    """A rehearsal buffer over all ranks of a process group.
+
+    Holds past samples ("representatives") in shards, one in each rank's memory, and adds
+    ``num_representatives`` of them, drawn without bias from all shards, to every mini-batch.
+    Admitting candidates and drawing run in the background while the model trains::
+
+        buffer = RehearsalBuffer(capacity=50_000, num_representatives=7, num_candidates=14)
+        for images, labels in loader:
+            images, labels = buffer.update((images, labels))  # b + r samples
+            ...  # forward, backward, step
+
+    Every rank makes one with the same arguments, and calls ``update`` equally often. With no
+    process group it works the same on one process. The result depends on the seed, the number
+    of ranks and the data alone, never on timing. Not thread-safe: one trainer thread uses it.
+
+    Source: Bouvier et al., "Efficient Data-Parallel Continual Learning with Asynchronous
+    Distributed Rehearsal Buffers" (CCGrid 2024).
+
+    Args:
+        capacity: representatives in the whole buffer, over all ranks; split over them to the
+            last one.
+        num_representatives: ``r``, drawn per rank and step. While the buffer holds fewer, a
+            rank gets all there are.
+        num_candidates: ``c``, expected per rank and step: each sample of a mini-batch of ``b``
+            is a candidate with probability ``min(1, c / b)``. None: every sample is.
+        selection: who is admitted and replaced: "class-balanced", "per-class-random",
+            "reservoir", "fifo", or a ``SelectionPolicy``.
+        label: which leaf of a sample is the class label: an index or key, or a tuple of them
+            for a nested leaf; None for policies that need none. One integer per sample.
+        process_group: whose ranks share the buffer. None: the default group's, or a single
+            process if there is none.
+        seed: of everything random, from 0 to 2**64 - 1.
+        sampling: what is drawn: "uniform" or a ``SamplingPolicy``.
+        transport: "auto", "local" (one process), "collective" (torch.distributed), or a
+            ``Transport``, which the buffer then owns.
+        storage: where the shard lies: "cpu", or a CUDA device such as "cuda".
+        timeout_seconds: how long a peer may be silent before a ``PeerLostError``. It must be
+            longer than any pause that some ranks make and others do not, such as an evaluation
+            on one rank.
+        asynchronous: False runs the same rounds inside ``offer``, with the same results.
+
+    Blocks until all ranks have made theirs.
+
+    Raises:
+        ValueError: an argument breaks its rule, or differs between ranks.
+        TypeError: an argument of another type.
+        PeerLostError: not all ranks came within the timeout.
+    """
+
+    def __init__(
+        self,
+        capacity: int,
+        *,
+        num_representatives: int,
+        num_candidates: int | None = None,
+        selection: str | SelectionPolicy = "class-balanced",
+        label: int | str | Path | None = 1,
+        process_group: dist.ProcessGroup | None = None,
+        seed: int = 0,
+        sampling: str | SamplingPolicy = "uniform",
+        transport: str | Transport = "auto",
+        storage: str | torch.device = "cpu",
+        timeout_seconds: float = 300.0,
+        asynchronous: bool = True,
+    ) -> None:
+        if not timeout_seconds > 0:
+            raise ValueError(f"timeout_seconds={timeout_seconds}: it must be above 0")
+        device = _storage_device(storage)
+        channel = open_transport(transport, process_group, timeout_seconds, device)
+        try:
+            # Before any check that only one rank might fail: so all ranks fail together.
+            check_agreement(
+                channel,
+                {
+                    "capacity": capacity,
+                    "num_representatives": num_representatives,
+                    "num_candidates": num_candidates,
+                    "selection": _policy_text(selection),
+                    "label": label,
+                    "seed": seed,
+                    "sampling": _policy_text(sampling),
+                    "storage": device.type,
+                    "ritornello's version": __version__,
+                    "NumPy's version": np.__version__,
+                },
+            )
+            capacity = _count("capacity", capacity, minimum=1)
+            if capacity < channel.num_ranks:
+                raise ValueError(
+                    f"capacity={capacity}: it must be at least the number of ranks "
+                    f"({channel.num_ranks}), so that every rank holds a representative"
+                )
+            num_representatives = _count("num_representatives", num_representatives, minimum=1)
+            if num_representatives > capacity:
+                raise ValueError(
+                    f"num_representatives={num_representatives}: it must be at most the "
+                    f"capacity ({capacity}), as no rank draws a representative twice in a step"
+                )
+            if num_candidates is not None:
+                num_candidates = _count("num_candidates", num_candidates, minimum=1)
+            seed = _count("seed", seed, minimum=0)
+            if seed >= 2**64:
+                raise ValueError(f"seed={seed}: it must be below 2**64")
+            policy = selection_policy(selection)
+            if policy.needs_labels and label is None:
+                raise ValueError(
+                    f"label=None: the policy {_policy_text(selection)} needs the class labels; "
+                    "say which leaf they are, or use selection='reservoir' or 'fifo'"
+                )
+            rounds = Rounds(
+                channel,
+                policy,
+                _sampling_policy(sampling),
+                capacity=capacity,
+                num_representatives=num_representatives,
+                seed=seed,
+                storage=device,
+            )
+            policy.bind(rounds.num_rows, channel.rank, channel.num_ranks)
+        except BaseException:
+            channel.close()
+            raise
+        self._capacity = capacity
+        self._num_representatives = num_representatives
+        self._num_candidates = num_candidates
+        self._policy = policy
+        self._label_path = label if isinstance(label, tuple) else (label,)
+        self._seed = seed
+        self._storage = device
+        self._timeout_seconds = timeout_seconds
+        self._transport = channel
+        self._rounds = rounds
+        self._worker: Worker = (
+            ThreadWorker(rounds.run, name=f"ritornello-rank-{channel.rank}")
+            if asynchronous
+            else InlineWorker(rounds.run)
+        )
+        # One path for close(), garbage collection and the interpreter's exit.
+        self._finalizer = weakref.finalize(self, _shut_down, self._worker, channel, EXIT_SECONDS)
+        self._process = os.getpid()
+        self._layout: Layout | None = None
+        self._label: int | None = None
+        self._staging: Staging | None = None
+        self._round_started = False
+        self._num_staged: int | None = None
+        self._num_offers = 0
+        self._failure: RoundError | None = None
+        self._seconds_waited = self._seconds_joining = self._seconds_offering = 0.0
+
+    def update(self, batch: Batch) -> Batch:
+        """Adds representatives to a mini-batch, and offers the mini-batch to the buffer.
+
+        The same as ``draw``, join, ``offer``. Waits only if the last round is still running.
+
+        Args:
+            batch: tensors ``[b, ...]`` in any nesting of tuples, lists and dicts. ``b`` may
+                vary, and be 0. What happens to it afterwards never changes what is stored.
+
+        Returns:
+            The augmented mini-batch: nested alike, ``b + r`` samples, representatives last, on
+            the devices of the mini-batch. The mini-batch itself while the buffer is empty.
+
+        Raises:
+            TypeError, ValueError: the mini-batch is not like the first one, or a label is out
+                of range; names the leaf. The buffer is unchanged and goes on.
+            PeerLostError: another rank is gone; raised again by every later call.
+            RoundError: the last round failed.
+            BufferClosedError: after ``close()``.
+        """
+        self._check_open("update")
+        leaves = self._leaves(batch)
+        staged = self._take("update")
+        augmented = batch
+        if staged:
+            began = time.perf_counter()
+            assert self._layout is not None
+            augmented = self._layout.rebuild(
+                [
+                    torch.cat((leaf, past.to(leaf.device)))
+                    for leaf, past in zip(leaves, staged, strict=True)
+                ]
+            )
+            self._release()
+            self._seconds_joining += time.perf_counter() - began
+        self._offer(leaves)
+        return augmented
+
+    def draw(self) -> Batch | None:
+        """Takes the representatives that the last offer's round has drawn.
+
+        Waits only if that round is still running. ``draw`` and ``offer`` alternate: each offer
+        starts a round, and each draw takes its result. The first draw may come before any
+        offer.
+
+        Returns:
+            ``r`` samples nested like a mini-batch, the caller's own; None while the buffer is
+            empty.
+
+        Raises:
+            RuntimeError: no offer since the last draw.
+            PeerLostError, RoundError, BufferClosedError: see ``update``.
+        """
+        self._check_open("draw")
+        staged = self._take("draw")
+        if not staged:
+            return None
+        began = time.perf_counter()
+        assert self._layout is not None
+        drawn = self._layout.rebuild([past.clone(memory_format=torch.contiguous_format) for past in staged])
+        self._release()
+        self._seconds_joining += time.perf_counter() - began
+        return drawn
+
+    def offer(self, batch: Batch) -> None:
+        """Offers a mini-batch: its candidates are copied, and a round starts.
+
+        They can be drawn from the next ``draw`` on.
+
+        Args:
+            batch: as for ``update``.
+
+        Raises:
+            RuntimeError: no draw since the last offer.
+            TypeError, ValueError, BufferClosedError: see ``update``.
+        """
+        self._check_open("offer")
+        if self._round_started:
+            raise RuntimeError(
+                "offer: the last offer's representatives have not been drawn yet; draw and "
+                "offer alternate"
+            )
+        self._offer(self._leaves(batch))
+
+    def __len__(self) -> int:
+        """Representatives in the whole buffer. Waits for the running round."""
+        self._settle()
+        return int(self._rounds.sizes.sum())
+
+    def __bool__(self) -> bool:
+        """True, also while empty: ``if buffer`` asks whether there is one."""
+        return True
+
+    def stats(self) -> BufferStats:
+        """What the buffer holds and has cost so far. Waits for the running round.
+
+        Involves no other rank. May be called after ``close()``.
+        """
+        self._settle()
+        rounds = self._rounds
+        labels, counts = np.unique(rounds.labels(), return_counts=True)
+        return BufferStats(
+            capacity=self._capacity,
+            num_held=int(rounds.sizes.sum()),
+            held_per_rank=rounds.sizes.tolist(),
+            held_per_class=dict(zip(labels.tolist(), counts.tolist(), strict=True)),
+            record_bytes=self._layout.record_bytes if self._layout else 0,
+            shard_bytes=rounds.shard.num_bytes if rounds.shard else 0,
+            num_rounds=rounds.num_rounds,
+            bytes_sent=rounds.bytes_sent,
+            bytes_received=rounds.bytes_received,
+            seconds_waited=self._seconds_waited,
+            seconds_joining=self._seconds_joining,
+            seconds_offering=self._seconds_offering,
+            seconds_per_stage=dict(rounds.seconds_per_stage),
+        )
+
+    def close(self) -> None:
+        """Finishes the running round and ends the worker. May be called twice.
+
+        Other ranks may still need this rank's records for their last round, so this waits for
+        it, at most ``timeout_seconds``. Never raises for a peer that is gone.
+        """
+        self._close(self._timeout_seconds)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        # After an error the peers may never come to this round.
+        self._close(self._timeout_seconds if error is None else 0.0)
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "a RehearsalBuffer cannot be pickled or copied: it owns a thread and connections. "
+            "Keep it out of the data set and of what a DataLoader's workers use; make it in "
+            "each rank's own process"
+        )
+
+    def _leaves(self, batch: Batch) -> list[Tensor]:
+        """Checks a mini-batch; the first one fixes the layout."""
+        try:
+            if self._layout is None:
+                layout = Layout.of(batch)
+                leaves = layout.leaves(batch)
+                self._label = self._find_label(layout)
+                self._open(layout, leaves)
+            else:
+                leaves = self._layout.leaves(batch)
+            if self._policy.needs_labels and self._label is not None:
+                labels = leaves[self._label]
+                # On a GPU, reading the labels would make the trainer wait: the worker does it.
+                if labels.device.type == "cpu":
+                    check_labels(labels.numpy(), self._policy.num_classes)
+        except (TypeError, ValueError) as error:
+            raise type(error)(self._here(str(error))) from None
+        return leaves
+
+    def _find_label(self, layout: Layout) -> int | None:
+        """The position of the label among the fields; None if the policy needs none."""
+        paths = [field.path for field in layout.fields]
+        if not self._policy.needs_labels and self._label_path not in paths:
+            return None
+        position = layout.position(self._label_path)
+        field = layout.fields[position]
+        dtype = field.dtype
+        if dtype.is_floating_point or dtype.is_complex or dtype == torch.bool or field.shape != ():
+            if not self._policy.needs_labels:
+                return None
+            raise ValueError(
+                f"the label {field} per sample: it must be one integer per sample, "
+                "such as int64 []; label= says which leaf it is"
+            )
+        return position
+
+    def _open(self, layout: Layout, leaves: list[Tensor]) -> None:
+        """Makes what depends on the layout."""
+        device = next((leaf.device for leaf in leaves if leaf.is_cuda), torch.device("cpu"))
+        self._staging = Staging(layout, device, self._storage, self._num_representatives)
+        self._rounds.open(layout, self._label, self._staging)
+        self._layout = layout
+
+    def _take(self, call: str) -> list[Tensor] | None:
+        """Waits for the round; its representatives as views, or None if there are none."""
+        if not self._round_started:
+            if self._num_offers:
+                raise RuntimeError(
+                    f"{call}: no mini-batch was offered since the last draw; draw and offer "
+                    "alternate: each offer starts a round, each draw takes its result"
+                )
+            return None
+        num_staged = self._settle()
+        self._round_started = False
+        self._num_staged = None
+        if not num_staged:
+            return None
+        assert self._staging is not None
+        return self._staging.take(num_staged)
+
+    def _release(self) -> None:
+        assert self._staging is not None
+        self._staging.release()
+
+    def _offer(self, leaves: list[Tensor]) -> None:
+        """Copies the candidates and starts the round."""
+        assert self._staging is not None
+        began = time.perf_counter()
+        num_samples = leaves[0].shape[0]
+        rows = None
+        if self._num_candidates is not None and self._num_candidates < num_samples:
+            generator = stream(
+                self._seed, Purpose.CANDIDATES, self._num_offers, rank=self._transport.rank
+            )
+            chance = self._num_candidates / num_samples
+            rows = np.flatnonzero(generator.random(num_samples) < chance)
+        candidates = self._staging.collect(leaves, rows)
+        self._num_offers += 1
+        self._round_started = True
+        self._worker.start(candidates)
+        self._seconds_offering += time.perf_counter() - began
+
+    def _settle(self) -> int | None:
+        """Waits for the running round, if any; how many representatives are staged."""
+        if self._failure is not None:
+            raise self._failure
+        if not self._round_started or self._num_staged is not None:
+            return self._num_staged
+        began = time.perf_counter()
+        try:
+            self._num_staged = self._worker.result(self._timeout_seconds + GRACE_SECONDS)
+        except BaseException as error:
+            if isinstance(error, KeyboardInterrupt):
+                raise
+            self._failure = self._explain(error)
+            raise self._failure from error
+        finally:
+            self._seconds_waited += time.perf_counter() - began
+        return self._num_staged
+
+    def _explain(self, error: BaseException) -> RoundError:
+        """What the trainer sees of an error in the worker."""
+        where = f"round {self._rounds.num_rounds} ({self._rounds.stage})"
+        if isinstance(error, TimeoutError):
+            return PeerLostError(
+                self._here(
+                    f"{where} has not finished within {self._timeout_seconds:g} s "
+                    "(timeout_seconds): some rank is too slow, or takes part in fewer rounds. "
+                    "All ranks must call update equally often"
+                )
+            )
+        if isinstance(error, PeerLostError):
+            return PeerLostError(
+                self._here(
+                    f"{where} failed: {error}. It died, or called update less often than this "
+                    "rank: all ranks must call it equally often"
+                ),
+                error.peers,
+            )
+        return RoundError(self._here(f"{where} failed: {error}"))
+
+    def _check_open(self, call: str) -> None:
+        if not self._finalizer.alive:
+            raise BufferClosedError(self._here(f"{call} after close(): the buffer is closed"))
+        if self._process != os.getpid():
+            raise RuntimeError(
+                f"{call} in a forked process (a DataLoader's worker?): the buffer belongs to "
+                "the process that made it"
+            )
+        if self._failure is not None:
+            raise self._failure
+
+    def _close(self, wait_seconds: float) -> None:
+        if self._finalizer.detach() is None:
+            return
+        if self._round_started and self._num_staged is None and self._failure is None:
+            try:
+                self._num_staged = self._worker.result(wait_seconds)
+            except Exception as error:
+                self._failure = self._explain(error)
+                logger.log(
+                    logging.WARNING if wait_seconds else logging.DEBUG,
+                    "the last round did not finish: %s",
+                    self._failure,
+                )
+        _shut_down(self._worker, self._transport, min(wait_seconds, EXIT_SECONDS))
+
+    def _here(self, message: str) -> str:
+        """The message, with the rank where there are several."""
+        if self._transport.num_ranks == 1:
+            return message
+        return f"rank {self._transport.rank}: {message}"
+
+
+def _shut_down(worker: Worker, transport: Transport, wait_seconds: float) -> None:
+    # A worker that is stuck in the transport still uses it; it ends with the process.
+    if worker.stop(wait_seconds):
+        transport.close()
+
+
+def _count(name: str, value: Any, *, minimum: int) -> int:
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or isinstance(value, bool):
+        raise TypeError(f"{name}={value!r}: it must be an integer")
+    if number < minimum:
+        raise ValueError(f"{name}={number}: it must be at least {minimum}")
+    return number
+
+
+def _policy_text(policy: object) -> str:
+    """A policy as text that is equal for equal policies."""
+    if isinstance(policy, str):
+        return policy
+    return f"{type(policy).__qualname__}({getattr(policy, 'num_classes', None) or ''})"
+
+
+def _sampling_policy(sampling: str | SamplingPolicy) -> SamplingPolicy:
+    if isinstance(sampling, SamplingPolicy):
+        return sampling
+    if sampling == "uniform":
+        return UniformSampling()
+    raise ValueError(f"sampling={sampling!r}: there is 'uniform'; or give a SamplingPolicy")
+
+
+def _storage_device(storage: str | torch.device) -> torch.device:
+    try:
+        device = torch.device(storage)
+    except (RuntimeError, TypeError):
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"storage={storage!r}: it must be 'cpu' or a CUDA device like 'cuda'")
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError(f"storage={str(storage)!r}: this machine has no CUDA device")
+        if device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
+    return device

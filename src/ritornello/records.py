@@ -1,0 +1,223 @@
+"""The layout of a record: nested samples to rows of bytes, and back.
+
+A *record* is one representative as a row of bytes, all its fields side by side. Each field is
+aligned to its element size and the row to 16 bytes, so that rows move as 64-bit words and
+fields are typed views of the rows: nothing is ever converted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ROW_ALIGNMENT = 16
+
+Path = tuple[Any, ...]
+"""Where a leaf is in a nested sample: ``(1,)`` or ``("target", "label")``."""
+
+Batch = Any
+"""A nesting of tuples, named tuples, lists and dicts whose leaves are tensors ``[b, ...]``."""
+
+
+def path_text(path: Path) -> str:
+    """A path as a user would write it: ``batch[0]['image']``."""
+    return "batch" + "".join(f"[{step!r}]" for step in path)
+
+
+def leaves_of(batch: Batch, path: Path = ()) -> Iterator[tuple[Path, Any]]:
+    """The leaves of a nested batch with their paths, in order."""
+    if isinstance(batch, Mapping):
+        for key, value in batch.items():
+            yield from leaves_of(value, (*path, key))
+    elif isinstance(batch, (tuple, list)):
+        for position, value in enumerate(batch):
+            yield from leaves_of(value, (*path, position))
+    else:
+        yield path, batch
+
+
+def rebuild(template: Batch, leaves: Iterator[Tensor]) -> Batch:
+    """A batch nested like ``template``, with other leaves."""
+    if isinstance(template, Mapping):
+        return {key: rebuild(value, leaves) for key, value in template.items()}
+    if isinstance(template, tuple) and hasattr(template, "_fields"):
+        return type(template)(*(rebuild(value, leaves) for value in template))
+    if isinstance(template, tuple):
+        return tuple(rebuild(value, leaves) for value in template)
+    if isinstance(template, list):
+        return [rebuild(value, leaves) for value in template]
+    return next(leaves)
+
+
+@dataclass(frozen=True)
+class Field:
+    """One leaf's place in the record."""
+
+    path: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    """Shape of one sample's value, without the batch dimension."""
+    offset: int
+    num_bytes: int
+
+    def __str__(self) -> str:
+        return f"{path_text(self.path)}: {self.dtype} {list(self.shape)}"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the fields of a sample lie in a record. Made by ``Layout.of(batch)``."""
+
+    fields: tuple[Field, ...]
+    record_bytes: int
+    template: Batch
+    """Containers as in the batch; the leaves are positions in ``fields``."""
+
+    @classmethod
+    def of(cls, batch: Batch) -> Layout:
+        """Infers the layout from a mini-batch.
+
+        Raises:
+            TypeError: a leaf is no dense tensor.
+            ValueError: a leaf has no batch dimension, or there is none.
+        """
+        fields, offset = [], 0
+        for path, leaf in leaves_of(batch):
+            _check_leaf(path, leaf)
+            alignment = min(leaf.element_size(), ROW_ALIGNMENT)
+            offset = -(-offset // alignment) * alignment
+            shape = tuple(leaf.shape[1:])
+            num_bytes = leaf.element_size() * shape_elements(shape)
+            fields.append(Field(path, leaf.dtype, shape, offset, num_bytes))
+            offset += num_bytes
+        if not fields:
+            raise ValueError("the mini-batch holds no tensor; give a tensor, tuple, list or dict")
+        record_bytes = max(ROW_ALIGNMENT, -(-offset // ROW_ALIGNMENT) * ROW_ALIGNMENT)
+        positions = iter(range(len(fields)))
+        return cls(tuple(fields), record_bytes, rebuild(batch, positions))  # type: ignore[arg-type]
+
+    def leaves(self, batch: Batch) -> list[Tensor]:
+        """The leaves of a mini-batch in the order of ``fields``, checked against the layout.
+
+        Raises:
+            TypeError: a leaf is no dense tensor.
+            ValueError: another nesting, dtype, shape, or leaves of different batch sizes.
+        """
+        found = list(_leaves_like(self.template, batch, ()))
+        num_samples = found[0].shape[0]
+        for field, leaf in zip(self.fields, found, strict=True):
+            if leaf.dtype != field.dtype or tuple(leaf.shape[1:]) != field.shape:
+                raise ValueError(
+                    f"{path_text(field.path)} is {leaf.dtype} {list(leaf.shape[1:])} per sample, "
+                    f"but the buffer's records hold {field.dtype} {list(field.shape)} there: "
+                    "dtype and shape are fixed by the first mini-batch"
+                )
+            if leaf.shape[0] != num_samples:
+                raise ValueError(
+                    f"{path_text(field.path)} has {leaf.shape[0]} samples, but "
+                    f"{path_text(self.fields[0].path)} has {num_samples}: "
+                    "all leaves of a mini-batch need the same first dimension"
+                )
+        return found
+
+    def views(self, rows: Tensor) -> list[Tensor]:
+        """The fields of records as typed views ``[num_rows, *shape]`` of ``rows``.
+
+        Args:
+            rows: uint8 ``[num_rows, record_bytes]``.
+        """
+        return [
+            rows[:, field.offset : field.offset + field.num_bytes]
+            .view(field.dtype)
+            .view(rows.shape[0], *field.shape)
+            if field.num_bytes
+            else torch.empty(
+                (rows.shape[0], *field.shape), dtype=field.dtype, device=rows.device
+            )
+            for field in self.fields
+        ]
+
+    def pack(self, leaves: Sequence[Tensor], index: Tensor | None, rows: Tensor) -> None:
+        """Copies samples into records.
+
+        Args:
+            leaves: one tensor ``[b, *shape]`` per field.
+            index: int64 ``[num_rows]``, the samples to take; None: all of them.
+            rows: uint8 ``[num_rows, record_bytes]``, written; its padding is left as it is.
+        """
+        for leaf, view in zip(leaves, self.views(rows), strict=True):
+            source = leaf.detach()
+            view.copy_(source if index is None else source.index_select(0, index))
+
+    def rebuild(self, leaves: Sequence[Tensor]) -> Batch:
+        """A batch nested as the samples were, from one tensor per field."""
+        return rebuild(self.template, iter(leaves))
+
+    def position(self, path: Path) -> int:
+        """The position in ``fields`` of the leaf at ``path``.
+
+        Raises:
+            ValueError: there is none.
+        """
+        for position, field in enumerate(self.fields):
+            if field.path == path:
+                return position
+        raise ValueError(
+            f"label={path[0] if len(path) == 1 else path!r} names no leaf of the samples; "
+            f"there are {'; '.join(map(str, self.fields))}. Give the index or key of the label, "
+            "a tuple of them for a nested one, or label=None for a policy that needs no labels"
+        )
+
+    @property
+    def digest(self) -> int:
+        """A number that differs between layouts, to compare them over ranks."""
+        text = ";".join(map(str, self.fields)).encode()
+        return int.from_bytes(hashlib.sha256(text).digest()[:7], "little")
+
+
+def shape_elements(shape: Sequence[int]) -> int:
+    """The number of elements of a tensor of that shape."""
+    return torch.Size(shape).numel()
+
+
+def _check_leaf(path: Path, leaf: Any) -> None:
+    if not isinstance(leaf, Tensor):
+        raise TypeError(
+            f"{path_text(path)} is a {type(leaf).__name__}; the buffer holds tensors "
+            "(torch.as_tensor converts arrays and numbers)"
+        )
+    if leaf.layout != torch.strided or leaf.is_quantized:
+        raise TypeError(f"{path_text(path)} is {leaf.layout}; the buffer holds dense tensors only")
+    if leaf.dim() == 0:
+        raise ValueError(
+            f"{path_text(path)} has no dimensions; a mini-batch's leaf has the shape [b, ...]"
+        )
+
+
+def _leaves_like(template: Batch, batch: Batch, path: Path) -> Iterator[Tensor]:
+    if isinstance(template, Mapping):
+        if not isinstance(batch, Mapping) or batch.keys() != template.keys():
+            keys = list(batch.keys()) if isinstance(batch, Mapping) else type(batch).__name__
+            raise ValueError(
+                f"{path_text(path)} has {keys}, but the buffer's samples have the keys "
+                f"{list(template.keys())} there: the nesting is fixed by the first mini-batch"
+            )
+        for key, value in template.items():
+            yield from _leaves_like(value, batch[key], (*path, key))
+    elif isinstance(template, (tuple, list)):
+        if not isinstance(batch, (tuple, list)) or len(batch) != len(template):
+            got = len(batch) if isinstance(batch, (tuple, list)) else type(batch).__name__
+            raise ValueError(
+                f"{path_text(path)} has {got} parts, but the buffer's samples have "
+                f"{len(template)} there: the nesting is fixed by the first mini-batch"
+            )
+        for position, value in enumerate(template):
+            yield from _leaves_like(value, batch[position], (*path, position))
+    else:
+        _check_leaf(path, batch)
+        yield batch

@@ -1,0 +1,217 @@
+"""Rounds: one step's work on the buffer. Admit, plan, exchange, stage.
+
+Round ``k`` admits the candidates of the k-th mini-batch to this rank's shard, then draws the
+representatives for the next mini-batch out of all shards. Everything random in it comes from
+streams keyed by ``k``, so its result does not depend on when it runs.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+from ritornello.random_streams import Purpose, stream
+from ritornello.records import Layout
+from ritornello.sampling import SamplingPolicy, plan_draw
+from ritornello.selection import Assignment, SelectionPolicy
+from ritornello.shard import Shard
+from ritornello.staging import Candidates, Staging
+from ritornello.transports import Transport
+
+STAGES = ("admit", "plan", "exchange", "stage")
+
+
+def rows_of_rank(capacity: int, rank: int, num_ranks: int) -> int:
+    """A rank's part of the capacity; the parts add up to it exactly."""
+    return capacity // num_ranks + (rank < capacity % num_ranks)
+
+
+class Rounds:
+    """One rank's side of all rounds. After ``open``, only the worker calls it.
+
+    Args:
+        transport: to the other ranks.
+        selection: this rank's policy, bound to the shard.
+        sampling: the policy of the draws.
+        capacity: of the whole buffer.
+        num_representatives: ``r``.
+        seed: of all streams.
+        storage: where the shard lies.
+    """
+
+    def __init__(
+        self,
+        transport: Transport,
+        selection: SelectionPolicy,
+        sampling: SamplingPolicy,
+        *,
+        capacity: int,
+        num_representatives: int,
+        seed: int,
+        storage: torch.device,
+    ) -> None:
+        self.transport = transport
+        self.num_rounds = 0
+        self.stage = STAGES[0]
+        self.seconds_per_stage = dict.fromkeys(STAGES, 0.0)
+        self.bytes_sent = self.bytes_received = 0
+        self.sizes = np.zeros(transport.num_ranks, dtype=np.int64)
+        self.shard: Shard | None = None
+        self._selection = selection
+        self._sampling = sampling
+        self._num_representatives = num_representatives
+        self._seed = seed
+        self._storage = storage
+        self._limits = np.array(
+            [rows_of_rank(capacity, i, transport.num_ranks) for i in range(transport.num_ranks)]
+        )
+
+    @property
+    def num_rows(self) -> int:
+        """This rank's part of the capacity."""
+        return int(self._limits[self.transport.rank])
+
+    def open(self, layout: Layout, label: int | None, staging: Staging) -> None:
+        """Says what the samples look like; the shard is made in the first round.
+
+        Args:
+            layout: of the records.
+            label: the position of the label among the fields.
+            staging: to and from the trainer.
+        """
+        self._layout, self._label, self._staging = layout, label, staging
+
+    def run(self, candidates: Candidates) -> int:
+        """Runs one round.
+
+        Returns:
+            How many representatives are staged for the next mini-batch.
+
+        Raises:
+            ValueError: a label out of range, samples of another layout on another rank, or an
+                assignment that breaks the policy's contract.
+            MemoryError: the shard does not fit.
+            PeerLostError: see ``Transport``.
+        """
+        with self._staging.worker_stream():
+            with self._timed("admit"):
+                if self.shard is None:
+                    self.shard = Shard(self.num_rows, self._layout.record_bytes, self._storage)
+                size = self._admit(candidates, self.shard)
+            with self._timed("plan"):
+                self._learn_sizes(size)
+                generator = stream(self._seed, Purpose.SAMPLING, self.num_rounds)
+                plan = plan_draw(
+                    self.sizes,
+                    self.transport.rank,
+                    self._num_representatives,
+                    self._sampling,
+                    generator,
+                )
+            if plan.num_drawn:
+                with self._timed("exchange"):
+                    received = self._staging.receive(plan.num_drawn)
+                    self.transport.exchange(self.shard, plan, received)
+                with self._timed("stage"):
+                    self._staging.deliver(plan.num_drawn)
+        kept = int(plan.send_counts[self.transport.rank])
+        self.bytes_sent += (len(plan.send_slots) - kept) * self._layout.record_bytes
+        self.bytes_received += (plan.num_drawn - kept) * self._layout.record_bytes
+        self.num_rounds += 1
+        return plan.num_drawn
+
+    def labels(self) -> np.ndarray:
+        """The labels (int64) of the representatives in this rank's shard."""
+        if self.shard is None or self._label is None:
+            return np.zeros(0, dtype=np.int64)
+        rows = self.shard.rows[: int(self.sizes[self.transport.rank])]
+        return self._labels_of(rows)
+
+    def _admit(self, candidates: Candidates, shard: Shard) -> int:
+        """Lets the policy decide, writes the shard; returns the shard's new size."""
+        records = self._staging.arrive(candidates)
+        if self._selection.needs_labels:
+            labels = self._labels_of(records)
+            check_labels(labels, self._selection.num_classes)
+        else:
+            labels = np.zeros(len(records), dtype=np.int64)
+        generator = stream(
+            self._seed, Purpose.SELECTION, self.num_rounds, rank=self.transport.rank
+        )
+        assignment = self._selection.admit(labels, generator)
+        size = int(self.sizes[self.transport.rank])
+        new_size = size_after(assignment, size, self.num_rows, len(records))
+        shard.write(assignment.slots, records, assignment.rows)
+        return new_size
+
+    def _labels_of(self, records: torch.Tensor) -> np.ndarray:
+        assert self._label is not None
+        labels = self._layout.views(records)[self._label]
+        return labels.cpu().numpy().astype(np.int64)
+
+    def _learn_sizes(self, size: int) -> None:
+        """All-gathers the shards' sizes, as long as some shard is still filling."""
+        if np.array_equal(self.sizes, self._limits):
+            return
+        everyone = self.transport.all_gather(np.array([size, self._layout.digest]))
+        self.sizes = everyone[:, 0].copy()
+        others = np.flatnonzero(everyone[:, 1] != self._layout.digest).tolist()
+        if others:
+            raise ValueError(
+                f"the samples of rank(s) {others} have another layout than this rank's "
+                f"({'; '.join(map(str, self._layout.fields))}): all ranks must give the same "
+                "nesting, dtypes and shapes"
+            )
+
+    @contextmanager
+    def _timed(self, stage: str) -> Iterator[None]:
+        self.stage = stage
+        began = time.perf_counter()
+        yield
+        self.seconds_per_stage[stage] += time.perf_counter() - began
+
+
+def check_labels(labels: np.ndarray, num_classes: int | None) -> None:
+    """Checks that labels are class labels.
+
+    Raises:
+        ValueError: names the first one out of range.
+    """
+    wrong = labels < 0
+    if num_classes is not None:
+        wrong |= labels >= num_classes
+    if wrong.any():
+        rule = "at least 0" if num_classes is None else f"from 0 to {num_classes - 1}"
+        raise ValueError(
+            f"the label {int(labels[wrong][0])} is out of range: labels must be {rule} "
+            f"({int(wrong.sum())} of {len(labels)} are not)"
+        )
+
+
+def size_after(assignment: Assignment, size: int, num_rows: int, num_candidates: int) -> int:
+    """The number of slots in use after an assignment.
+
+    Raises:
+        ValueError: the assignment breaks the contract of ``SelectionPolicy.admit``.
+    """
+    rows, slots = assignment.rows, assignment.slots
+    if len(rows) != len(slots):
+        raise ValueError(f"the selection policy gave {len(rows)} rows but {len(slots)} slots")
+    if len(slots) == 0:
+        return size
+    new_size = max(size, int(slots.max()) + 1)
+    if slots.min() < 0 or new_size > num_rows or rows.min() < 0 or rows.max() >= num_candidates:
+        raise ValueError(
+            f"the selection policy gave slots {slots.tolist()} for rows {rows.tolist()}: slots "
+            f"must be from 0 to {num_rows - 1}, rows from 0 to {num_candidates - 1}"
+        )
+    if len(np.unique(slots)) < len(slots) or np.count_nonzero(slots >= size) < new_size - size:
+        raise ValueError(
+            f"the selection policy gave slots {slots.tolist()} of a shard that holds {size}: "
+            "slots must be distinct, and unused ones fill without gaps"
+        )
+    return new_size

@@ -1,0 +1,144 @@
+"""Staging: between the trainer's tensors and the worker's records.
+
+The trainer's thread copies candidates out of the mini-batch and reads representatives; the
+worker moves both between the trainer's device and the shard's. On CUDA the worker's copies
+run on a stream of their own, through pinned memory, and events order them with the trainer's
+stream; nothing here makes the trainer's thread wait for the GPU.
+
+At most one round is under way, and it starts only after the representatives of the round
+before were taken: that is why one buffer for each direction is enough.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ritornello.records import Layout
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Copies of the candidates of one mini-batch.
+
+    Attributes:
+        records: uint8 ``[m, record_bytes]`` on the trainer's device.
+        ready: on CUDA, when they are complete.
+    """
+
+    records: Tensor
+    ready: torch.cuda.Event | None = None
+
+
+class Staging:
+    """The buffers of both directions, and what orders their use.
+
+    Args:
+        layout: of the records.
+        trainer_device: where the mini-batches are.
+        shard_device: where the shard lies.
+        num_representatives: ``r``.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        trainer_device: torch.device,
+        shard_device: torch.device,
+        num_representatives: int,
+    ) -> None:
+        self._layout = layout
+        self._trainer_device = trainer_device
+        self._shard_device = shard_device
+        self._cuda = next((d for d in (trainer_device, shard_device) if d.type == "cuda"), None)
+        self._stream = torch.cuda.Stream(self._cuda) if self._cuda else None
+        self._collected = self._rows(0, trainer_device)
+        self._arrived = self._rows(0, shard_device)
+        self._received = self._rows(num_representatives, shard_device)
+        self._delivered = (
+            self._received
+            if trainer_device == shard_device
+            else self._rows(num_representatives, trainer_device)
+        )
+        self._delivery: torch.cuda.Event | None = None
+        self._taken: torch.cuda.Event | None = None
+
+    # On the trainer's thread.
+
+    def collect(self, leaves: Sequence[Tensor], rows: np.ndarray | None) -> Candidates:
+        """Copies the candidates out of a mini-batch.
+
+        Args:
+            leaves: one tensor ``[b, *shape]`` per field.
+            rows: int64 ``[m]``, the candidates; None: all samples.
+        """
+        num_rows = leaves[0].shape[0] if rows is None else len(rows)
+        if num_rows > len(self._collected):
+            self._collected = self._rows(num_rows, self._trainer_device)
+        records = self._collected[:num_rows]
+        index = None
+        if rows is not None:
+            index = torch.from_numpy(rows).to(self._trainer_device, non_blocking=True)
+        self._layout.pack([leaf.to(self._trainer_device) for leaf in leaves], index, records)
+        return Candidates(records, self._mark(self._trainer_device))
+
+    def take(self, num_rows: int) -> list[Tensor]:
+        """The staged representatives as views per field, valid until ``release``."""
+        if self._delivery is not None:
+            torch.cuda.current_stream(self._cuda).wait_event(self._delivery)
+        return self._layout.views(self._delivered[:num_rows])
+
+    def release(self) -> None:
+        """Says that all use of the views from ``take`` has been issued."""
+        self._taken = self._mark(self._trainer_device)
+
+    # On the worker's thread, inside `worker_stream`.
+
+    def worker_stream(self) -> AbstractContextManager[object]:
+        """A context in which the worker's work goes to its own CUDA stream."""
+        return torch.cuda.stream(self._stream) if self._stream is not None else nullcontext()
+
+    def arrive(self, candidates: Candidates) -> Tensor:
+        """The candidates' records on the shard's device; blocks until they are there."""
+        if self._stream is not None and candidates.ready is not None:
+            self._stream.wait_event(candidates.ready)
+        if self._trainer_device == self._shard_device:
+            return candidates.records
+        num_rows = len(candidates.records)
+        if num_rows > len(self._arrived):
+            self._arrived = self._rows(num_rows, self._shard_device)
+        arrived = self._arrived[:num_rows]
+        arrived.copy_(candidates.records, non_blocking=True)
+        if self._stream is not None:
+            self._stream.synchronize()
+        return arrived
+
+    def receive(self, num_rows: int) -> Tensor:
+        """Where the exchange puts this round's records: ``[num_rows, record_bytes]``."""
+        if self._delivery is not None:
+            self._delivery.synchronize()  # the copy out of it is done
+        if self._stream is not None and self._taken is not None:
+            self._stream.wait_event(self._taken)
+        return self._received[:num_rows]
+
+    def deliver(self, num_rows: int) -> None:
+        """Starts the copy of the received records to the trainer's device."""
+        if self._delivered is not self._received:
+            self._delivered[:num_rows].copy_(self._received[:num_rows], non_blocking=True)
+        if self._stream is not None:
+            self._delivery = self._stream.record_event()
+
+    def _mark(self, device: torch.device) -> torch.cuda.Event | None:
+        if device.type != "cuda":
+            return None
+        return torch.cuda.current_stream(device).record_event()
+
+    def _rows(self, num_rows: int, device: torch.device) -> Tensor:
+        pinned = device.type == "cpu" and self._cuda is not None
+        shape = (num_rows, self._layout.record_bytes)
+        return torch.zeros(shape, dtype=torch.uint8, device=device, pin_memory=pinned)

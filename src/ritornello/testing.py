@@ -1,0 +1,245 @@
+"""For tests: ranks as threads or processes, a conformance suite for transports, statistics."""
+
+from __future__ import annotations
+
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from ritornello.errors import PeerLostError
+from ritornello.random_streams import Purpose, stream
+from ritornello.sampling import UniformSampling, plan_draw
+from ritornello.shard import Shard
+from ritornello.transports import CollectiveTransport, LocalTransport, Transport
+
+Result = TypeVar("Result")
+
+
+def run_ranks(
+    transports: Sequence[Transport], rank_main: Callable[[Transport], Result], seconds: float = 60.0
+) -> list[Result]:
+    """Plays ranks as threads of this process; each gets its transport.
+
+    Returns:
+        What ``rank_main`` returned on each rank.
+
+    Raises:
+        BaseException: the first rank's error, the other ranks' as notes.
+        TimeoutError: a rank has not ended within ``seconds``.
+    """
+    results: dict[int, Result] = {}
+    errors: dict[int, BaseException] = {}
+
+    def play(transport: Transport) -> None:
+        try:
+            results[transport.rank] = rank_main(transport)
+        except BaseException as error:
+            errors[transport.rank] = error
+
+    threads = [threading.Thread(target=play, args=(each,), daemon=True) for each in transports]
+    for thread in threads:
+        thread.start()
+    deadline = time.monotonic() + seconds
+    for thread in threads:
+        thread.join(max(0.0, deadline - time.monotonic()))
+    if errors:
+        first, *others = sorted(errors)
+        for rank in others:
+            errors[first].add_note(f"rank {rank} raised {errors[rank]!r}")
+        raise errors[first]
+    if any(thread.is_alive() for thread in threads):
+        raise TimeoutError(f"not all ranks ended within {seconds:g} s")
+    return [results[transport.rank] for transport in transports]
+
+
+def connect_collective(
+    num_ranks: int, timeout_seconds: float = 60.0
+) -> list[CollectiveTransport]:
+    """Collective transports over gloo for ranks that are threads of this process."""
+    store = dist.HashStore()
+
+    def connect(end: Transport) -> CollectiveTransport:
+        group = dist.ProcessGroupGloo(
+            store, end.rank, num_ranks, timedelta(seconds=timeout_seconds)
+        )
+        return CollectiveTransport(group, end.rank, num_ranks, timeout_seconds)
+
+    return run_ranks(LocalTransport.connect(num_ranks), connect)
+
+
+def spawn_ranks(
+    num_ranks: int, rank_main: Callable[..., Result], *args: Any, seconds: float = 100.0
+) -> list[Result | BaseException | int | None]:
+    """Runs ranks as real processes with a gloo group over loopback.
+
+    Args:
+        num_ranks: how many.
+        rank_main: a module-level function, called as ``rank_main(rank, *args)``.
+        args: must pickle.
+        seconds: after which what still runs is killed.
+
+    Returns:
+        For each rank: what ``rank_main`` returned or raised, or, if the process died without
+        either, its exit code; None if it had to be killed.
+    """
+    context = mp.get_context("spawn")
+    outcomes: list[Any] = [None] * num_ranks
+    with tempfile.TemporaryDirectory() as folder:
+        pipes, processes = [], []
+        for rank in range(num_ranks):
+            receiving, sending = context.Pipe(duplex=False)
+            process = context.Process(
+                target=_spawned, args=(rank, num_ranks, folder, sending, rank_main, args)
+            )
+            process.start()
+            sending.close()
+            pipes.append(receiving)
+            processes.append(process)
+        deadline = time.monotonic() + seconds
+        for rank, (pipe, process) in enumerate(zip(pipes, processes, strict=True)):
+            try:
+                if pipe.poll(max(0.0, deadline - time.monotonic())):
+                    outcomes[rank] = pipe.recv()
+            except EOFError:
+                process.join(5.0)
+                outcomes[rank] = process.exitcode
+        for pipe, process in zip(pipes, processes, strict=True):
+            process.join(max(1.0, deadline - time.monotonic()))
+            if process.is_alive():
+                process.kill()
+                process.join()
+            process.close()
+            pipe.close()
+    return outcomes
+
+
+def _spawned(
+    rank: int, num_ranks: int, folder: str, pipe: Any, rank_main: Callable[..., Any], args: Any
+) -> None:
+    torch.set_num_threads(1)
+    store = dist.FileStore(f"{folder}/store", num_ranks)
+    dist.init_process_group(
+        "gloo", store=store, rank=rank, world_size=num_ranks, timeout=timedelta(seconds=60)
+    )
+    try:
+        outcome = rank_main(rank, *args)
+    except BaseException as error:
+        error.add_note(traceback.format_exc())
+        outcome = error
+    pipe.send(outcome)
+    pipe.close()
+    dist.destroy_process_group()
+
+
+def chi_square_p_value(observed: np.ndarray, expected: np.ndarray | float) -> float:
+    """How probable counts at least this far from the expected ones are, by chance alone.
+
+    Args:
+        observed: counts.
+        expected: of each; all at least about 5. Degrees of freedom are one less than counts.
+    """
+    observed = np.asarray(observed, dtype=np.float64)
+    statistic = float(((observed - expected) ** 2 / expected).sum())
+    freedom = torch.tensor((observed.size - 1) / 2, dtype=torch.float64)
+    half = torch.tensor(statistic / 2, dtype=torch.float64)
+    return float(torch.special.gammaincc(freedom, half))
+
+
+class TransportConformance:
+    """What every transport must do. Subclass it in a test module and give ``connect``."""
+
+    def connect(self, num_ranks: int, timeout_seconds: float) -> Sequence[Transport]:
+        """Connected transports for ranks that are threads of this process."""
+        raise AttributeError(f"{type(self).__name__} must define connect(num_ranks, timeout_seconds)")
+
+    def test_all_gather_gives_everybody_everything(self) -> None:
+        """Values arrive in the order of the ranks, several times in a row."""
+
+        def rank_main(transport: Transport) -> list[np.ndarray]:
+            return [
+                transport.all_gather(np.array([transport.rank, turn, -(2**40)]))
+                for turn in range(5)
+            ]
+
+        for gathered in self._play(3, rank_main):
+            for turn, values in enumerate(gathered):
+                assert values.tolist() == [[rank, turn, -(2**40)] for rank in range(3)]
+
+    def test_exchange_follows_the_plan(self) -> None:
+        """Every record is that of the planned owner and slot, shards unequally filled."""
+        for sizes in ([5], [8, 3], [0, 40, 1], [30, 6, 12, 2]):
+            self._play(len(sizes), lambda end, sizes=sizes: self._exchange_rounds(end, sizes))
+
+    def test_exchange_of_large_records(self) -> None:
+        """Records of a quarter of a megabyte."""
+        self._play(2, lambda end: self._exchange_rounds(end, [9, 20], 2**18, num_rounds=3))
+
+    def test_a_silent_peer_is_named_within_the_timeout(self) -> None:
+        """A peer that does not come to an exchange."""
+
+        def rank_main(transport: Transport) -> None:
+            if transport.rank == 0:
+                began = time.monotonic()
+                try:
+                    self._exchange_rounds(transport, [0, 9], num_rounds=1)
+                except PeerLostError as error:
+                    assert error.peers == (1,), error
+                    assert "rank 1" in str(error), error
+                    assert time.monotonic() - began < 3.0
+                else:
+                    raise AssertionError("a silent peer went unnoticed")
+            else:
+                time.sleep(1.5)
+
+        self._play(2, rank_main, timeout_seconds=0.5)
+
+    def test_close_twice(self) -> None:
+        """Closing is idempotent."""
+
+        def rank_main(transport: Transport) -> None:
+            transport.all_gather(np.zeros(1))
+            transport.close()
+            transport.close()
+
+        self._play(2, rank_main)
+
+    def _play(
+        self,
+        num_ranks: int,
+        rank_main: Callable[[Transport], Result],
+        timeout_seconds: float = 30.0,
+    ) -> list[Result]:
+        transports = self.connect(num_ranks, timeout_seconds)
+        try:
+            return run_ranks(transports, rank_main)
+        finally:
+            for transport in transports:
+                transport.close()
+
+    @staticmethod
+    def _exchange_rounds(
+        transport: Transport, sizes: list[int], record_bytes: int = 48, num_rounds: int = 20
+    ) -> None:
+        """Rounds in which each record says whose it is and in which slot."""
+        rank = transport.rank
+        shard = Shard(max(1, sizes[rank]), record_bytes, torch.device("cpu"))
+        words = shard.rows.view(torch.int64)
+        words[:] = (rank * 1000 + torch.arange(len(words)))[:, None]
+        for number in range(num_rounds):
+            generator = stream(7, Purpose.SAMPLING, number)
+            plan = plan_draw(np.array(sizes), rank, 4, UniformSampling(), generator)
+            out = torch.zeros((plan.num_drawn, record_bytes), dtype=torch.uint8)
+            transport.exchange(shard, plan, out)
+            owners = np.repeat(np.arange(len(sizes)), plan.receive_counts)
+            expected = torch.from_numpy(owners * 1000 + plan.receive_slots)
+            got = out.view(torch.int64)
+            assert torch.equal(got, expected[:, None].expand_as(got))

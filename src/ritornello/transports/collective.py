@@ -1,0 +1,164 @@
+"""Ranks of a ``torch.distributed`` group: gloo for records in CPU memory, NCCL on GPUs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ritornello.errors import PeerLostError
+from ritornello.sampling import Plan
+from ritornello.shard import Shard
+from ritornello.transports.base import Transport
+
+PROBE_TAG = 1
+"""Tag of the empty messages that tell, after a fault, which peers can still be reached."""
+
+
+class CollectiveTransport(Transport):
+    """Sends each peer at most one message a round, and only if there are records for it.
+
+    Records in CPU memory go by gloo's send and receive, those on a GPU by one NCCL
+    all-to-all that skips empty pairs. Sizes are all-gathered by gloo.
+
+    Args:
+        group: a process group that nobody else uses (collectives of two threads on one group
+            silently mix), with a gloo backend, and an NCCL one if shards lie on GPUs.
+        rank: this rank in the group.
+        num_ranks: its size.
+        timeout_seconds: the group's timeout.
+        on_close: called once by ``close``, to give the group back.
+    """
+
+    def __init__(
+        self,
+        group: Any,
+        rank: int,
+        num_ranks: int,
+        timeout_seconds: float,
+        on_close: Callable[[], None] | None = None,
+    ) -> None:
+        self.rank = rank
+        self.num_ranks = num_ranks
+        self.timeout_seconds = timeout_seconds
+        self._group = group
+        self._on_close = on_close
+
+    @classmethod
+    def beside(
+        cls, group: dist.ProcessGroup | None, timeout_seconds: float, device: torch.device
+    ) -> CollectiveTransport:
+        """A transport with a private group of the ranks of ``group``.
+
+        Blocks until all of them have called it.
+
+        Args:
+            group: None for the default group.
+            timeout_seconds: of the private group.
+            device: where the shards lie.
+
+        Raises:
+            PeerLostError: not all ranks came within the timeout.
+        """
+        ranks = dist.get_process_group_ranks(group if group is not None else dist.group.WORLD)
+        rank = dist.get_rank(group)
+        with _lost_peers("making the buffer's private process group", timeout_seconds):
+            private = dist.new_group(
+                ranks,
+                timeout=timedelta(seconds=timeout_seconds),
+                backend="cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+                use_local_synchronization=len(ranks) < dist.get_world_size(),
+            )
+
+        def give_back() -> None:
+            if dist.is_initialized():
+                dist.destroy_process_group(private)
+
+        return cls(private, rank, len(ranks), timeout_seconds, give_back)
+
+    def all_gather(self, values: np.ndarray) -> np.ndarray:
+        """See ``Transport.all_gather``."""
+        mine = torch.from_numpy(np.array(values, dtype=np.int64))
+        everyone = torch.empty((self.num_ranks, len(mine)), dtype=torch.int64)
+        try:
+            with _lost_peers("gathering sizes", self.timeout_seconds):
+                self._group.allgather([list(everyone)], [mine]).wait()
+        except PeerLostError as error:
+            peers = self._unreachable()
+            if not peers:
+                raise
+            raise PeerLostError(f"{_ranks_text(peers)} cannot be reached any more: {error}", peers) from error
+        return everyone.numpy()
+
+    def exchange(self, shard: Shard, plan: Plan, out: Tensor) -> None:
+        """See ``Transport.exchange``."""
+        outgoing = torch.empty(
+            (len(plan.send_slots), out.shape[1]), dtype=torch.uint8, device=out.device
+        )
+        shard.gather(plan.send_slots, outgoing)
+        send_counts, receive_counts = plan.send_counts.tolist(), plan.receive_counts.tolist()
+        if out.device.type == "cuda":
+            with _lost_peers("exchanging records", self.timeout_seconds):
+                self._group.alltoall_base(out, outgoing, receive_counts, send_counts).wait()
+            return
+        blocks = outgoing.split(send_counts)
+        places = out.split(receive_counts)
+        works = []
+        for distance in range(self.num_ranks):
+            # Every rank begins with its neighbour, so that no rank is everybody's first.
+            peer = (self.rank + distance) % self.num_ranks
+            if peer == self.rank:
+                places[peer].copy_(blocks[peer])
+                continue
+            with _lost_peers("exchanging records", self.timeout_seconds, (peer,)):
+                if receive_counts[peer]:
+                    works.append((peer, self._group.recv([places[peer]], peer, 0)))
+                if send_counts[peer]:
+                    works.append((peer, self._group.send([blocks[peer]], peer, 0)))
+        for peer, work in works:
+            with _lost_peers("exchanging records", self.timeout_seconds, (peer,)):
+                work.wait()
+
+    def close(self) -> None:
+        """See ``Transport.close``."""
+        on_close, self._on_close, self._group = self._on_close, None, None
+        if on_close is not None:
+            on_close()
+
+    def _unreachable(self) -> tuple[int, ...]:
+        """The peers whose connection is broken, found by sending each an empty message."""
+        lost = []
+        for peer in range(self.num_ranks):
+            if peer == self.rank:
+                continue
+            try:
+                self._group.send([torch.empty(0, dtype=torch.uint8)], peer, PROBE_TAG)
+            except RuntimeError:
+                lost.append(peer)
+        return tuple(lost)
+
+
+@contextmanager
+def _lost_peers(
+    doing: str, timeout_seconds: float, peers: tuple[int, ...] = ()
+) -> Iterator[None]:
+    """Turns an error of torch.distributed into a PeerLostError that says what was awaited."""
+    try:
+        yield
+    except RuntimeError as error:
+        who = _ranks_text(peers) if peers else "a peer"
+        if "timed out" in str(error).lower() or "timeout" in str(error).lower():
+            fault = f"sent nothing for {timeout_seconds:g} s (timeout_seconds)"
+        else:
+            fault = "has ended or was killed (its connection is closed)"
+        raise PeerLostError(f"{who} {fault}, while {doing}", peers) from error
+
+
+def _ranks_text(peers: tuple[int, ...]) -> str:
+    return f"rank{'s' if len(peers) > 1 else ''} {', '.join(map(str, peers))}"

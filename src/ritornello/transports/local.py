@@ -1,0 +1,94 @@
+"""Ranks inside one process: a single one, or, for tests, several threads."""
+
+from __future__ import annotations
+
+import queue
+import threading
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ritornello.errors import PeerLostError
+from ritornello.sampling import Plan
+from ritornello.shard import Shard
+from ritornello.transports.base import Transport
+
+
+class _Room:
+    """What the ranks of one process share: a mailbox for each ordered pair of ranks."""
+
+    def __init__(self, num_ranks: int) -> None:
+        self.mailboxes: dict[tuple[int, int], queue.SimpleQueue[Tensor | None]] = {
+            (sender, receiver): queue.SimpleQueue()
+            for sender in range(num_ranks)
+            for receiver in range(num_ranks)
+        }
+        self.closed = [threading.Event() for _ in range(num_ranks)]
+
+
+class LocalTransport(Transport):
+    """One process, no network.
+
+    Alone, its exchange is one gather. ``LocalTransport.connect(n)`` makes ``n`` connected
+    ones, each for a thread of its own that plays a rank.
+    """
+
+    def __init__(
+        self, rank: int = 0, room: _Room | None = None, num_ranks: int = 1, timeout: float = 300.0
+    ) -> None:
+        self.rank = rank
+        self.num_ranks = num_ranks
+        self.timeout_seconds = timeout
+        self._room = room or _Room(num_ranks)
+
+    @classmethod
+    def connect(cls, num_ranks: int, timeout_seconds: float = 300.0) -> list[LocalTransport]:
+        """Connected transports, one for each of ``num_ranks`` threads."""
+        room = _Room(num_ranks)
+        return [cls(rank, room, num_ranks, timeout_seconds) for rank in range(num_ranks)]
+
+    def all_gather(self, values: np.ndarray) -> np.ndarray:
+        """See ``Transport.all_gather``."""
+        mine = torch.from_numpy(np.array(values, dtype=np.int64))
+        for peer in range(self.num_ranks):
+            self._send(peer, mine)
+        return np.stack([self._receive(peer).numpy() for peer in range(self.num_ranks)])
+
+    def exchange(self, shard: Shard, plan: Plan, out: Tensor) -> None:
+        """See ``Transport.exchange``."""
+        if self.num_ranks == 1:
+            shard.gather(plan.receive_slots, out)
+            return
+        outgoing = torch.empty(
+            (len(plan.send_slots), out.shape[1]), dtype=torch.uint8, device=out.device
+        )
+        shard.gather(plan.send_slots, outgoing)
+        for peer, block in enumerate(outgoing.split(plan.send_counts.tolist())):
+            if len(block):
+                self._send(peer, block)
+        for peer, block in enumerate(out.split(plan.receive_counts.tolist())):
+            if len(block):
+                block.copy_(self._receive(peer))
+
+    def close(self) -> None:
+        """See ``Transport.close``."""
+        if not self._room.closed[self.rank].is_set():
+            self._room.closed[self.rank].set()
+            for peer in range(self.num_ranks):
+                self._room.mailboxes[self.rank, peer].put(None)
+
+    def _send(self, peer: int, payload: Tensor) -> None:
+        self._room.mailboxes[self.rank, peer].put(payload)
+
+    def _receive(self, peer: int) -> Tensor:
+        try:
+            payload = self._room.mailboxes[peer, self.rank].get(timeout=self.timeout_seconds)
+        except queue.Empty:
+            raise PeerLostError(
+                f"rank {peer} sent nothing for {self.timeout_seconds:g} s (timeout_seconds)",
+                (peer,),
+            ) from None
+        if payload is None:
+            raise PeerLostError(f"rank {peer} has closed its buffer", (peer,))
+        return payload

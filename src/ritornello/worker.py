@@ -1,0 +1,129 @@
+"""The worker: runs rounds in order, in a thread beside the trainer's, or inline."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from ritornello.staging import Candidates
+
+logger = logging.getLogger(__name__)
+
+RunRound = Callable[[Candidates], int]
+Outcome = int | BaseException
+
+POLL_SECONDS = 1.0
+"""How often an idle worker looks whether it should end."""
+
+
+class Worker(ABC):
+    """Runs one round at a time: each ``start`` is followed by one ``result``."""
+
+    @abstractmethod
+    def start(self, candidates: Candidates) -> None:
+        """Starts a round."""
+
+    @abstractmethod
+    def result(self, timeout_seconds: float) -> int:
+        """Waits for the round's end; what it returned.
+
+        Raises:
+            TimeoutError: it is still running.
+            BaseException: what the round raised.
+        """
+
+    @abstractmethod
+    def stop(self, wait_seconds: float) -> bool:
+        """Ends the worker; whether it has ended within ``wait_seconds``."""
+
+
+class InlineWorker(Worker):
+    """Runs the round on the caller's thread, inside ``start``."""
+
+    def __init__(self, run: RunRound) -> None:
+        self._run = run
+        self._outcome: Outcome = 0
+
+    def start(self, candidates: Candidates) -> None:
+        """See ``Worker.start``."""
+        self._outcome = _outcome(self._run, candidates)
+
+    def result(self, timeout_seconds: float) -> int:
+        """See ``Worker.result``."""
+        return _unwrap(self._outcome)
+
+    def stop(self, wait_seconds: float) -> bool:
+        """See ``Worker.stop``."""
+        return True
+
+
+@dataclass
+class _State:
+    """What the thread holds: never the buffer, so that the buffer can be collected."""
+
+    run: RunRound
+    starts: queue.SimpleQueue[Candidates | None] = field(default_factory=queue.SimpleQueue)
+    outcomes: queue.SimpleQueue[Outcome] = field(default_factory=queue.SimpleQueue)
+    stopping: threading.Event = field(default_factory=threading.Event)
+
+
+class ThreadWorker(Worker):
+    """Runs rounds in a daemon thread of its own."""
+
+    def __init__(self, run: RunRound, name: str) -> None:
+        self._state = _State(run)
+        self._thread = threading.Thread(target=_serve, args=(self._state,), name=name, daemon=True)
+        self._thread.start()
+
+    def start(self, candidates: Candidates) -> None:
+        """See ``Worker.start``."""
+        self._state.starts.put(candidates)
+
+    def result(self, timeout_seconds: float) -> int:
+        """See ``Worker.result``."""
+        try:
+            outcome = self._state.outcomes.get(timeout=timeout_seconds)
+        except queue.Empty:
+            raise TimeoutError from None
+        return _unwrap(outcome)
+
+    def stop(self, wait_seconds: float) -> bool:
+        """See ``Worker.stop``."""
+        self._state.stopping.set()
+        self._state.starts.put(None)
+        if self._thread is threading.current_thread():  # collected while the thread itself runs
+            return False
+        self._thread.join(wait_seconds)
+        return not self._thread.is_alive()
+
+
+def _serve(state: _State) -> None:
+    """The thread's whole life."""
+    while not state.stopping.is_set():
+        try:
+            candidates = state.starts.get(timeout=POLL_SECONDS)
+        except queue.Empty:
+            continue
+        if candidates is not None:
+            outcome = _outcome(state.run, candidates)
+            # Nothing of the mini-batch may stay alive between rounds.
+            del candidates
+            state.outcomes.put(outcome)
+
+
+def _outcome(run: RunRound, candidates: Candidates) -> Outcome:
+    try:
+        return run(candidates)
+    except BaseException as error:
+        logger.debug("a round failed", exc_info=True)
+        return error
+
+
+def _unwrap(outcome: Outcome) -> int:
+    if isinstance(outcome, BaseException):
+        raise outcome
+    return outcome
