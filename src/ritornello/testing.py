@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import tempfile
 import threading
 import time
@@ -108,7 +109,7 @@ def spawn_ranks(
         for rank, (pipe, process) in enumerate(zip(pipes, processes, strict=True)):
             try:
                 if pipe.poll(max(0.0, deadline - time.monotonic())):
-                    outcomes[rank] = pipe.recv()
+                    outcomes[rank] = pickle.loads(pipe.recv_bytes())
             except EOFError:
                 process.join(5.0)
                 outcomes[rank] = process.exitcode
@@ -135,7 +136,8 @@ def _spawned(
     except BaseException as error:
         error.add_note(traceback.format_exc())
         outcome = error
-    pipe.send(outcome)
+    # Plain pickle: multiprocessing's would share tensors with a process that soon ends.
+    pipe.send_bytes(pickle.dumps(outcome))
     pipe.close()
     dist.destroy_process_group()
 

@@ -1,0 +1,108 @@
+"""The plan of a draw. Statistical tests have fixed seeds and a false-alarm rate of 0.001."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ritornello.random_streams import Purpose, stream
+from ritornello.sampling import Plan, UniformSampling, plan_draw
+from ritornello.testing import chi_square_p_value
+
+
+def plans(sizes: list[int], num_representatives: int, step: int, seed: int = 0) -> list[Plan]:
+    """Every rank's plan, each from its own stream object, as in real life."""
+    return [
+        plan_draw(
+            np.array(sizes),
+            rank,
+            num_representatives,
+            UniformSampling(),
+            stream(seed, Purpose.SAMPLING, step),
+        )
+        for rank in range(len(sizes))
+    ]
+
+
+def received(plan: Plan, sizes: list[int]) -> np.ndarray:
+    """The global indices that a rank gets."""
+    owners = np.repeat(np.arange(len(sizes)), plan.receive_counts)
+    return np.cumsum([0, *sizes])[owners] + plan.receive_slots
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    st.lists(st.integers(0, 40), min_size=1, max_size=9),
+    st.integers(1, 12),
+    st.integers(0, 2**40),
+)
+def test_plans_fit_together(sizes: list[int], num_representatives: int, step: int) -> None:
+    everyone = plans(sizes, num_representatives, step)
+    num_ranks, num_held = len(sizes), sum(sizes)
+    num_drawn = min(num_representatives, num_held)
+    for requester, plan in enumerate(everyone):
+        assert plan.num_drawn == num_drawn == plan.receive_counts.sum()
+        assert len(set(received(plan, sizes).tolist())) == num_drawn
+        for owner, other in enumerate(everyone):
+            got = np.split(plan.receive_slots, np.cumsum(plan.receive_counts))[owner]
+            sent = np.split(other.send_slots, np.cumsum(other.send_counts))[requester]
+            assert np.array_equal(got, sent)
+            assert np.all((got >= 0) & (got < sizes[owner]))
+    if num_held >= num_ranks * num_representatives:
+        joint = np.concatenate([received(plan, sizes) for plan in everyone])
+        assert len(set(joint.tolist())) == num_ranks * num_representatives
+
+
+def test_draws_from_unequal_shards_are_uniform_per_rank_and_jointly() -> None:
+    sizes, num_representatives, num_rounds = [30, 6, 12], 7, 4000
+    per_rank = np.zeros((3, sum(sizes)))
+    for step in range(num_rounds):
+        drawn = [received(plan, sizes) for plan in plans(sizes, num_representatives, step)]
+        assert len(np.unique(np.concatenate(drawn))) == 3 * num_representatives
+        for rank, indices in enumerate(drawn):
+            per_rank[rank, indices] += 1
+    expected = num_rounds * num_representatives / sum(sizes)
+    for counts in per_rank:
+        assert chi_square_p_value(counts, expected) > 0.001
+    assert chi_square_p_value(per_rank.sum(axis=0), 3 * expected) > 0.001
+
+
+def test_pairs_of_representatives_are_drawn_together_uniformly() -> None:
+    together = np.zeros((8, 8))
+    for step in range(6000):
+        first, second = received(plans([5, 3], 2, step)[0], [5, 3])
+        together[first, second] += 1
+    pairs = together[np.triu_indices(8, k=1)]
+    assert chi_square_p_value(pairs, 6000 / 28) > 0.001
+
+
+@pytest.mark.parametrize("sizes", [[1], [2, 0, 1], [0, 0, 5], [3, 3, 3, 3]])
+def test_while_the_buffer_holds_less_than_all_ranks_want(sizes: list[int]) -> None:
+    num_held, counts = sum(sizes), np.zeros((len(sizes), sum(sizes)))
+    for step in range(2000):
+        for rank, plan in enumerate(plans(sizes, 7, step)):
+            assert plan.num_drawn == min(7, num_held)
+            counts[rank, received(plan, sizes)] += 1
+    expected = 2000 * min(7, num_held) / num_held
+    if expected < 2000:
+        assert all(chi_square_p_value(row, expected) > 0.001 for row in counts)
+    else:
+        assert np.all(counts == 2000)
+
+
+def test_an_empty_buffer_gives_an_empty_plan() -> None:
+    assert [plan.num_drawn for plan in plans([0, 0], 3, 0)] == [0, 0]
+
+
+def test_steps_and_seeds_give_different_draws() -> None:
+    drawn = {tuple(plans([500], 5, step, seed)[0].receive_slots) for step in (0, 1) for seed in (0, 1)}
+    assert len(drawn) == 4
+
+
+def test_load_is_spread_at_many_ranks() -> None:
+    sizes = [300] * 128
+    plan = plan_draw(np.array(sizes), 5, 7, UniformSampling(), stream(0, Purpose.SAMPLING, 3))
+    assert plan.num_drawn == 7
+    assert 0 < len(plan.send_slots) < 30
