@@ -118,7 +118,7 @@ def test_what_draw_returns_is_the_callers_own() -> None:
     with RehearsalBuffer(5, num_representatives=5) as buffer:
         assert buffer.draw() is None
         buffer.offer(batch_of(0, 5))
-        images, labels = buffer.draw()
+        images, _ = buffer.draw()
         assert images.is_contiguous()
         kept = images.clone()
         buffer.offer(batch_of(1, 5))
@@ -236,9 +236,7 @@ def test_cuda_storage_without_cuda() -> None:
         ((torch.zeros(2, 5), torch.zeros(3).long()), ValueError, r"batch\[1\] has 3 samples"),
     ],
 )
-def test_bad_first_batches_change_nothing(
-    batch: Any, error: type[Exception], message: str
-) -> None:
+def test_bad_first_batches_change_nothing(batch: Any, error: type[Exception], message: str) -> None:
     with RehearsalBuffer(10, num_representatives=1) as buffer:
         with pytest.raises(error, match=message):
             buffer.update(batch)
@@ -265,7 +263,11 @@ def test_use_after_close() -> None:
     buffer.update(batch_of(0))
     buffer.close()
     buffer.close()
-    for call in (lambda: buffer.update(batch_of(1)), buffer.draw, lambda: buffer.offer(batch_of(1))):
+    for call in (
+        lambda: buffer.update(batch_of(1)),
+        buffer.draw,
+        lambda: buffer.offer(batch_of(1)),
+    ):
         with pytest.raises(BufferClosedError, match=r"after close\(\): the buffer is closed"):
             call()
 

@@ -98,7 +98,7 @@ def test_ranks_draw_from_all_shards_without_repetition() -> None:
     everyone = run_ranks(connect_collective(num_ranks), rank_main)
     origins = set()
     for joint in zip(*[drawn[3:] for drawn in everyone], strict=True):
-        flat = sum(joint, [])
+        flat = [number for drawn in joint for number in drawn]
         assert len(set(flat)) == num_ranks * num_representatives
         origins |= {number // 1000 % 100 for number in flat}
     assert origins == {0, 1, 2}
@@ -222,7 +222,9 @@ def test_a_rank_that_calls_update_less_often() -> None:
             for step in range(5):
                 buffer.update(labelled(transport.rank, step, 4, 2))
             if transport.rank == 0:
-                with pytest.raises(PeerLostError, match="rank 0: .*call it equally often") as caught:
+                with pytest.raises(
+                    PeerLostError, match="rank 0: .*call it equally often"
+                ) as caught:
                     for step in range(5, 20):
                         buffer.update(labelled(0, step, 4, 2))
                 assert caught.value.peers == (1,)

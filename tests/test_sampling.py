@@ -97,7 +97,9 @@ def test_an_empty_buffer_gives_an_empty_plan() -> None:
 
 
 def test_steps_and_seeds_give_different_draws() -> None:
-    drawn = {tuple(plans([500], 5, step, seed)[0].receive_slots) for step in (0, 1) for seed in (0, 1)}
+    drawn = {
+        tuple(plans([500], 5, step, seed)[0].receive_slots) for step in (0, 1) for seed in (0, 1)
+    }
     assert len(drawn) == 4
 
 

@@ -26,7 +26,12 @@ class PlayedShard:
     """A shard that holds (label, position in its class's stream) instead of samples."""
 
     def __init__(
-        self, policy: SelectionPolicy, num_slots: int, rank: int = 0, num_ranks: int = 1, seed: int = 0
+        self,
+        policy: SelectionPolicy,
+        num_slots: int,
+        rank: int = 0,
+        num_ranks: int = 1,
+        seed: int = 0,
     ) -> None:
         policy.bind(num_slots, rank, num_ranks)
         self.policy, self.num_slots, self.rank, self.seed = policy, num_slots, rank, seed
@@ -215,9 +220,13 @@ def test_assignments_that_break_the_contract(
     rows: list[int], slots: list[int], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        size_after(Assignment(np.array(rows), np.array(slots)), size=4, num_rows=8, num_candidates=4)
+        size_after(
+            Assignment(np.array(rows), np.array(slots)), size=4, num_rows=8, num_candidates=4
+        )
 
 
 def test_capacity_is_split_to_the_last_one() -> None:
     assert [rows_of_rank(11, rank, 4) for rank in range(4)] == [3, 3, 3, 2]
-    assert all(sum(rows_of_rank(c, i, n) for i in range(n)) == c for c in range(40) for n in range(1, 9))
+    assert all(
+        sum(rows_of_rank(c, i, n) for i in range(n)) == c for c in range(40) for n in range(1, 9)
+    )

@@ -3,7 +3,7 @@
 Start with ``RehearsalBuffer``.
 """
 
-from ritornello.buffer import BufferStats, RehearsalBuffer
+from ritornello.buffer import RehearsalBuffer
 from ritornello.errors import BufferClosedError, PeerLostError, RoundError
 from ritornello.sampling import SamplingPolicy, UniformSampling
 from ritornello.selection import (
@@ -14,6 +14,7 @@ from ritornello.selection import (
     Reservoir,
     SelectionPolicy,
 )
+from ritornello.stats import BufferStats
 from ritornello.transports import Transport
 from ritornello.version import __version__
 

@@ -16,27 +16,26 @@
 from __future__ import annotations
 
 import logging
-import operator
 import os
 import time
 import weakref
-from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NoReturn, Self
+from typing import TYPE_CHECKING, NoReturn, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ritornello.arguments import Arguments, storage_device
 from ritornello.errors import BufferClosedError, PeerLostError, RoundError
 from ritornello.random_streams import Purpose, stream
 from ritornello.records import Batch, Layout, Path
 from ritornello.rounds import Rounds, check_labels
-from ritornello.sampling import SamplingPolicy, UniformSampling
+from ritornello.sampling import SamplingPolicy, sampling_policy
 from ritornello.selection import SelectionPolicy, selection_policy
 from ritornello.staging import Staging
+from ritornello.stats import BufferStats
 from ritornello.transports import Transport, check_agreement, open_transport
-from ritornello.version import __version__
 from ritornello.worker import InlineWorker, ThreadWorker, Worker
 
 if TYPE_CHECKING:
@@ -49,35 +48,6 @@ GRACE_SECONDS = 1.0
 
 EXIT_SECONDS = 5.0
 """How long a buffer that was never closed waits for its round when it is collected."""
-
-
-@dataclass(frozen=True)
-class BufferStats:
-    """What a buffer holds and what it has cost so far. Seconds are wall-clock, of this rank."""
-
-    capacity: int
-    """Representatives that the whole buffer can hold."""
-    num_held: int
-    """Representatives that it holds, over all ranks."""
-    held_per_rank: list[int]
-    held_per_class: dict[int, int]
-    """Label to representatives, in this rank's shard; empty without labels."""
-    record_bytes: int
-    """Of one representative; 0 before the first mini-batch."""
-    shard_bytes: int
-    """Memory of this rank's shard."""
-    num_rounds: int
-    bytes_sent: int
-    """Payload that this rank has sent to other ranks."""
-    bytes_received: int
-    seconds_waited: float
-    """What the trainer has waited for rounds."""
-    seconds_joining: float
-    """What joining mini-batches and representatives has taken on the trainer's thread."""
-    seconds_offering: float
-    """What copying candidates (and with ``asynchronous=False`` the rounds) has taken there."""
-    seconds_per_stage: dict[str, float]
-    """Of the worker: admit, plan, exchange, stage."""
 
 
 class RehearsalBuffer:
@@ -148,52 +118,27 @@ class RehearsalBuffer:
     ) -> None:
         if not timeout_seconds > 0:
             raise ValueError(f"timeout_seconds={timeout_seconds}: it must be above 0")
-        device = _storage_device(storage)
+        device = storage_device(storage)
         channel = open_transport(transport, process_group, timeout_seconds, device)
         try:
-            # Before any check that only one rank might fail: so all ranks fail together.
-            check_agreement(
-                channel,
-                {
-                    "capacity": capacity,
-                    "num_representatives": num_representatives,
-                    "num_candidates": num_candidates,
-                    "selection": _policy_text(selection),
-                    "label": label,
-                    "seed": seed,
-                    "sampling": _policy_text(sampling),
-                    "storage": device.type,
-                    "ritornello's version": __version__,
-                    "NumPy's version": np.__version__,
-                },
+            arguments = Arguments(
+                capacity=capacity,
+                num_representatives=num_representatives,
+                num_candidates=num_candidates,
+                selection=selection,
+                label=label,
+                seed=seed,
+                sampling=sampling,
+                storage=device.type,
             )
-            capacity = _count("capacity", capacity, minimum=1)
-            if capacity < channel.num_ranks:
-                raise ValueError(
-                    f"capacity={capacity}: it must be at least the number of ranks "
-                    f"({channel.num_ranks}), so that every rank holds a representative"
-                )
-            num_representatives = _count("num_representatives", num_representatives, minimum=1)
-            if num_representatives > capacity:
-                raise ValueError(
-                    f"num_representatives={num_representatives}: it must be at most the "
-                    f"capacity ({capacity}), as no rank draws a representative twice in a step"
-                )
-            if num_candidates is not None:
-                num_candidates = _count("num_candidates", num_candidates, minimum=1)
-            seed = _count("seed", seed, minimum=0)
-            if seed >= 2**64:
-                raise ValueError(f"seed={seed}: it must be below 2**64")
+            # Before any check that only one rank might fail: so all ranks fail together.
+            check_agreement(channel, arguments.as_text())
+            arguments.check(channel.num_ranks)
             policy = selection_policy(selection)
-            if policy.needs_labels and label is None:
-                raise ValueError(
-                    f"label=None: the policy {_policy_text(selection)} needs the class labels; "
-                    "say which leaf they are, or use selection='reservoir' or 'fifo'"
-                )
             rounds = Rounds(
                 channel,
                 policy,
-                _sampling_policy(sampling),
+                sampling_policy(sampling),
                 capacity=capacity,
                 num_representatives=num_representatives,
                 seed=seed,
@@ -203,7 +148,7 @@ class RehearsalBuffer:
         except BaseException:
             channel.close()
             raise
-        self._capacity = capacity
+        self._capacity = int(capacity)
         self._num_representatives = num_representatives
         self._num_candidates = num_candidates
         self._policy = policy
@@ -289,7 +234,9 @@ class RehearsalBuffer:
             return None
         began = time.perf_counter()
         assert self._layout is not None
-        drawn = self._layout.rebuild([past.clone(memory_format=torch.contiguous_format) for past in staged])
+        drawn = self._layout.rebuild(
+            [past.clone(memory_format=torch.contiguous_format) for past in staged]
+        )
         self._release()
         self._seconds_joining += time.perf_counter() - began
         return drawn
@@ -532,45 +479,3 @@ def _shut_down(worker: Worker, transport: Transport, wait_seconds: float) -> Non
     # A worker that is stuck in the transport still uses it; it ends with the process.
     if worker.stop(wait_seconds):
         transport.close()
-
-
-def _count(name: str, value: Any, *, minimum: int) -> int:
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = None
-    if number is None or isinstance(value, bool):
-        raise TypeError(f"{name}={value!r}: it must be an integer")
-    if number < minimum:
-        raise ValueError(f"{name}={number}: it must be at least {minimum}")
-    return number
-
-
-def _policy_text(policy: object) -> str:
-    """A policy as text that is equal for equal policies."""
-    if isinstance(policy, str):
-        return policy
-    return f"{type(policy).__qualname__}({getattr(policy, 'num_classes', None) or ''})"
-
-
-def _sampling_policy(sampling: str | SamplingPolicy) -> SamplingPolicy:
-    if isinstance(sampling, SamplingPolicy):
-        return sampling
-    if sampling == "uniform":
-        return UniformSampling()
-    raise ValueError(f"sampling={sampling!r}: there is 'uniform'; or give a SamplingPolicy")
-
-
-def _storage_device(storage: str | torch.device) -> torch.device:
-    try:
-        device = torch.device(storage)
-    except (RuntimeError, TypeError):
-        device = torch.device("meta")
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"storage={storage!r}: it must be 'cpu' or a CUDA device like 'cuda'")
-    if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise ValueError(f"storage={str(storage)!r}: this machine has no CUDA device")
-        if device.index is None:
-            device = torch.device("cuda", torch.cuda.current_device())
-    return device

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from ritornello.arrays import Ints
+
 
 class ClassMembers:
     """For every class, the slots of its representatives, in no particular order.
@@ -28,11 +30,12 @@ class ClassMembers:
         self._starts = np.concatenate([self._starts, nothing])
         self._rooms = np.concatenate([self._rooms, nothing])
 
-    def slots(self, classes: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    def slots(self, classes: Ints, positions: Ints) -> Ints:
         """The slots at ``positions`` of the lists of ``classes``; both int64 ``[n]``."""
-        return self._slots[self._starts[classes] + positions]
+        slots: Ints = self._slots[self._starts[classes] + positions]
+        return slots
 
-    def append(self, classes: np.ndarray, slots: np.ndarray) -> None:
+    def append(self, classes: Ints, slots: Ints) -> None:
         """Appends ``slots`` to the lists of ``classes``; both int64 ``[n]``, classes ascending."""
         if len(classes) == 0:
             return
@@ -44,8 +47,11 @@ class ClassMembers:
         self.counts[growing] += added
 
     def drop(
-        self, classes: np.ndarray, num_dropped: np.ndarray, generator: np.random.Generator
-    ) -> np.ndarray:
+        self,
+        classes: Ints,
+        num_dropped: Ints,
+        generator: np.random.Generator,
+    ) -> Ints:
         """Takes random entries out of the lists of some classes.
 
         Args:
@@ -60,7 +66,7 @@ class ClassMembers:
             return np.zeros(0, dtype=np.int64)
         owners, victims = _distinct_positions(self.counts[classes], num_dropped, generator)
         starts = self._starts[classes]
-        dropped = self._slots[starts[owners] + victims]
+        dropped: Ints = self._slots[starts[owners] + victims]
         # The last `num_dropped` entries of each list that survive move into the gaps below.
         remaining = self.counts[classes] - num_dropped
         tail_owners, tail = _ranges(remaining, num_dropped)
@@ -72,7 +78,7 @@ class ClassMembers:
         self.counts[classes] = remaining
         return dropped
 
-    def _lay_out(self, growing: np.ndarray, added: np.ndarray) -> None:
+    def _lay_out(self, growing: Ints, added: Ints) -> None:
         """Lays all lists out anew, with room for as much again as they will hold."""
         rooms = self.counts.copy()
         rooms[growing] += added
@@ -84,7 +90,7 @@ class ClassMembers:
         self._starts, self._rooms, self._slots = starts, rooms, slots
 
 
-def _ranges(firsts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _ranges(firsts: Ints, lengths: Ints) -> tuple[Ints, Ints]:
     """Ranges one after another: which range each element is of, and its value."""
     owners = np.repeat(np.arange(len(lengths)), lengths)
     starts = np.cumsum(lengths) - lengths
@@ -92,8 +98,8 @@ def _ranges(firsts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.nda
 
 
 def _distinct_positions(
-    counts: np.ndarray, wanted: np.ndarray, generator: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray]:
+    counts: Ints, wanted: Ints, generator: np.random.Generator
+) -> tuple[Ints, Ints]:
     """``wanted[i]`` distinct random positions below ``counts[i]``, for all i; sorted.
 
     Draws with replacement and draws again what came twice: the first distinct values of a

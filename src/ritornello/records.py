@@ -136,9 +136,7 @@ class Layout:
             .view(field.dtype)
             .view(rows.shape[0], *field.shape)
             if field.num_bytes
-            else torch.empty(
-                (rows.shape[0], *field.shape), dtype=field.dtype, device=rows.device
-            )
+            else torch.empty((rows.shape[0], *field.shape), dtype=field.dtype, device=rows.device)
             for field in self.fields
         ]
 

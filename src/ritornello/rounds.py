@@ -14,6 +14,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
+from ritornello.arrays import Ints
 from ritornello.random_streams import Purpose, stream
 from ritornello.records import Layout
 from ritornello.sampling import SamplingPolicy, plan_draw
@@ -124,7 +125,7 @@ class Rounds:
         self.num_rounds += 1
         return plan.num_drawn
 
-    def labels(self) -> np.ndarray:
+    def labels(self) -> Ints:
         """The labels (int64) of the representatives in this rank's shard."""
         if self.shard is None or self._label is None:
             return np.zeros(0, dtype=np.int64)
@@ -139,16 +140,14 @@ class Rounds:
             check_labels(labels, self._selection.num_classes)
         else:
             labels = np.zeros(len(records), dtype=np.int64)
-        generator = stream(
-            self._seed, Purpose.SELECTION, self.num_rounds, rank=self.transport.rank
-        )
+        generator = stream(self._seed, Purpose.SELECTION, self.num_rounds, rank=self.transport.rank)
         assignment = self._selection.admit(labels, generator)
         size = int(self.sizes[self.transport.rank])
         new_size = size_after(assignment, size, self.num_rows, len(records))
         shard.write(assignment.slots, records, assignment.rows)
         return new_size
 
-    def _labels_of(self, records: torch.Tensor) -> np.ndarray:
+    def _labels_of(self, records: torch.Tensor) -> Ints:
         assert self._label is not None
         labels = self._layout.views(records)[self._label]
         return labels.cpu().numpy().astype(np.int64)
@@ -175,7 +174,7 @@ class Rounds:
         self.seconds_per_stage[stage] += time.perf_counter() - began
 
 
-def check_labels(labels: np.ndarray, num_classes: int | None) -> None:
+def check_labels(labels: Ints, num_classes: int | None) -> None:
     """Checks that labels are class labels.
 
     Raises:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ritornello.arrays import Ints
+
 
 class SamplingPolicy(ABC):
     """Which representatives the ranks draw in one step, as global indices.
@@ -22,7 +24,7 @@ class SamplingPolicy(ABC):
     @abstractmethod
     def draw(
         self, num_held: int, num_ranks: int, num_drawn: int, generator: np.random.Generator
-    ) -> np.ndarray:
+    ) -> Ints:
         """Draws for all ranks at once; a pure function of its arguments.
 
         Args:
@@ -46,7 +48,7 @@ class UniformSampling(SamplingPolicy):
 
     def draw(
         self, num_held: int, num_ranks: int, num_drawn: int, generator: np.random.Generator
-    ) -> np.ndarray:
+    ) -> Ints:
         """See ``SamplingPolicy.draw``."""
         ranks_per_draw = min(num_ranks, num_held // num_drawn)
         parts = [
@@ -66,13 +68,13 @@ class Plan:
     ranks exchanges one contiguous block.
     """
 
-    receive_slots: np.ndarray
+    receive_slots: Ints
     """int64 ``[num_drawn]``: the slots, in their owners' shards, of what this rank gets."""
-    receive_counts: np.ndarray
+    receive_counts: Ints
     """int64 ``[num_ranks]``: how many of them come from each rank."""
-    send_slots: np.ndarray
+    send_slots: Ints
     """int64: the slots of this rank's shard that others (and itself) get, by requester."""
-    send_counts: np.ndarray
+    send_counts: Ints
     """int64 ``[num_ranks]``: how many of them go to each rank."""
 
     @property
@@ -82,7 +84,7 @@ class Plan:
 
 
 def plan_draw(
-    sizes: np.ndarray,
+    sizes: Ints,
     rank: int,
     num_representatives: int,
     policy: SamplingPolicy,
@@ -119,3 +121,16 @@ def plan_draw(
     order = np.lexsort((slots, requesters))
     send_counts = np.bincount(requesters, minlength=num_ranks)
     return Plan(receive_slots, receive_counts, slots[order], send_counts)
+
+
+def sampling_policy(sampling: str | SamplingPolicy) -> SamplingPolicy:
+    """A policy by its name, or the given one.
+
+    Raises:
+        ValueError: no policy has that name.
+    """
+    if isinstance(sampling, SamplingPolicy):
+        return sampling
+    if sampling == "uniform":
+        return UniformSampling()
+    raise ValueError(f"sampling={sampling!r}: there is 'uniform'; or give a SamplingPolicy")

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ritornello.arrays import Floats, Ints
 from ritornello.class_members import ClassMembers
 
 
@@ -23,8 +24,8 @@ class Assignment:
         slots: int64 ``[n]``, distinct slots of the shard.
     """
 
-    rows: np.ndarray
-    slots: np.ndarray
+    rows: Ints
+    slots: Ints
 
 
 class SelectionPolicy(ABC):
@@ -54,7 +55,7 @@ class SelectionPolicy(ABC):
         self.num_slots = num_slots
 
     @abstractmethod
-    def admit(self, labels: np.ndarray, generator: np.random.Generator) -> Assignment:
+    def admit(self, labels: Ints, generator: np.random.Generator) -> Assignment:
         """Decides about the candidates of one round, in their order.
 
         Slots must fill without gaps: a slot that was never used may be given only together
@@ -71,7 +72,7 @@ class Fifo(SelectionPolicy):
 
     _num_offered = 0
 
-    def admit(self, labels: np.ndarray, generator: np.random.Generator) -> Assignment:
+    def admit(self, labels: Ints, generator: np.random.Generator) -> Assignment:
         """See ``SelectionPolicy.admit``."""
         rows = np.arange(max(0, len(labels) - self.num_slots), len(labels))
         slots = (self._num_offered + rows) % self.num_slots
@@ -88,7 +89,7 @@ class Reservoir(SelectionPolicy):
 
     _num_offered = 0
 
-    def admit(self, labels: np.ndarray, generator: np.random.Generator) -> Assignment:
+    def admit(self, labels: Ints, generator: np.random.Generator) -> Assignment:
         """See ``SelectionPolicy.admit``."""
         ordinals = self._num_offered + np.arange(len(labels))
         slots = _reservoir_positions(ordinals, self.num_slots, generator.random(len(labels)))
@@ -129,7 +130,7 @@ class _ClassShares(SelectionPolicy):
         self._num_used = 0
 
     @abstractmethod
-    def _positions(self, ordinals: np.ndarray, shares: np.ndarray, u: np.ndarray) -> np.ndarray:
+    def _positions(self, ordinals: Ints, shares: Ints, u: Floats) -> Ints:
         """The place in its class that each candidate asks for; at or above its share: rejected.
 
         Args:
@@ -138,7 +139,7 @@ class _ClassShares(SelectionPolicy):
             u: uniform random numbers in [0, 1).
         """
 
-    def admit(self, labels: np.ndarray, generator: np.random.Generator) -> Assignment:
+    def admit(self, labels: Ints, generator: np.random.Generator) -> Assignment:
         """See ``SelectionPolicy.admit``."""
         if len(labels) == 0:
             return Assignment(*np.zeros((2, 0), dtype=np.int64))
@@ -164,11 +165,9 @@ class _ClassShares(SelectionPolicy):
 
         chosen = filling | replacing
         positions = np.where(filling, ordinals, positions)
-        return _last_writer(
-            rows[chosen], self._members.slots(classes[chosen], positions[chosen])
-        )
+        return _last_writer(rows[chosen], self._members.slots(classes[chosen], positions[chosen]))
 
-    def _class_numbers(self, labels: np.ndarray) -> np.ndarray:
+    def _class_numbers(self, labels: Ints) -> Ints:
         """Labels to class numbers; unknown labels get the next ones."""
         known = self._labels[self._sorted]
         new = np.setdiff1d(labels, known)
@@ -181,7 +180,7 @@ class _ClassShares(SelectionPolicy):
             known = self._labels[self._sorted]
         return self._sorted[np.searchsorted(known, labels)]
 
-    def _shares_after(self, seen: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    def _shares_after(self, seen: Ints, counts: Ints) -> Ints:
         """The share of every class once ``counts`` more of the classes ``seen`` are offered."""
         shares = self._members.counts.copy()
         never_dropped = self._offered[seen] == shares[seen]
@@ -192,7 +191,7 @@ class _ClassShares(SelectionPolicy):
             shares -= self._highest_scores(shares, excess)
         return shares
 
-    def _highest_scores(self, shares: np.ndarray, excess: int) -> np.ndarray:
+    def _highest_scores(self, shares: Ints, excess: int) -> Ints:
         """How many of each class's representatives are among the ``excess`` highest scores."""
         tops = (shares - 1) * self._num_ranks + self._offsets
         # The lowest level that no more than `excess` scores lie above.
@@ -213,7 +212,7 @@ class _ClassShares(SelectionPolicy):
         above[at_level[: excess - int(above.sum())]] += 1
         return above
 
-    def _num_above(self, tops: np.ndarray, shares: np.ndarray, level: int) -> np.ndarray:
+    def _num_above(self, tops: Ints, shares: Ints, level: int) -> Ints:
         return np.clip(-((level - tops) // self._num_ranks), 0, shares)
 
 
@@ -228,7 +227,7 @@ class ClassBalanced(_ClassShares):
         num_classes: if given, labels must be below it.
     """
 
-    def _positions(self, ordinals: np.ndarray, shares: np.ndarray, u: np.ndarray) -> np.ndarray:
+    def _positions(self, ordinals: Ints, shares: Ints, u: Floats) -> Ints:
         return _reservoir_positions(ordinals, shares, u)
 
 
@@ -243,18 +242,16 @@ class PerClassRandom(_ClassShares):
         num_classes: if given, labels must be below it.
     """
 
-    def _positions(self, ordinals: np.ndarray, shares: np.ndarray, u: np.ndarray) -> np.ndarray:
+    def _positions(self, ordinals: Ints, shares: Ints, u: Floats) -> Ints:
         return np.where(shares > 0, (u * shares).astype(np.int64), 0)
 
 
-def _reservoir_positions(
-    ordinals: np.ndarray, size: np.ndarray | int, u: np.ndarray
-) -> np.ndarray:
+def _reservoir_positions(ordinals: Ints, size: Ints | int, u: Floats) -> Ints:
     """Algorithm R: where each candidate of a stream goes; at or above ``size``: nowhere."""
     return np.where(ordinals < size, ordinals, (u * (ordinals + 1)).astype(np.int64))
 
 
-def _last_writer(rows: np.ndarray, slots: np.ndarray) -> Assignment:
+def _last_writer(rows: Ints, slots: Ints) -> Assignment:
     """Of candidates that go to the same slot one after another, the last one stays."""
     slots, last = np.unique(slots[::-1], return_index=True)
     return Assignment(rows[::-1][last], slots)

@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ritornello.arrays import Ints
+
 
 class Shard:
     """``num_rows`` records of ``record_bytes`` bytes in one array.
@@ -43,7 +45,7 @@ class Shard:
         """Bytes of all the rows."""
         return self.rows.numel()
 
-    def write(self, slots: np.ndarray, records: Tensor, rows: np.ndarray) -> None:
+    def write(self, slots: Ints, records: Tensor, rows: Ints) -> None:
         """Writes ``records[rows]`` to ``slots``.
 
         Args:
@@ -59,7 +61,7 @@ class Shard:
             source = words.index_select(0, torch.from_numpy(rows).to(device))
             self._words.index_copy_(0, torch.from_numpy(slots).to(device), source)
 
-    def gather(self, slots: np.ndarray, out: Tensor) -> None:
+    def gather(self, slots: Ints, out: Tensor) -> None:
         """Reads ``slots`` (int64 ``[n]``) into ``out``, uint8 ``[n, record_bytes]``, contiguous."""
         words = out.view(torch.int64)
         if self._array is not None:

@@ -15,10 +15,10 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from ritornello.arrays import Ints
 from ritornello.records import Layout
 
 
@@ -70,7 +70,7 @@ class Staging:
 
     # On the trainer's thread.
 
-    def collect(self, leaves: Sequence[Tensor], rows: np.ndarray | None) -> Candidates:
+    def collect(self, leaves: Sequence[Tensor], rows: Ints | None) -> Candidates:
         """Copies the candidates out of a mini-batch.
 
         Args:
@@ -136,7 +136,9 @@ class Staging:
     def _mark(self, device: torch.device) -> torch.cuda.Event | None:
         if device.type != "cuda":
             return None
-        return torch.cuda.current_stream(device).record_event()
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(device))
+        return event
 
     def _rows(self, num_rows: int, device: torch.device) -> Tensor:
         pinned = device.type == "cpu" and self._cuda is not None

@@ -9,11 +9,11 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 from torch import Tensor
 
+from ritornello.arrays import Ints
 from ritornello.sampling import Plan
 from ritornello.shard import Shard
 
@@ -35,7 +35,7 @@ class Transport(ABC):
     timeout_seconds: float
 
     @abstractmethod
-    def all_gather(self, values: np.ndarray) -> np.ndarray:
+    def all_gather(self, values: Ints) -> Ints:
         """Gives every rank the values of all.
 
         Args:
@@ -61,7 +61,7 @@ class Transport(ABC):
         """Gives back what the transport holds. May be called twice; never blocks for long."""
 
 
-def check_agreement(transport: Transport, arguments: Mapping[str, Any]) -> None:
+def check_agreement(transport: Transport, arguments: Mapping[str, str]) -> None:
     """Checks that all ranks were given the same arguments.
 
     Blocks until every rank has called it.
@@ -69,13 +69,14 @@ def check_agreement(transport: Transport, arguments: Mapping[str, Any]) -> None:
     Raises:
         ValueError: on every rank, naming the arguments that differ, their values and ranks.
     """
-    text = json.dumps({name: repr(value) for name, value in arguments.items()}).encode()
+    text = json.dumps(dict(arguments)).encode()
     length = int(transport.all_gather(np.array([len(text)])).max())
     padded = np.frombuffer(text.ljust(length), dtype=np.uint8).astype(np.int64)
     everyone = [json.loads(bytes(row.astype(np.uint8))) for row in transport.all_gather(padded)]
     mine = everyone[transport.rank]
     differences = [
-        f"{name} is " + ", ".join(f"{each.get(name)} on rank {i}" for i, each in enumerate(everyone))
+        f"{name} is "
+        + ", ".join(f"{each.get(name)} on rank {i}" for i, each in enumerate(everyone))
         for name in mine
         if any(each.get(name) != mine[name] for each in everyone)
     ]

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ritornello.arrays import Ints
 from ritornello.errors import PeerLostError
 from ritornello.sampling import Plan
 from ritornello.shard import Shard
@@ -82,7 +83,7 @@ class CollectiveTransport(Transport):
 
         return cls(private, rank, len(ranks), timeout_seconds, give_back)
 
-    def all_gather(self, values: np.ndarray) -> np.ndarray:
+    def all_gather(self, values: Ints) -> Ints:
         """See ``Transport.all_gather``."""
         mine = torch.from_numpy(np.array(values, dtype=np.int64))
         everyone = torch.empty((self.num_ranks, len(mine)), dtype=torch.int64)
@@ -93,7 +94,9 @@ class CollectiveTransport(Transport):
             peers = self._unreachable()
             if not peers:
                 raise
-            raise PeerLostError(f"{_ranks_text(peers)} cannot be reached any more: {error}", peers) from error
+            raise PeerLostError(
+                f"{_ranks_text(peers)} cannot be reached any more: {error}", peers
+            ) from error
         return everyone.numpy()
 
     def exchange(self, shard: Shard, plan: Plan, out: Tensor) -> None:
@@ -145,9 +148,7 @@ class CollectiveTransport(Transport):
 
 
 @contextmanager
-def _lost_peers(
-    doing: str, timeout_seconds: float, peers: tuple[int, ...] = ()
-) -> Iterator[None]:
+def _lost_peers(doing: str, timeout_seconds: float, peers: tuple[int, ...] = ()) -> Iterator[None]:
     """Turns an error of torch.distributed into a PeerLostError that says what was awaited."""
     try:
         yield

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ritornello.arrays import Ints
 from ritornello.errors import PeerLostError
 from ritornello.sampling import Plan
 from ritornello.shard import Shard
@@ -48,7 +49,7 @@ class LocalTransport(Transport):
         room = _Room(num_ranks)
         return [cls(rank, room, num_ranks, timeout_seconds) for rank in range(num_ranks)]
 
-    def all_gather(self, values: np.ndarray) -> np.ndarray:
+    def all_gather(self, values: Ints) -> Ints:
         """See ``Transport.all_gather``."""
         mine = torch.from_numpy(np.array(values, dtype=np.int64))
         for peer in range(self.num_ranks):

@@ -1,0 +1,98 @@
+"""The rules for the arguments of a ``RehearsalBuffer``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from ritornello.sampling import SamplingPolicy
+from ritornello.selection import SelectionPolicy, selection_policy
+from ritornello.version import __version__
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What all ranks must give alike, unchecked as given."""
+
+    capacity: int
+    num_representatives: int
+    num_candidates: int | None
+    selection: str | SelectionPolicy
+    label: Any
+    seed: int
+    sampling: str | SamplingPolicy
+    storage: str
+
+    def as_text(self) -> dict[str, str]:
+        """Argument to text, equal for equal arguments, to compare over ranks.
+
+        Ranks of other versions would draw other numbers, so the versions are part of it.
+        """
+        given = {name: _text(value) for name, value in vars(self).items()}
+        return given | {"ritornello's version": __version__, "NumPy's version": np.__version__}
+
+    def check(self, num_ranks: int) -> None:
+        """Checks every rule.
+
+        Raises:
+            ValueError, TypeError: names the argument, its value and the rule.
+        """
+        _check_count("capacity", self.capacity, minimum=1)
+        if self.capacity < num_ranks:
+            raise ValueError(
+                f"capacity={self.capacity}: it must be at least the number of ranks "
+                f"({num_ranks}), so that every rank holds a representative"
+            )
+        _check_count("num_representatives", self.num_representatives, minimum=1)
+        if self.num_representatives > self.capacity:
+            raise ValueError(
+                f"num_representatives={self.num_representatives}: it must be at most the "
+                f"capacity ({self.capacity}), as no rank draws a representative twice in a step"
+            )
+        if self.num_candidates is not None:
+            _check_count("num_candidates", self.num_candidates, minimum=1)
+        _check_count("seed", self.seed, minimum=0)
+        if self.seed >= 2**64:
+            raise ValueError(f"seed={self.seed}: it must be below 2**64")
+        if selection_policy(self.selection).needs_labels and self.label is None:
+            raise ValueError(
+                f"label=None: the policy {_text(self.selection)} needs the class labels; "
+                "say which leaf they are, or use selection='reservoir' or 'fifo'"
+            )
+
+
+def storage_device(storage: str | torch.device) -> torch.device:
+    """The device where shards lie.
+
+    Raises:
+        ValueError: neither the CPU nor a CUDA device of this machine.
+    """
+    try:
+        device = torch.device(storage)
+    except (RuntimeError, TypeError):
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"storage={storage!r}: it must be 'cpu' or a CUDA device like 'cuda'")
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError(f"storage={str(storage)!r}: this machine has no CUDA device")
+        if device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
+def _check_count(name: str, value: object, *, minimum: int) -> None:
+    if not isinstance(value, (int, np.integer)) or isinstance(value, bool):
+        raise TypeError(f"{name}={value!r}: it must be an integer")
+    if value < minimum:
+        raise ValueError(f"{name}={value}: it must be at least {minimum}")
+
+
+def _text(value: object) -> str:
+    """A value as text; of a policy its type and settings, as its repr has an address."""
+    if isinstance(value, (SelectionPolicy, SamplingPolicy)):
+        return f"{type(value).__qualname__}({getattr(value, 'num_classes', None) or ''})"
+    return str(value)

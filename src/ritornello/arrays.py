@@ -1,0 +1,9 @@
+"""Names for the kinds of NumPy array that policies and plans are made of."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
