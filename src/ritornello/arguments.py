@@ -84,8 +84,8 @@ def storage_device(storage: str | torch.device) -> torch.device:
     return device
 
 
-def _check_count(name: str, value: object, *, minimum: int) -> None:
-    if not isinstance(value, (int, np.integer)) or isinstance(value, bool):
+def _check_count(name: str, value: Any, *, minimum: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
         raise TypeError(f"{name}={value!r}: it must be an integer")
     if value < minimum:
         raise ValueError(f"{name}={value}: it must be at least {minimum}")

@@ -1,0 +1,1 @@
+"""Experiments: the ``ritornello`` command, and all that is behind it."""

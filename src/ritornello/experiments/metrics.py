@@ -1,0 +1,71 @@
+"""Measures of continual learning, as functions of the accuracy matrix.
+
+``matrix[i, j]`` is the accuracy on task ``j`` after training on task ``i``, from 0 to 1.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+Matrix = NDArray[np.float64]
+
+
+def average_accuracy(matrix: Matrix) -> float:
+    """Mean accuracy over all tasks at the end (Lopez-Paz & Ranzato 2017, ACC)."""
+    return float(matrix[-1].mean())
+
+
+def average_after_each_task(matrix: Matrix) -> list[float]:
+    """Mean accuracy over the tasks seen so far, after each task."""
+    return [float(row[: number + 1].mean()) for number, row in enumerate(matrix)]
+
+
+def forgetting(matrix: Matrix) -> float:
+    """Mean drop from a task's best accuracy to its last one (Chaudhry et al. 2018).
+
+    Over all tasks but the last; 0 if there is only one.
+    """
+    if len(matrix) < 2:
+        return 0.0
+    best = np.array([matrix[task:-1, task].max() for task in range(len(matrix) - 1)])
+    return float((best - matrix[-1, :-1]).mean())
+
+
+def backward_transfer(matrix: Matrix) -> float:
+    """Mean change of a task's accuracy since it was learnt (Lopez-Paz & Ranzato 2017, BWT)."""
+    if len(matrix) < 2:
+        return 0.0
+    return float((matrix[-1, :-1] - np.diag(matrix)[:-1]).mean())
+
+
+def forward_transfer(matrix: Matrix, at_start: NDArray[np.float64]) -> float:
+    """Mean accuracy on a task just before learning it, above the untrained model's.
+
+    Source: Lopez-Paz & Ranzato 2017, FWT.
+
+    Args:
+        matrix: the accuracies.
+        at_start: ``[num_tasks]``, of the untrained model.
+    """
+    if len(matrix) < 2:
+        return 0.0
+    return float((np.diag(matrix, k=1) - at_start[1:]).mean())
+
+
+def top_k_correct(logits: Tensor, labels: Tensor, ks: tuple[int, ...]) -> Tensor:
+    """How many samples have their label among the ``k`` largest logits, for each ``k``.
+
+    Args:
+        logits: ``[b, num_classes]``.
+        labels: int64 ``[b]``.
+        ks: with fewer classes than ``k``, every label counts.
+
+    Returns:
+        int64 ``[len(ks)]`` on the device of the logits.
+    """
+    largest = logits.topk(min(max(ks), logits.shape[1]), dim=1).indices
+    hits = largest == labels[:, None]
+    return torch.stack([hits[:, :k].any(dim=1).sum() for k in ks])
