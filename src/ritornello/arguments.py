@@ -79,7 +79,7 @@ def storage_device(storage: str | torch.device) -> torch.device:
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise ValueError(f"storage={str(storage)!r}: this machine has no CUDA device")
-        if device.index is None:
+        if str(device) == "cuda":
             device = torch.device("cuda", torch.cuda.current_device())
     return device
 
