@@ -22,7 +22,7 @@ Results = Mapping[str, Any]
 
 COLOURS = {"incremental": "#d9662b", "rehearsal": "#2a85d0", "from-scratch": "#2e9e6b"}
 """Told apart also by colour-blind readers, on light and on dark."""
-OTHER_COLOURS = ("#a06fc4", "#b08a1e", "#5c8a94", "#c2577f")
+PALETTE = (*COLOURS.values(), "#a06fc4", "#b08a1e", "#5c8a94", "#c2577f")
 MARKERS = "osD^vP*"
 INK = "#123456"
 """Drawn in the page's text colour: replaced in the SVG."""
@@ -116,7 +116,7 @@ def write_report(results: Mapping[str, Results], path: Path) -> None:
     )
     first = next(iter(results.values()))
     page = environment.get_template("report.html.j2").render(
-        title=f"{first['recipe']}: {first['world_size']} rank(s), seed {first['seed']}",
+        title=_title(first),
         summary=summary_of(results),
         rows=_rows(results),
         runs=[
@@ -137,6 +137,11 @@ def write_report(results: Mapping[str, Results], path: Path) -> None:
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page)
+
+
+def _title(each: Results) -> str:
+    ranks = each["world_size"]
+    return f"{each['recipe']}: {ranks} rank{'s' if ranks > 1 else ''}, seed {each['seed']}"
 
 
 def _read(path: Path) -> Any:
@@ -191,8 +196,7 @@ def _colour(results: Mapping[str, Results], label: str) -> str:
     strategy = results[label]["strategy"]
     if strategy in COLOURS and strategies.count(strategy) == 1:
         return COLOURS[strategy]
-    palette = (*COLOURS.values(), *OTHER_COLOURS)
-    return palette[list(results).index(label) % len(palette)]
+    return PALETTE[list(results).index(label) % len(PALETTE)]
 
 
 Drawing = tuple[tuple[float, float], Callable[[Axes], None]]
@@ -213,7 +217,7 @@ def _average_over_time(results: Mapping[str, Results]) -> Drawing:
         _accuracy_axes(axes, len(values))
         axes.legend(frameon=False, labelcolor=INK)
 
-    return (6.4, 3.6), draw
+    return (6.4, 3.2), draw
 
 
 def _tasks_over_time(each: Results) -> Drawing:
@@ -221,13 +225,12 @@ def _tasks_over_time(each: Results) -> Drawing:
         matrix = 100 * np.array(each["top1"])
         num_tasks = len(matrix)
         for task in range(num_tasks):
-            shade = 0.15 + 0.7 * task / max(1, num_tasks - 1)
             name = each["tasks"][task]["name"]
             axes.plot(
                 range(task + 1, num_tasks + 1),
                 matrix[task:, task],
                 marker=MARKERS[task % len(MARKERS)],
-                color=_viridis(shade),
+                color=PALETTE[task % len(PALETTE)],
                 label=name if len(name) < 24 else f"task {task + 1}",
             )
         _accuracy_axes(axes, num_tasks)
@@ -261,13 +264,13 @@ def _runtime(results: Mapping[str, Results]) -> Drawing:
         seconds = [each["seconds"] for each in results.values()]
         axes.barh(labels, seconds, color=[_colour(results, label) for label in labels], height=0.6)
         for place, (label, value) in enumerate(zip(labels, seconds, strict=True)):
-            text = f" {value:.1f} s, {_percent(results[label]['average_top1'])}"
-            axes.text(value, place, text, va="center", color=INK)
-        axes.set_xlim(0, 1.45 * max(seconds))
+            text = f"{value:.1f} s, {_percent(results[label]['average_top1'])}"
+            _beside_bar(axes, value, place, text)
+        axes.set_xlim(0, 1.6 * max(seconds))
         axes.invert_yaxis()
         axes.set_xlabel("training time (s), and average top-1 at the end")
 
-    return (6.4, 0.9 + 0.5 * len(results)), draw
+    return (5.2, 0.9 + 0.5 * len(results)), draw
 
 
 def _step_times(results: Mapping[str, Results]) -> Drawing:
@@ -282,20 +285,18 @@ def _step_times(results: Mapping[str, Results]) -> Drawing:
             axes.text(
                 total, place, f" {total:.2f} ms, wait {_percent(share)}", va="center", color=INK
             )
-        axes.set_xlim(0, 1.5 * max(left))
+        axes.set_xlim(0, 1.7 * max(left))
         axes.invert_yaxis()
         axes.set_xlabel("mean time of a step (ms)")
         axes.legend(
             frameon=False, labelcolor=INK, ncols=3, loc="lower right", bbox_to_anchor=(1, 1)
         )
 
-    return (6.4, 1.2 + 0.5 * len(results)), draw
+    return (5.2, 1.2 + 0.5 * len(results)), draw
 
 
-def _viridis(shade: float) -> Any:
-    from matplotlib import colormaps
-
-    return colormaps["viridis"](shade)
+def _beside_bar(axes: Axes, length: float, place: int, text: str) -> None:
+    axes.annotate(text, (length, place), (5, 0), textcoords="offset points", va="center", color=INK)
 
 
 def _accuracy_axes(axes: Axes, num_tasks: int) -> None:
@@ -309,7 +310,7 @@ def _accuracy_axes(axes: Axes, num_tasks: int) -> None:
 def _svg(drawing: Drawing, title: str) -> Markup:
     """Draws a figure as inline SVG whose text and axes have the page's text colour."""
     size, draw = drawing
-    settings = {
+    settings: Any = {
         "axes.edgecolor": INK,
         "axes.labelcolor": INK,
         "axes.spines.right": False,
