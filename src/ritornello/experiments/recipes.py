@@ -109,15 +109,18 @@ def digits() -> Recipe:
 
 
 def mnist() -> Recipe:
-    """Split MNIST, class-incremental, one pass (settings near Buzzega et al., NeurIPS 2020)."""
+    """Split MNIST, class-incremental, one pass; the perceptron of Buzzega et al. (2020)."""
     return Recipe(
         name="mnist",
         description="Split MNIST, 5 tasks of 2 classes, one pass, 500 representatives",
         data="mnist",
         global_batch_size=16,
-        learning_rate=0.1,
+        learning_rate=0.05,
+        momentum=0.5,
+        # Within the pass: a decaying rate forgets less of the tasks before.
+        milestones=((0.5, 0.3), (0.8, 0.1)),
         capacity=500,
-        global_num_representatives=16,
+        global_num_representatives=64,
     )
 
 
@@ -156,8 +159,8 @@ def folder() -> Recipe:
         warmup_epochs=5,
         milestones=((21, 0.5), (26, 0.05), (28, 0.01)),
         capacity=10_000,
-        global_num_representatives=7 * 2,
-        global_num_candidates=14 * 2,
+        global_num_representatives=8,
+        global_num_candidates=16,
         num_workers=4,
     )
 
