@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from ritornello.experiments.launch import LaunchError, launch, place_in_job
+
+
+def _place(*_: Any) -> tuple[int, int, str | None]:
+    if not dist.is_initialized():
+        return 0, 1, None
+    return dist.get_rank(), dist.get_world_size(), os.environ["OMP_NUM_THREADS"]
+
+
+def _fail_on_rank_1() -> None:
+    if dist.get_rank() == 1:
+        raise ValueError("one bad apple")
+    time.sleep(60)
+
+
+def _die_on_rank_1() -> None:
+    if dist.get_rank() == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(60)
+
+
+def test_one_rank_needs_no_process() -> None:
+    assert launch(None, _place) == launch(1, _place) == (0, 1, None)
+
+
+def test_two_local_ranks_share_the_processors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    threads = max(1, (os.cpu_count() or 1) // 2)
+    assert launch(2, _place) == (0, 2, str(threads))
+    assert "OMP_NUM_THREADS" not in os.environ
+
+
+def test_a_rank_that_raises_ends_the_others() -> None:
+    began = time.monotonic()
+    with pytest.raises(LaunchError, match="rank 1 failed: .*one bad apple; the other ranks"):
+        launch(2, _fail_on_rank_1)
+    assert time.monotonic() - began < 50
+
+
+def test_a_killed_rank_ends_the_others() -> None:
+    with pytest.raises(LaunchError, match=r"rank 1 was killed \(signal 9\)"):
+        launch(2, _die_on_rank_1)
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "a"}, ("torchrun", 3, 8, 1, "a", 29500)),
+        (
+            {"SLURM_PROCID": "2", "SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "0", "SLURM_STEP_NODELIST": "node7", "SLURM_JOB_ID": "123"},
+            ("srun", 2, 4, 0, "node7", 20123),
+        ),
+        (
+            {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "1", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"},
+            ("mpirun", 1, 2, 1, "127.0.0.1", 29500),
+        ),
+        (
+            {"PMI_RANK": "1", "PMI_SIZE": "2", "MASTER_ADDR": "b", "MASTER_PORT": "1234"},
+            ("mpirun", 1, 2, 0, "b", 1234),
+        ),
+    ],
+)  # fmt: skip
+def test_the_place_in_a_job(environment: dict[str, str], expected: tuple[Any, ...]) -> None:
+    place = place_in_job(environment)
+    assert place is not None
+    assert (
+        place.launcher,
+        place.rank,
+        place.num_ranks,
+        place.local_rank,
+        place.address,
+        place.port,
+    ) == expected
+
+
+def test_outside_of_a_job() -> None:
+    assert place_in_job({}) is None
+    # A batch script of SLURM, before srun.
+    assert place_in_job({"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}) is None
+
+
+def test_mpirun_over_hosts_needs_an_address() -> None:
+    with pytest.raises(ValueError, match="several hosts: set MASTER_ADDR"):
+        place_in_job({"PMI_RANK": "0", "PMI_SIZE": "4", "MPI_LOCALNRANKS": "2"})
+
+
+def test_ranks_that_contradict(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="--ranks 0: it must be at least 1"):
+        launch(0, _place)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=r"--ranks 3, but torchrun has started 2 rank\(s\)"):
+        launch(3, _place)
+
+
+def test_joining_torchrun(tmp_path: Any) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    ran = subprocess.run(
+        [*command, "2", "-m", "ritornello.experiments.cli", "run", "digits", "--epochs", "1",
+         "--output", str(tmp_path / "out")],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.count("avg top-1") == 1
+    assert "on 2 ranks" in ran.stdout
+    assert (tmp_path / "out" / "report.html").exists()

@@ -1,0 +1,79 @@
+"""The structure that the design promises, held by reading the sources."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import ritornello
+
+SOURCES = Path(ritornello.__file__).parent
+CORE = sorted(p for p in SOURCES.rglob("*.py") if "experiments" not in p.relative_to(SOURCES).parts)
+
+
+def imports_of(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield str(node.module)
+
+
+def files_importing(*modules: str) -> set[str]:
+    return {
+        path.relative_to(SOURCES).as_posix()
+        for path in CORE
+        for name in imports_of(path)
+        if name in modules
+    }
+
+
+@pytest.mark.parametrize("path", CORE, ids=lambda path: path.name)
+def test_the_core_imports_torch_and_numpy_alone(path: Path) -> None:
+    for name in imports_of(path):
+        assert not name.startswith("ritornello.experiments")
+        top = name.partition(".")[0]
+        assert top in {"torch", "numpy", "ritornello"} or top in sys.stdlib_module_names
+
+
+def test_importing_the_library_loads_no_experiments() -> None:
+    code = (
+        "import sys, ritornello; "
+        "assert not [m for m in sys.modules if m.startswith('ritornello.experiments')]; "
+        "assert not {'matplotlib', 'torchvision', 'timm', 'rich', 'sklearn'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_only_the_worker_owns_a_thread() -> None:
+    makes_threads = {
+        path.relative_to(SOURCES).as_posix()
+        for path in CORE
+        if "threading.Thread(" in path.read_text()
+    }
+    assert makes_threads == {"worker.py", "testing.py"}
+
+
+def test_only_transports_talk_to_other_ranks() -> None:
+    importing = files_importing("torch.distributed") - {"testing.py"}
+    assert importing == {
+        "buffer.py",  # for a type annotation
+        "transports/__init__.py",
+        "transports/collective.py",
+    }
+
+
+def test_every_public_name_has_a_docstring() -> None:
+    for name in ritornello.__all__:
+        public = getattr(ritornello, name)
+        if inspect.isclass(public):
+            assert public.__doc__, name
+            for member, value in vars(public).items():
+                if inspect.isfunction(value) and not member.startswith("_"):
+                    assert value.__doc__, f"{name}.{member}"

@@ -1,0 +1,95 @@
+"""The path over a GPU; skipped where there is none."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from ritornello import RehearsalBuffer
+from ritornello.testing import spawn_ranks
+
+pytestmark = pytest.mark.cuda
+
+
+def batches(device: str, num_steps: int = 40) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(3)
+    return [
+        (
+            torch.randint(256, (16, 3, 8, 8), generator=generator, dtype=torch.uint8).to(device),
+            torch.randint(10, (16,), generator=generator).to(device),
+        )
+        for _ in range(num_steps)
+    ]
+
+
+def augmented(device: str, **arguments: Any) -> list[torch.Tensor]:
+    out = []
+    with RehearsalBuffer(60, num_representatives=7, num_candidates=5, **arguments) as buffer:
+        for images, labels in batches(device):
+            joined = buffer.update((images, labels))
+            assert all(leaf.device.type == torch.device(device).type for leaf in joined)
+            out += [leaf.cpu() for leaf in joined]
+            images.zero_()  # must not reach the buffer
+            torch.cuda._sleep(1_000_000)  # the trainer's stream lags behind its thread
+    return out
+
+
+@pytest.mark.parametrize("storage", ["cpu", "cuda"])
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_same_results_as_on_the_cpu(storage: str, asynchronous: bool) -> None:
+    expected = augmented("cpu")
+    got = augmented("cuda", storage=storage, asynchronous=asynchronous)
+    assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
+
+
+def test_leaves_on_different_devices_come_back_where_they_were() -> None:
+    with RehearsalBuffer(20, num_representatives=4) as buffer:
+        for images, labels in batches("cuda", 5):
+            joined_images, joined_labels = buffer.update((images, labels.cpu()))
+            assert joined_images.is_cuda
+            assert not joined_labels.is_cuda
+
+
+def test_draw_gives_the_callers_own_tensors() -> None:
+    with RehearsalBuffer(20, num_representatives=4) as buffer:
+        kept = []
+        for batch in batches("cuda", 6):
+            past = buffer.draw()
+            if past is not None:
+                kept.append((past[0], past[0].clone()))
+            buffer.offer(batch)
+        torch.cuda.synchronize()
+        assert all(torch.equal(a, b) for a, b in kept)
+
+
+def _on_one_gpu(rank: int) -> list[torch.Tensor]:
+    return augmented("cuda")
+
+
+def test_two_ranks_on_one_gpu_over_gloo() -> None:
+    outcomes = spawn_ranks(2, _on_one_gpu)
+    assert all(isinstance(outcome, list) for outcome in outcomes), outcomes
+
+
+def test_nccl_with_one_rank() -> None:
+    from ritornello.transports import CollectiveTransport
+
+    with tempfile.TemporaryDirectory() as folder:
+        store = dist.FileStore(os.path.join(folder, "store"), 1)
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl", store=store, rank=0, world_size=1, timeout=timedelta(seconds=60)
+        )
+        try:
+            device = torch.device("cuda", torch.cuda.current_device())
+            transport = CollectiveTransport.beside(None, 60.0, device)
+            expected = augmented("cpu")
+            got = augmented("cuda", storage="cuda", transport=transport)
+            assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
+        finally:
+            dist.destroy_process_group()
