@@ -5,6 +5,7 @@ import gc
 import os
 import pickle
 import threading
+import tracemalloc
 import weakref
 from typing import Any
 
@@ -340,3 +341,25 @@ def test_no_batch_stays_alive_between_rounds() -> None:
         del batch
         gc.collect()
         assert [reference() for reference in references] == [None, None]
+
+
+def test_nothing_grows_once_the_buffer_is_full() -> None:
+    with RehearsalBuffer(64, num_representatives=4, num_candidates=8) as buffer:
+
+        def some_steps(num_steps: int) -> None:
+            for step in range(num_steps):
+                buffer.update(batch_of(step % 7, 16))
+
+        some_steps(300)
+        tracemalloc.start()
+        try:
+            some_steps(100)
+            gc.collect()
+            before = tracemalloc.get_traced_memory()[0]
+            some_steps(1000)
+            gc.collect()
+            grown = tracemalloc.get_traced_memory()[0] - before
+        finally:
+            tracemalloc.stop()
+        assert grown < 20_000
+        assert buffer.stats().shard_bytes == 64 * 48

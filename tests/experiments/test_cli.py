@@ -29,7 +29,7 @@ def test_run_then_report(capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr().out
     assert "rehearsal on 1 rank, seed 3" in printed
     folder = Path("runs/digits-rehearsal")
-    results = json.loads((folder / "rehearsal" / "results.json").read_text())
+    results = json.loads((folder / "results.json").read_text())
     assert results["config"]["num_tasks"] == 2
     assert (folder / "report.html").exists()
     assert run("run", "digits", "--epochs", "1", "--tasks", "2", "--strategy", "incremental") == 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -97,7 +97,7 @@ def run(
         ranks: Local processes to start. Leave it out under torchrun, srun or mpirun.
         output: Folder for results.json, model.pt and report.html; runs/... if not given.
     """
-    _compare(changes.applied_to(recipe), [strategy], ranks, output, f"{recipe}-{strategy}")
+    _train(changes.applied_to(recipe), [strategy], ranks, output, f"{recipe}-{strategy}")
 
 
 def compare(
@@ -117,7 +117,7 @@ def compare(
         ranks: Local processes to start. Leave it out under torchrun, srun or mpirun.
         output: Folder for comparison.json and report.html; runs/... if not given.
     """
-    _compare(changes.applied_to(recipe), strategies, ranks, output, f"{recipe}-compare")
+    _train(changes.applied_to(recipe), strategies, ranks, output, f"{recipe}-compare")
 
 
 def demo(ranks: int = 2, output: str | None = None) -> None:
@@ -127,7 +127,7 @@ def demo(ranks: int = 2, output: str | None = None) -> None:
         ranks: Local processes to start.
         output: Folder for comparison.json and report.html; runs/demo if not given.
     """
-    _compare(recipe_named("digits"), ALL_STRATEGIES, ranks, output, "demo")
+    _train(recipe_named("digits"), ALL_STRATEGIES, ranks, output, "demo")
 
 
 def report(folders: Folders, /, output: str = "report.html") -> None:
@@ -177,15 +177,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _fail("interrupted", status=130)
 
 
-def _compare(
+def _train(
     recipe: Recipe,
     strategies: Sequence[str],
     ranks: int | None,
     output: str | None,
     default_name: str,
 ) -> None:
-    from dataclasses import replace
-
+    """Trains with one strategy or several on all ranks; the main one shows what came out."""
     from ritornello.experiments.launch import launch, place_in_job
 
     place = place_in_job(os.environ)
@@ -194,16 +193,19 @@ def _compare(
         replace(recipe, strategy=strategy).check(num_ranks)
     is_main = place is None or place.rank == 0
     folder = _output_folder(output, default_name) if is_main else None
-    console = Console(quiet=not is_main)
-    console.print(
+    Console(quiet=not is_main).print(
         f"[bold]{recipe.name}[/bold]: {recipe.description}\n"
         f"{', '.join(strategies)} on {num_ranks} rank{'s' if num_ranks > 1 else ''}, "
         f"seed {recipe.seed}",
         highlight=False,
     )
-    from ritornello.experiments.train import compare as train_and_compare
+    from ritornello.experiments import train
 
-    launch(ranks, train_and_compare, recipe, tuple(strategies), folder and str(folder))
+    path = None if folder is None else str(folder)
+    if len(strategies) == 1:
+        launch(ranks, train.run, replace(recipe, strategy=strategies[0]), path)
+    else:
+        launch(ranks, train.compare, recipe, tuple(strategies), path)
     if folder is not None:
         from ritornello.experiments.report import load_results
 
