@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -86,6 +88,43 @@ def test_a_folder_that_is_not_empty(capsys: pytest.CaptureFixture[str]) -> None:
     Path("full/precious").touch()
     assert run("run", "digits", "--output", "full") == 2
     assert "it exists and is not empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_all_ranks(number: signal.Signals) -> None:
+    command = [sys.executable, "-m", "ritornello.experiments.cli"]
+    process = subprocess.Popen(
+        [*command, "run", "digits", "--ranks", "2", "--epochs", "100000"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while len(children := _children(process.pid)) < 2 and time.monotonic() < deadline:
+            time.sleep(0.1)
+        time.sleep(3.0)
+        process.send_signal(number)
+        _, error = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 1
+    assert f"ritornello: error: stopped by {number.name}; all ranks were ended" in error
+    assert "Traceback" not in error
+    assert not [child for child in children if _is_running(child)]
+
+
+def _children(pid: int) -> list[int]:
+    path = Path(f"/proc/{pid}/task/{pid}/children")
+    if not path.exists():
+        pytest.skip("needs /proc")
+    return [int(child) for child in path.read_text().split()]
+
+
+def _is_running(pid: int) -> bool:
+    status = Path(f"/proc/{pid}/stat")
+    return status.exists() and status.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
 def test_help_is_quick_and_imports_nothing_heavy() -> None:

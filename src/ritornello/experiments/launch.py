@@ -154,6 +154,7 @@ def _join(place: Place, target: Callable[..., Any], *arguments: Any) -> Any:
 
 def _start(num_ranks: int, target: Callable[..., Any], *arguments: Any) -> Any:
     """Starts local ranks and waits for them."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -186,6 +187,8 @@ def _start(num_ranks: int, target: Callable[..., Any], *arguments: Any) -> Any:
         else:
             reason = f"failed: {_reason(failure.message)}"
         raise LaunchError(f"rank {rank} {reason}; the other ranks were ended") from error
+    except SignalException as error:
+        raise LaunchError(f"stopped by {error.sigval.name}; all ranks were ended") from None
     finally:
         elastic_log.setLevel(level)
         for name in added:

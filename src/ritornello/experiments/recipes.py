@@ -131,13 +131,14 @@ def cifar10() -> Recipe:
         description="Split CIFAR-10, 5 tasks of 2 classes, small CNN, buffer of 20 % of the data",
         data="cifar10",
         model="small-cnn",
-        epochs=2,
+        epochs=3,
         global_batch_size=64,
         learning_rate=0.05,
         momentum=0.9,
         weight_decay=5e-4,
+        milestones=((1, 0.3), (2, 0.1)),
         capacity=10_000,
-        global_num_representatives=32,
+        global_num_representatives=64,
         global_num_candidates=32,
     )
 
