@@ -353,13 +353,13 @@ def test_nothing_grows_once_the_buffer_is_full() -> None:
         some_steps(300)
         tracemalloc.start()
         try:
-            some_steps(100)
+            some_steps(1000)  # NumPy keeps some small objects for reuse
             gc.collect()
             before = tracemalloc.get_traced_memory()[0]
-            some_steps(1000)
+            some_steps(2000)
             gc.collect()
             grown = tracemalloc.get_traced_memory()[0] - before
         finally:
             tracemalloc.stop()
-        assert grown < 20_000
+        assert grown < 20_000  # 10 bytes a round
         assert buffer.stats().shard_bytes == 64 * 48

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import subprocess
 import uuid
 from collections.abc import Callable, Mapping
@@ -12,8 +13,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-
-logger = logging.getLogger(__name__)
 
 
 class LaunchError(RuntimeError):
@@ -162,10 +161,9 @@ def _start(num_ranks: int, target: Callable[..., Any], *arguments: Any) -> Any:
     threads = max(1, (os.cpu_count() or 1) // num_ranks)
     added = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(threads)}
     os.environ.update(added)
-    # Its log repeats, at length, what LaunchError says.
-    elastic_log = logging.getLogger("torch.distributed.elastic")
-    level = elastic_log.level
-    elastic_log.setLevel(logging.CRITICAL)
+    # The launcher's log repeats, at length, what LaunchError says; this process only waits.
+    disabled = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -190,7 +188,7 @@ def _start(num_ranks: int, target: Callable[..., Any], *arguments: Any) -> Any:
     except SignalException as error:
         raise LaunchError(f"stopped by {error.sigval.name}; all ranks were ended") from None
     finally:
-        elastic_log.setLevel(level)
+        logging.disable(disabled)
         for name in added:
             del os.environ[name]
 
@@ -198,6 +196,9 @@ def _start(num_ranks: int, target: Callable[..., Any], *arguments: Any) -> Any:
 def _started(target: Callable[..., Any], *arguments: Any) -> Any:
     """The main function of a local rank."""
     from torch.distributed.elastic.multiprocessing.errors import record
+
+    # The launcher says that it was interrupted; a rank just ends.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     @record
     def main() -> Any:

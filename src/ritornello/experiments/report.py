@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -260,12 +261,12 @@ def _heat_map(each: Results) -> Drawing:
 
 def _runtime(results: Mapping[str, Results]) -> Drawing:
     def draw(axes: Axes) -> None:
-        labels = list(results)
+        labels = [_wrapped(label) for label in results]
         seconds = [each["seconds"] for each in results.values()]
-        axes.barh(labels, seconds, color=[_colour(results, label) for label in labels], height=0.6)
-        for place, (label, value) in enumerate(zip(labels, seconds, strict=True)):
-            text = f"{value:.1f} s, {_percent(results[label]['average_top1'])}"
-            _beside_bar(axes, value, place, text)
+        axes.barh(labels, seconds, color=[_colour(results, label) for label in results], height=0.6)
+        for place, each in enumerate(results.values()):
+            text = f"{each['seconds']:.1f} s, {_percent(each['average_top1'])}"
+            _beside_bar(axes, each["seconds"], place, text)
         axes.set_xlim(0, 1.6 * max(seconds))
         axes.invert_yaxis()
         axes.set_xlabel("training time (s), and average top-1 at the end")
@@ -275,7 +276,7 @@ def _runtime(results: Mapping[str, Results]) -> Drawing:
 
 def _step_times(results: Mapping[str, Results]) -> Drawing:
     def draw(axes: Axes) -> None:
-        labels, left = list(results), np.zeros(len(results))
+        labels, left = [_wrapped(label) for label in results], np.zeros(len(results))
         for part, colour in PARTS.items():
             values = np.array([1000 * each["step_seconds"][part] for each in results.values()])
             axes.barh(labels, values, left=left, color=colour, height=0.6, label=part)
@@ -293,6 +294,11 @@ def _step_times(results: Mapping[str, Results]) -> Drawing:
         )
 
     return (5.2, 1.2 + 0.5 * len(results)), draw
+
+
+def _wrapped(label: str) -> str:
+    """A label that leaves room for the bars."""
+    return textwrap.fill(label, 18)
 
 
 def _beside_bar(axes: Axes, length: float, place: int, text: str) -> None:

@@ -72,7 +72,8 @@ def run(recipe: Recipe, output: str | None = None, data: DataSet | None = None) 
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         trainer = Trainer(recipe, data, device)
         try:
-            results = trainer.train()
+            # As JSON would give it back: what is returned is what is written.
+            results: Results = json.loads(json.dumps(trainer.train()))
         finally:
             trainer.close()
     if output is not None and _rank() == 0:
@@ -178,18 +179,16 @@ class Trainer:
             weight_decay=recipe.weight_decay,
         )
         steps_per_epoch = self.steps_per_epoch(indices)
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimiser, lambda step: recipe.learning_rate_factor((step + 1) / steps_per_epoch)
-        )
         scaler = torch.amp.GradScaler(self.device.type, enabled=recipe.amp == "float16")
         self.parallel.train()
         for epoch in range(recipe.epochs):
             batches = self.batches(indices, number, epoch)
-            while True:
+            for step in range(steps_per_epoch):
+                factor = recipe.learning_rate_factor(epoch + (step + 1) / steps_per_epoch)
+                for group in optimiser.param_groups:
+                    group["lr"] = recipe.learning_rate * factor
                 began = time.perf_counter()
-                batch = next(batches, None)
-                if batch is None:
-                    break
+                batch = next(batches)
                 images, labels = (leaf.to(self.device, non_blocking=True) for leaf in batch)
                 loaded = time.perf_counter()
                 images, labels = self.strategy.augment(images, labels)
@@ -200,7 +199,6 @@ class Trainer:
                 scaler.scale(loss).backward()
                 scaler.step(optimiser)
                 scaler.update()
-                schedule.step()
                 self.step_seconds.load += loaded - began
                 self.step_seconds.wait += augmented - loaded
                 self.step_seconds.train += time.perf_counter() - augmented
