@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ritornello.random_streams import Purpose, stream
-from ritornello.sampling import Plan, UniformSampling, plan_draw
+from ritornello.sampling import Plan, SamplingPolicy, UniformSampling, plan_draw
 from ritornello.testing import chi_square_p_value
 
 
@@ -108,3 +108,16 @@ def test_load_is_spread_at_many_ranks() -> None:
     plan = plan_draw(np.array(sizes), 5, 7, UniformSampling(), stream(0, Purpose.SAMPLING, 3))
     assert plan.num_drawn == 7
     assert 0 < len(plan.send_slots) < 30
+
+
+@pytest.mark.parametrize(
+    ("indices", "message"),
+    [([[0, 1, 2]], r"shape \[1, 3\]"), ([[0, 5]], "from 0 to 5"), ([[-1, 0]], "from -1 to 0")],
+)
+def test_a_sampling_policy_that_breaks_its_contract(indices: list[list[int]], message: str) -> None:
+    class Fixed(SamplingPolicy):
+        def draw(self, *_: object) -> np.ndarray:
+            return np.array(indices)
+
+    with pytest.raises(ValueError, match=message):
+        plan_draw(np.array([5]), 0, 2, Fixed(), np.random.default_rng(0))

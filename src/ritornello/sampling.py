@@ -98,6 +98,9 @@ def plan_draw(
         num_representatives: ``r``; each rank gets as many, or all if the buffer holds fewer.
         policy: what to draw.
         generator: the stream that all ranks share for this step.
+
+    Raises:
+        ValueError: the policy breaks its contract.
     """
     num_ranks = len(sizes)
     ends = np.cumsum(sizes)
@@ -108,6 +111,12 @@ def plan_draw(
         no_counts = np.zeros(num_ranks, dtype=np.int64)
         return Plan(nothing, no_counts, nothing, no_counts)
     drawn = policy.draw(num_held, num_ranks, num_drawn, generator)
+    if drawn.shape != (num_ranks, num_drawn) or drawn.min() < 0 or drawn.max() >= num_held:
+        raise ValueError(
+            f"the sampling policy gave indices of the shape {list(drawn.shape)}, from "
+            f"{drawn.min(initial=0)} to {drawn.max(initial=0)}: they must have the shape "
+            f"[{num_ranks}, {num_drawn}] and be from 0 to {num_held - 1}"
+        )
 
     mine = np.sort(drawn[rank])
     cuts = np.searchsorted(mine, ends)

@@ -50,7 +50,11 @@ class InlineWorker(Worker):
 
     def start(self, candidates: Candidates) -> None:
         """See ``Worker.start``."""
-        self._outcome = _outcome(self._run, candidates)
+        # An interrupt is the trainer's own and passes through.
+        try:
+            self._outcome = self._run(candidates)
+        except Exception as error:
+            self._outcome = error
 
     def result(self, timeout_seconds: float) -> int:
         """See ``Worker.result``."""
@@ -109,18 +113,15 @@ def _serve(state: _State) -> None:
         except queue.Empty:
             continue
         if candidates is not None:
-            outcome = _outcome(state.run, candidates)
+            outcome: Outcome
+            try:
+                outcome = state.run(candidates)
+            except BaseException as error:
+                logger.debug("a round failed", exc_info=True)
+                outcome = error
             # Nothing of the mini-batch may stay alive between rounds.
             del candidates
             state.outcomes.put(outcome)
-
-
-def _outcome(run: RunRound, candidates: Candidates) -> Outcome:
-    try:
-        return run(candidates)
-    except BaseException as error:
-        logger.debug("a round failed", exc_info=True)
-        return error
 
 
 def _unwrap(outcome: Outcome) -> int:

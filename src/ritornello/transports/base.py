@@ -1,6 +1,6 @@
 """The contract of a transport: what moves records between ranks.
 
-A transport has four methods. The worker alone calls them, in the same order on every rank.
+A transport has three methods. The worker alone calls them, in the same order on every rank.
 ``ritornello.testing.TransportConformance`` is the suite that every transport passes.
 """
 
