@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ritornello import RehearsalBuffer
+from ritornello import RehearsalBuffer, RoundError
 from ritornello.testing import spawn_ranks
 
 pytestmark = pytest.mark.cuda
@@ -46,6 +46,20 @@ def test_same_results_as_on_the_cpu(storage: str, asynchronous: bool) -> None:
     expected = augmented("cpu")
     got = augmented("cuda", storage=storage, asynchronous=asynchronous)
     assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
+
+
+def test_mini_batches_on_the_cpu_and_a_shard_on_the_gpu() -> None:
+    expected = augmented("cpu")
+    got = augmented("cpu", storage="cuda")
+    assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
+
+
+def test_labels_on_the_gpu_are_checked_by_the_worker() -> None:
+    images, labels = batches("cuda", 1)[0]
+    with RehearsalBuffer(60, num_representatives=7) as buffer:
+        buffer.update((images, labels - 100))
+        with pytest.raises(RoundError, match="is out of range: labels must be at least 0"):
+            buffer.update((images, labels))
 
 
 def test_leaves_on_different_devices_come_back_where_they_were() -> None:

@@ -129,8 +129,8 @@ class Rounds:
         """The labels (int64) of the representatives in this rank's shard."""
         if self.shard is None or self._label is None:
             return np.zeros(0, dtype=np.int64)
-        rows = self.shard.rows[: int(self.sizes[self.transport.rank])]
-        return self._labels_of(rows)
+        with self._staging.worker_stream():  # after the last round's writes
+            return self._labels_of(self.shard.rows[: int(self.sizes[self.transport.rank])])
 
     def _admit(self, candidates: Candidates, shard: Shard) -> int:
         """Lets the policy decide, writes the shard; returns the shard's new size."""

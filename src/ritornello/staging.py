@@ -3,7 +3,7 @@
 The trainer's thread copies candidates out of the mini-batch and reads representatives; the
 worker moves both between the trainer's device and the shard's. On CUDA the worker's copies
 run on a stream of their own, through pinned memory, and events order them with the trainer's
-stream; nothing here makes the trainer's thread wait for the GPU.
+stream; with mini-batches on the GPU, nothing here makes the trainer's thread wait for it.
 
 At most one round is under way, and it starts only after the representatives of the round
 before were taken: that is why one buffer for each direction is enough.
@@ -90,7 +90,10 @@ class Staging:
     def take(self, num_rows: int) -> list[Tensor]:
         """The staged representatives as views per field, valid until ``release``."""
         if self._delivery is not None:
-            torch.cuda.current_stream(self._cuda).wait_event(self._delivery)
+            if self._trainer_device.type == "cuda":
+                torch.cuda.current_stream(self._cuda).wait_event(self._delivery)
+            else:
+                self._delivery.synchronize()
         return self._layout.views(self._delivered[:num_rows])
 
     def release(self) -> None:
