@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from ritornello.experiments import train
+from ritornello.experiments.config import Recipe
 from ritornello.experiments.data import load
 from ritornello.experiments.launch import launch
-from ritornello.experiments.recipes import Recipe, recipe_named
+from ritornello.experiments.recipes import recipe_named
 from ritornello.experiments.train import Trainer
 
 

@@ -19,7 +19,8 @@ except ImportError as error:  # pragma: no cover - the extra is installed in tes
         "pip install 'ritornello[experiments]'"
     ) from None
 
-from ritornello.experiments.recipes import RECIPES, Recipe, recipe_named
+from ritornello.experiments.config import Recipe
+from ritornello.experiments.recipes import RECIPES, recipe_named
 
 if TYPE_CHECKING:
     from ritornello.experiments.report import Results
@@ -186,11 +187,13 @@ def _train(
 ) -> None:
     """Trains with one strategy or several on all ranks; the main one shows what came out."""
     from ritornello.experiments.launch import launch, place_in_job
+    from ritornello.experiments.strategies import strategy_named
 
     place = place_in_job(os.environ)
     num_ranks = place.num_ranks if place else ranks or 1
     for strategy in strategies:
-        replace(recipe, strategy=strategy).check(num_ranks)
+        strategy_named(strategy)
+    recipe.check(num_ranks)
     is_main = place is None or place.rank == 0
     folder = _output_folder(output, default_name) if is_main else None
     Console(quiet=not is_main).print(

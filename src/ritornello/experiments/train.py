@@ -27,11 +27,11 @@ from torch.utils.data import DataLoader
 
 import ritornello
 from ritornello.experiments import metrics, models
+from ritornello.experiments.config import Recipe
 from ritornello.experiments.data import Batch, DataSet, LabelledImages, load
 from ritornello.experiments.progress import ProgressBar
-from ritornello.experiments.recipes import Recipe
 from ritornello.experiments.scenarios import class_incremental
-from ritornello.experiments.strategies import STRATEGIES, Strategy
+from ritornello.experiments.strategies import Strategy, strategy_named
 
 Results = dict[str, Any]
 
@@ -44,7 +44,9 @@ def compare(recipe: Recipe, strategies: Sequence[str], output: str | None) -> di
     Returns:
         Strategy to results; the main rank also writes ``comparison.json``.
     """
-    _check(recipe, strategies)
+    for strategy in strategies:
+        strategy_named(strategy)
+    recipe.check(_num_ranks())
     data = load(recipe.data, recipe.data_path, recipe.image_size)
     comparison = {}
     for strategy in strategies:
@@ -66,7 +68,7 @@ def run(recipe: Recipe, output: str | None = None, data: DataSet | None = None) 
     Returns:
         The results, the same on every rank but for times and the buffer's statistics.
     """
-    _check(recipe, [recipe.strategy])
+    recipe.check(_num_ranks())
     data = data or load(recipe.data, recipe.data_path, recipe.image_size)
     device = _device(recipe.device)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -124,7 +126,7 @@ class Trainer:
         self.recipe, self.data, self.device = recipe, data, device
         self.rank, self.num_ranks = _rank(), _num_ranks()
         self.tasks = class_incremental(data, recipe.num_tasks, recipe.class_order)
-        self.strategy: Strategy = STRATEGIES[recipe.strategy](recipe, self.num_ranks)
+        self.strategy: Strategy = strategy_named(recipe.strategy)(recipe, self.num_ranks)
         self.step_seconds = StepSeconds()
         self.log = TaskLog()
         self.mean, self.std = (
@@ -339,11 +341,6 @@ def weights_digest(model: nn.Module) -> str:
 def _as_it_is(batch: Any) -> Any:
     """The data sets give whole mini-batches: nothing is left to collate."""
     return batch
-
-
-def _check(recipe: Recipe, strategies: Sequence[str]) -> None:
-    for strategy in strategies:
-        replace(recipe, strategy=strategy).check(_num_ranks())
 
 
 def _rank() -> int:

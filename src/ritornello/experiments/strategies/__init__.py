@@ -11,4 +11,15 @@ STRATEGIES: dict[str, type[Strategy]] = {
     "from-scratch": FromScratch,
 }
 
-__all__ = ["STRATEGIES", "FromScratch", "Incremental", "Rehearsal", "Strategy"]
+__all__ = ["STRATEGIES", "FromScratch", "Incremental", "Rehearsal", "Strategy", "strategy_named"]
+
+
+def strategy_named(name: str) -> type[Strategy]:
+    """A strategy by its name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if name not in STRATEGIES:
+        raise ValueError(f"strategy={name!r}: there are {', '.join(STRATEGIES)}")
+    return STRATEGIES[name]

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from ritornello.experiments.recipes import Recipe
+from ritornello.experiments.config import Recipe
 from ritornello.experiments.scenarios import Task
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from ritornello import RehearsalBuffer
-from ritornello.experiments.recipes import Recipe
+from ritornello.experiments.config import Recipe
 from ritornello.experiments.strategies.base import Strategy
 
 
