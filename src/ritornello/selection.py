@@ -158,7 +158,7 @@ class _ClassShares(SelectionPolicy):
         filling = ordinals < shares[classes]
         replacing = ~filling & (positions < shares[classes])
         num_fresh = int(filling.sum()) - len(freed)
-        fresh = np.arange(self._num_used, self._num_used + max(0, num_fresh))
+        fresh = np.arange(self._num_used, self._num_used + num_fresh)
         self._num_used += len(fresh)
         self._members.append(classes[filling], np.concatenate([freed, fresh]))
         self._offered[seen] += counts
