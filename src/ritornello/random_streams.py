@@ -23,15 +23,32 @@ class Purpose(IntEnum):
     SAMPLING = 3
 
 
-def stream(seed: int, purpose: Purpose, step: int, rank: int = SHARED) -> np.random.Generator:
-    """The random stream of one purpose, step and rank.
+class Streams:
+    """The random streams of one purpose and rank: one for each step.
+
+    Making a generator takes ten times as long as setting its counter, so there is one, and
+    ``at`` sets it to the beginning of the step's stream.
 
     Args:
         seed: from 0 to 2**64 - 1.
         purpose: what the numbers are for.
-        step: counts rounds from 0.
         rank: the rank, or ``SHARED`` for numbers that all ranks must agree on.
     """
-    key = np.array([seed, purpose], dtype=np.uint64)
-    counter = np.array([0, 0, rank, step], dtype=np.uint64)
-    return np.random.Generator(np.random.Philox(key=key, counter=counter))
+
+    def __init__(self, seed: int, purpose: Purpose, rank: int = SHARED) -> None:
+        key = np.array([seed, purpose], dtype=np.uint64)
+        self._bits = np.random.Philox(key=key, counter=np.array([0, 0, rank, 0], dtype=np.uint64))
+        self._generator = np.random.Generator(self._bits)
+        self._start = self._bits.state
+        self._counter = self._start["state"]["counter"]
+
+    def at(self, step: int) -> np.random.Generator:
+        """The stream of ``step`` (counts rounds from 0); valid until the next call."""
+        self._counter[3] = step
+        self._bits.state = self._start
+        return self._generator
+
+
+def stream(seed: int, purpose: Purpose, step: int, rank: int = SHARED) -> np.random.Generator:
+    """The random stream of one purpose, step and rank; see ``Streams``."""
+    return Streams(seed, purpose, rank).at(step)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ritornello.arrays import Floats, Ints
+from ritornello.arrays import Bools, Floats, Ints
 from ritornello.class_members import ClassMembers
 
 
@@ -123,7 +123,8 @@ class _ClassShares(SelectionPolicy):
         super().bind(num_slots, rank, num_ranks)
         self._rank, self._num_ranks = rank, num_ranks
         self._labels = np.zeros(0, dtype=np.int64)  # class number -> label, as they appeared
-        self._sorted = np.zeros(0, dtype=np.int64)  # class numbers by ascending label
+        self._known = np.zeros(0, dtype=np.int64)  # the labels, ascending
+        self._sorted = np.zeros(0, dtype=np.int64)  # their class numbers
         self._offered = np.zeros(0, dtype=np.int64)
         self._offsets = np.zeros(0, dtype=np.int64)
         self._members = ClassMembers()
@@ -146,39 +147,59 @@ class _ClassShares(SelectionPolicy):
         classes = self._class_numbers(labels)
         rows = np.argsort(classes, kind="stable")
         classes = classes[rows]
-        seen, firsts, counts = np.unique(classes, return_index=True, return_counts=True)
+        ordinals = self._offered[classes] + np.arange(len(rows)) - classes.searchsorted(classes)
+        u = generator.random(len(rows))
+        if (self._offered[classes] > self._members.counts[classes]).all():
+            # Nobody's share changes: no class of these can grow any more.
+            filling = None
+        else:
+            filling = self._fill(classes, ordinals, generator)
+        self._offered[classes] = ordinals + 1  # of each class its last, highest ordinal stays
 
+        shares = self._members.counts[classes]
+        positions = self._positions(ordinals, shares, u)
+        enters = positions < shares
+        if filling is not None:
+            positions = np.where(filling, ordinals, positions)
+            enters |= filling
+        chosen = enters.nonzero()[0]
+        slots = self._members.slots(classes[chosen], positions[chosen])
+        return _last_writer(rows[chosen], slots)
+
+    def _fill(self, classes: Ints, ordinals: Ints, generator: np.random.Generator) -> Bools:
+        """Moves the classes' shares to where the candidates put them.
+
+        Returns:
+            bool ``[m]``: which candidates take new places, one each.
+        """
+        seen, counts = np.unique(classes, return_counts=True)
         held = self._members.counts
         shares = self._shares_after(seen, counts)
         losing = np.flatnonzero(shares < held)
         freed = self._members.drop(losing, held[losing] - shares[losing], generator)
-
-        ordinals = self._offered[classes] + np.arange(len(rows)) - np.repeat(firsts, counts)
-        positions = self._positions(ordinals, shares[classes], generator.random(len(rows)))
-        filling = ordinals < shares[classes]
-        replacing = ~filling & (positions < shares[classes])
+        filling: Bools = ordinals < shares[classes]
         num_fresh = int(filling.sum()) - len(freed)
         fresh = np.arange(self._num_used, self._num_used + num_fresh)
-        self._num_used += len(fresh)
+        self._num_used += num_fresh
         self._members.append(classes[filling], np.concatenate([freed, fresh]))
-        self._offered[seen] += counts
-
-        chosen = filling | replacing
-        positions = np.where(filling, ordinals, positions)
-        return _last_writer(rows[chosen], self._members.slots(classes[chosen], positions[chosen]))
+        return filling
 
     def _class_numbers(self, labels: Ints) -> Ints:
         """Labels to class numbers; unknown labels get the next ones."""
-        known = self._labels[self._sorted]
-        new = np.setdiff1d(labels, known)
-        if len(new):
-            self._labels = np.concatenate([self._labels, new])
-            self._offered = np.concatenate([self._offered, np.zeros_like(new)])
-            self._offsets = (self._rank - self._labels) % self._num_ranks
-            self._members.add_classes(len(new))
-            self._sorted = np.argsort(self._labels, kind="stable")
-            known = self._labels[self._sorted]
-        return self._sorted[np.searchsorted(known, labels)]
+        places = self._known.searchsorted(labels)
+        if len(self._known) == 0 or (self._known.take(places, mode="clip") != labels).any():
+            self._add_classes(np.setdiff1d(labels, self._known))
+            places = self._known.searchsorted(labels)
+        classes: Ints = self._sorted[places]
+        return classes
+
+    def _add_classes(self, new: Ints) -> None:
+        self._labels = np.concatenate([self._labels, new])
+        self._offered = np.concatenate([self._offered, np.zeros_like(new)])
+        self._offsets = (self._rank - self._labels) % self._num_ranks
+        self._members.add_classes(len(new))
+        self._sorted = np.argsort(self._labels, kind="stable")
+        self._known = self._labels[self._sorted]
 
     def _shares_after(self, seen: Ints, counts: Ints) -> Ints:
         """The share of every class once ``counts`` more of the classes ``seen`` are offered."""
@@ -253,8 +274,11 @@ def _reservoir_positions(ordinals: Ints, size: Ints | int, u: Floats) -> Ints:
 
 def _last_writer(rows: Ints, slots: Ints) -> Assignment:
     """Of candidates that go to the same slot one after another, the last one stays."""
-    slots, last = np.unique(slots[::-1], return_index=True)
-    return Assignment(rows[::-1][last], slots)
+    order = slots.argsort(kind="stable")
+    slots = slots[order]
+    last = np.ones(len(slots), dtype=np.bool_)
+    np.not_equal(slots[1:], slots[:-1], out=last[:-1])
+    return Assignment(rows[order[last]], slots[last])
 
 
 POLICIES: dict[str, type[SelectionPolicy]] = {
