@@ -17,6 +17,7 @@ from ritornello import PeerLostError, RehearsalBuffer, RoundError
 from ritornello.testing import (
     chi_square_p_value,
     connect_collective,
+    connect_shared_memory,
     run_ranks,
     spawn_ranks,
 )
@@ -73,11 +74,25 @@ def test_the_result_depends_on_the_seed_alone() -> None:
         (connect_collective, True, False),
         (connect_collective, False, False),
         (connect_collective, True, True),
+        (connect_shared_memory, True, False),
+        (connect_shared_memory, True, True),
+        (connect_shared_memory, False, True),
     ]:
         again = run_ranks(
             connect(2),
             lambda end, a=asynchronous, s=sleeps: augmented_batches(end, asynchronous=a, sleeps=s),
         )
+        for first, second in zip(reference, again, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_several_hosts_give_what_one_process_gives() -> None:
+    def rank_main(end: Transport) -> list[torch.Tensor]:
+        return augmented_batches(end, asynchronous=True, num_steps=60)
+
+    reference = run_ranks(LocalTransport.connect(4), rank_main)
+    for hosts in ([0, 0, 2, 2], [0, 1, 0, 1], [0, 1, 1, 3]):
+        again = run_ranks(connect_shared_memory(4, hosts=hosts), rank_main)
         for first, second in zip(reference, again, strict=True):
             assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
@@ -163,8 +178,8 @@ def test_sizes_are_gathered_only_while_a_shard_is_filling() -> None:
                 history.append(len(calls))
         return history
 
-    # Rank 0 fills its 10 rows in 5 steps; from then on nobody asks.
-    assert run_ranks(LocalTransport.connect(2), rank_main) == [[1, 2, 3, 4, 5] + [5] * 7] * 2
+    # Once for the layout; rank 0 then fills its 10 rows in 5 steps, and nobody asks any more.
+    assert run_ranks(LocalTransport.connect(2), rank_main) == [[2, 3, 4, 5, 6] + [6] * 7] * 2
 
 
 def test_different_arguments_are_an_error_on_every_rank() -> None:
@@ -252,9 +267,59 @@ def test_a_rank_that_pauses_for_longer_than_the_timeout() -> None:
     run_ranks(connect_collective(2, timeout_seconds=1.0), rank_main)
 
 
-def _train_in_a_process(rank: int, num_steps: int, victim: int | None) -> Any:
+@pytest.mark.parametrize("connect", [connect_collective, connect_shared_memory])
+def test_one_exchange_for_several_steps(connect: Connect) -> None:
+    """Draws stay uniform and without repetition over ranks; only the lag grows."""
+    num_draws, num_representatives, num_held = 3, 2, 24
+    counts = np.zeros((num_draws, num_held))
+
+    def rank_main(end: Transport) -> list[list[int]]:
+        drawn = []
+        with RehearsalBuffer(
+            num_held,
+            num_representatives=num_representatives,
+            transport=end,
+            selection="fifo",
+            label=None,
+            rounds_per_exchange=num_draws,
+        ) as buffer:
+            first = end.rank * num_held // 2
+            buffer.update(torch.arange(first, first + num_held // 2))
+            for _ in range(900):
+                drawn.append(buffer.update(torch.zeros(0, dtype=torch.int64)).tolist())
+            assert buffer.stats().num_rounds == 901 // num_draws
+        return drawn
+
+    everyone = run_ranks(connect(2), rank_main)
+    # The first group of steps comes before the first round.
+    assert [len(drawn) for drawn in everyone[0][:4]] == [0, 0, 2, 2]
+    for step, joint in enumerate(zip(everyone[0][2:], everyone[1][2:], strict=True)):
+        numbers = [number for drawn in joint for number in drawn]
+        assert len(set(numbers)) == 2 * num_representatives
+        counts[step % num_draws, numbers] += 1
+    for row in counts:
+        assert chi_square_p_value(row, row.sum() / num_held) > 0.001
+
+
+def test_one_exchange_for_several_steps_is_the_same_over_every_transport() -> None:
+    def rank_main(end: Transport) -> list[torch.Tensor]:
+        out = []
+        with RehearsalBuffer(
+            40, num_representatives=3, num_candidates=2, transport=end, rounds_per_exchange=4
+        ) as buffer:
+            for step in range(70):
+                out += buffer.update(labelled(end.rank, step, 5, 3))
+        return out
+
+    reference = run_ranks(LocalTransport.connect(3), rank_main)
+    for connect in (connect_collective, connect_shared_memory):
+        for ours, theirs in zip(reference, run_ranks(connect(3), rank_main), strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def _train_in_a_process(rank: int, num_steps: int, victim: int | None, transport: str) -> Any:
     """What a user's training script does; one rank may be killed on the way."""
-    buffer = RehearsalBuffer(40, num_representatives=6, timeout_seconds=20.0)
+    buffer = RehearsalBuffer(40, num_representatives=6, timeout_seconds=20.0, transport=transport)
     out = []
     for step in range(num_steps):
         if rank == victim and step == num_steps // 2:
@@ -270,9 +335,10 @@ def _train_in_a_process(rank: int, num_steps: int, victim: int | None) -> Any:
     return out
 
 
-def test_processes_of_a_default_group() -> None:
+@pytest.mark.parametrize("transport", ["auto", "collective"])
+def test_processes_of_a_default_group(transport: str) -> None:
     num_steps = 30
-    processes = spawn_ranks(2, _train_in_a_process, num_steps, None)
+    processes = spawn_ranks(2, _train_in_a_process, num_steps, None, transport)
 
     def rank_main(transport: Transport) -> list[torch.Tensor]:
         with RehearsalBuffer(40, num_representatives=6, transport=transport) as buffer:
@@ -285,9 +351,10 @@ def test_processes_of_a_default_group() -> None:
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
+@pytest.mark.parametrize("transport", ["shared_memory", "collective"])
 @pytest.mark.parametrize("num_steps", [10, 80], ids=["while filling", "when full"])
-def test_a_killed_peer_is_named_at_once(num_steps: int) -> None:
-    first, killed, third = spawn_ranks(3, _train_in_a_process, num_steps, 1)
+def test_a_killed_peer_is_named_at_once(num_steps: int, transport: str) -> None:
+    first, killed, third = spawn_ranks(3, _train_in_a_process, num_steps, 1, transport)
     assert killed == -signal.SIGKILL
     for rank, outcome in ((0, first), (2, third)):
         message, peers, seconds = outcome

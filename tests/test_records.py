@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -88,8 +89,17 @@ def test_pack_takes_the_indexed_samples_of_any_memory_format() -> None:
     images = torch.randn(6, 3, 4, 5).to(memory_format=torch.channels_last)
     layout = Layout.of(images)
     rows = torch.zeros(2, layout.record_bytes, dtype=torch.uint8)
-    layout.pack([images.requires_grad_()], torch.tensor([4, 1]), rows)
+    layout.pack([images.requires_grad_()], np.array([4, 1]), rows)
     assert torch.equal(layout.views(rows)[0], images[[4, 1]])
+
+
+def test_pack_of_large_samples() -> None:
+    images = torch.randn(5, 3, 80, 80).to(memory_format=torch.channels_last)
+    layout = Layout.of((images, torch.arange(5)))
+    rows = torch.zeros(2, layout.record_bytes, dtype=torch.uint8)
+    layout.pack([images.requires_grad_(), torch.arange(5)], np.array([4, 1]), rows)
+    assert torch.equal(layout.views(rows)[0], images[[4, 1]])
+    assert layout.views(rows)[1].tolist() == [4, 1]
 
 
 @pytest.mark.parametrize(

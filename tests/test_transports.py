@@ -5,10 +5,15 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
-import torch
 
 from ritornello.errors import PeerLostError
-from ritornello.testing import TransportConformance, connect_collective, run_ranks
+from ritornello.storage import Storage
+from ritornello.testing import (
+    TransportConformance,
+    connect_collective,
+    connect_shared_memory,
+    run_ranks,
+)
 from ritornello.transports import (
     CollectiveTransport,
     LocalTransport,
@@ -17,7 +22,7 @@ from ritornello.transports import (
     open_transport,
 )
 
-CPU = torch.device("cpu")
+AUTO = Storage.of("auto")
 
 
 class TestLocal(TransportConformance):
@@ -28,6 +33,18 @@ class TestLocal(TransportConformance):
 class TestCollective(TransportConformance):
     def connect(self, num_ranks: int, timeout_seconds: float) -> Sequence[Transport]:
         return connect_collective(num_ranks, timeout_seconds)
+
+
+class TestSharedMemory(TransportConformance):
+    def connect(self, num_ranks: int, timeout_seconds: float) -> Sequence[Transport]:
+        return connect_shared_memory(num_ranks, timeout_seconds)
+
+
+class TestSeveralHosts(TransportConformance):
+    """Ranks of one host are not next to each other."""
+
+    def connect(self, num_ranks: int, timeout_seconds: float) -> Sequence[Transport]:
+        return connect_shared_memory(num_ranks, timeout_seconds, hosts=[0, 1, 0, 1][:num_ranks])
 
 
 def test_collective_sends_one_message_per_pair_that_has_records() -> None:
@@ -81,10 +98,10 @@ def test_different_arguments_are_named_on_every_rank(connect: object) -> None:
 
 
 def test_opening_by_name() -> None:
-    assert isinstance(open_transport("auto", None, 1.0, CPU), LocalTransport)
+    assert isinstance(open_transport("auto", None, 1.0, AUTO), LocalTransport)
     with pytest.raises(ValueError, match="transport='pigeon': there are 'auto'"):
-        open_transport("pigeon", None, 1.0, CPU)
+        open_transport("pigeon", None, 1.0, AUTO)
     with pytest.raises(ValueError, match="needs torch.distributed: call"):
-        open_transport("collective", None, 1.0, CPU)
+        open_transport("collective", None, 1.0, AUTO)
     with pytest.raises(TypeError, match="transport=3"):
-        open_transport(3, None, 1.0, CPU)  # type: ignore[arg-type]
+        open_transport(3, None, 1.0, AUTO)  # type: ignore[arg-type]

@@ -5,6 +5,7 @@ Start with ``RehearsalBuffer``.
 
 from ritornello.buffer import RehearsalBuffer
 from ritornello.errors import BufferClosedError, PeerLostError, RoundError
+from ritornello.loading import rehearse
 from ritornello.sampling import SamplingPolicy, UniformSampling
 from ritornello.selection import (
     Assignment,
@@ -34,4 +35,5 @@ __all__ = [
     "Transport",
     "UniformSampling",
     "__version__",
+    "rehearse",
 ]

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
 from ritornello.sampling import SamplingPolicy
 from ritornello.selection import SelectionPolicy, selection_policy
@@ -25,6 +24,7 @@ class Arguments:
     seed: int
     sampling: str | SamplingPolicy
     storage: str
+    rounds_per_exchange: int
 
     def as_text(self) -> dict[str, str]:
         """Argument to text, equal for equal arguments, to compare over ranks.
@@ -54,6 +54,7 @@ class Arguments:
             )
         if self.num_candidates is not None:
             _check_count("num_candidates", self.num_candidates, minimum=1)
+        _check_count("rounds_per_exchange", self.rounds_per_exchange, minimum=1)
         _check_count("seed", self.seed, minimum=0)
         if self.seed >= 2**64:
             raise ValueError(f"seed={self.seed}: it must be below 2**64")
@@ -62,26 +63,6 @@ class Arguments:
                 f"label=None: the policy {_text(self.selection)} needs the class labels; "
                 "say which leaf they are, or use selection='reservoir' or 'fifo'"
             )
-
-
-def storage_device(storage: str | torch.device) -> torch.device:
-    """The device where shards lie.
-
-    Raises:
-        ValueError: neither the CPU nor a CUDA device of this machine.
-    """
-    try:
-        device = torch.device(storage)
-    except (RuntimeError, TypeError):
-        device = torch.device("meta")
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"storage={storage!r}: it must be 'cpu' or a CUDA device like 'cuda'")
-    if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise ValueError(f"storage={str(storage)!r}: this machine has no CUDA device")
-        if str(device) == "cuda":
-            device = torch.device("cuda", torch.cuda.current_device())
-    return device
 
 
 def _check_count(name: str, value: Any, *, minimum: int) -> None:

@@ -26,15 +26,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ritornello.arguments import Arguments, storage_device
+from ritornello.arguments import Arguments
 from ritornello.errors import BufferClosedError, PeerLostError, RoundError
-from ritornello.random_streams import Purpose, stream
+from ritornello.outputs import Outputs
+from ritornello.random_streams import Purpose, Streams
 from ritornello.records import Batch, Layout, Path
 from ritornello.rounds import Rounds, check_labels
 from ritornello.sampling import SamplingPolicy, sampling_policy
 from ritornello.selection import SelectionPolicy, selection_policy
 from ritornello.staging import Staging
 from ritornello.stats import BufferStats
+from ritornello.storage import Storage
 from ritornello.transports import Transport, check_agreement, open_transport
 from ritornello.worker import InlineWorker, ThreadWorker, Worker
 
@@ -84,9 +86,15 @@ class RehearsalBuffer:
             process if there is none.
         seed: of everything random, from 0 to 2**64 - 1.
         sampling: what is drawn: "uniform" or a ``SamplingPolicy``.
-        transport: "auto", "local" (one process), "collective" (torch.distributed), or a
-            ``Transport``, which the buffer then owns.
-        storage: where the shard lies: "cpu", or a CUDA device such as "cuda".
+        transport: "auto" (shared memory inside each host, "collective" between hosts),
+            "shared_memory", "collective" (torch.distributed), "mpi", "local" (one process), or
+            a ``Transport``, which the buffer then owns.
+        storage: where the shards lie: "auto" (shared memory where ranks share a host, else
+            ordinary memory), "cpu", "pinned", "shared", a CUDA device such as "cuda", or
+            "file:DIR" (a file in a folder, for shards larger than memory).
+        rounds_per_exchange: ``k``: one round in ``k`` steps, which draws ``r`` representatives
+            for each of the next ``k``. For steps of a millisecond, which a round a step would
+            disturb. Candidates can then be drawn 1 to ``k`` steps later.
         timeout_seconds: how long a peer may be silent before a ``PeerLostError``. It must be
             longer than any pause that some ranks make and others do not, such as an evaluation
             on one rank.
@@ -112,14 +120,15 @@ class RehearsalBuffer:
         seed: int = 0,
         sampling: str | SamplingPolicy = "uniform",
         transport: str | Transport = "auto",
-        storage: str | torch.device = "cpu",
+        storage: str | torch.device = "auto",
+        rounds_per_exchange: int = 1,
         timeout_seconds: float = 300.0,
         asynchronous: bool = True,
     ) -> None:
         if not timeout_seconds > 0:
             raise ValueError(f"timeout_seconds={timeout_seconds}: it must be above 0")
-        device = storage_device(storage)
-        channel = open_transport(transport, process_group, timeout_seconds, device)
+        place = Storage.of(storage)
+        channel = open_transport(transport, process_group, timeout_seconds, place)
         try:
             arguments = Arguments(
                 capacity=capacity,
@@ -129,7 +138,8 @@ class RehearsalBuffer:
                 label=label,
                 seed=seed,
                 sampling=sampling,
-                storage=device.type,
+                storage=place.kind,
+                rounds_per_exchange=rounds_per_exchange,
             )
             # Before any check that only one rank might fail: so all ranks fail together.
             check_agreement(channel, arguments.as_text())
@@ -142,7 +152,8 @@ class RehearsalBuffer:
                 capacity=capacity,
                 num_representatives=num_representatives,
                 seed=seed,
-                storage=device,
+                storage=place,
+                rounds_per_exchange=rounds_per_exchange,
             )
             policy.bind(rounds.num_rows, channel.rank, channel.num_ranks)
         except BaseException:
@@ -153,8 +164,9 @@ class RehearsalBuffer:
         self._num_candidates = num_candidates
         self._policy = policy
         self._label_path = label if isinstance(label, tuple) else (label,)
-        self._seed = seed
-        self._storage = device
+        self._candidate_streams = Streams(seed, Purpose.CANDIDATES, channel.rank)
+        self._rounds_per_exchange = rounds_per_exchange
+        self._storage = place
         self._timeout_seconds = timeout_seconds
         self._transport = channel
         self._rounds = rounds
@@ -169,9 +181,11 @@ class RehearsalBuffer:
         self._layout: Layout | None = None
         self._label: int | None = None
         self._staging: Staging | None = None
-        self._round_started = False
-        self._num_staged: int | None = None
+        self._outputs = Outputs()
         self._num_offers = 0
+        self._offered = False  # since the last draw
+        self._round_runs = False
+        self._num_staged = 0
         self._failure: RoundError | None = None
         self._seconds_waited = self._seconds_joining = self._seconds_offering = 0.0
 
@@ -203,10 +217,7 @@ class RehearsalBuffer:
             began = time.perf_counter()
             assert self._layout is not None
             augmented = self._layout.rebuild(
-                [
-                    torch.cat((leaf, past.to(leaf.device)))
-                    for leaf, past in zip(leaves, staged, strict=True)
-                ]
+                [self._outputs.join(leaf, past) for leaf, past in zip(leaves, staged, strict=True)]
             )
             self._release()
             self._seconds_joining += time.perf_counter() - began
@@ -214,11 +225,11 @@ class RehearsalBuffer:
         return augmented
 
     def draw(self) -> Batch | None:
-        """Takes the representatives that the last offer's round has drawn.
+        """Takes the representatives that were drawn after the last offer.
 
         Waits only if that round is still running. ``draw`` and ``offer`` alternate: each offer
-        starts a round, and each draw takes its result. The first draw may come before any
-        offer.
+        starts a round, and each draw takes its result (with ``rounds_per_exchange=k``: every
+        k-th offer, and k draws share its result). The first draw may come before any offer.
 
         Returns:
             ``r`` samples nested like a mini-batch, the caller's own; None while the buffer is
@@ -254,7 +265,7 @@ class RehearsalBuffer:
             TypeError, ValueError, BufferClosedError: see ``update``.
         """
         self._check_open("offer")
-        if self._round_started:
+        if self._offered:
             raise RuntimeError(
                 "offer: the last offer's representatives have not been drawn yet; draw and "
                 "offer alternate"
@@ -360,26 +371,29 @@ class RehearsalBuffer:
     def _open(self, layout: Layout, leaves: list[Tensor]) -> None:
         """Makes what depends on the layout."""
         device = next((leaf.device for leaf in leaves if leaf.is_cuda), torch.device("cpu"))
-        self._staging = Staging(layout, device, self._storage, self._num_representatives)
+        num_per_round = self._num_representatives * self._rounds_per_exchange
+        reorders = self._rounds_per_exchange > 1
+        self._staging = Staging(layout, device, self._storage.device, num_per_round, reorders)
         self._rounds.open(layout, self._label, self._staging)
         self._layout = layout
 
     def _take(self, call: str) -> list[Tensor] | None:
-        """Waits for the round; its representatives as views, or None if there are none."""
-        if not self._round_started:
+        """Waits for the round; one step's representatives as views, None if there are none."""
+        if not self._offered:
             if self._num_offers:
                 raise RuntimeError(
                     f"{call}: no mini-batch was offered since the last draw; draw and offer "
                     "alternate: each offer starts a round, each draw takes its result"
                 )
             return None
-        num_staged = self._settle()
-        self._round_started = False
-        self._num_staged = None
-        if not num_staged:
+        self._settle()
+        self._offered = False
+        num_per_step = self._num_staged // self._rounds_per_exchange
+        if num_per_step == 0:
             return None
         assert self._staging is not None
-        return self._staging.take(num_staged)
+        step = self._num_offers % self._rounds_per_exchange
+        return self._staging.take(step * num_per_step, num_per_step)
 
     def _release(self) -> None:
         assert self._staging is not None
@@ -392,26 +406,27 @@ class RehearsalBuffer:
         num_samples = leaves[0].shape[0]
         rows = None
         if self._num_candidates is not None and self._num_candidates < num_samples:
-            generator = stream(
-                self._seed, Purpose.CANDIDATES, self._num_offers, rank=self._transport.rank
-            )
+            generator = self._candidate_streams.at(self._num_offers)
             chance = self._num_candidates / num_samples
-            rows = np.flatnonzero(generator.random(num_samples) < chance)
-        candidates = self._staging.collect(leaves, rows)
+            rows = (generator.random(num_samples) < chance).nonzero()[0]
+        self._staging.collect(leaves, rows)
         self._num_offers += 1
-        self._round_started = True
-        self._worker.start(candidates)
+        self._offered = True
+        if self._num_offers % self._rounds_per_exchange == 0:
+            self._round_runs = True
+            self._worker.start(self._staging.candidates())
         self._seconds_offering += time.perf_counter() - began
 
-    def _settle(self) -> int | None:
-        """Waits for the running round, if any; how many representatives are staged."""
+    def _settle(self) -> None:
+        """Waits for the running round, if any."""
         if self._failure is not None:
             raise self._failure
-        if not self._round_started or self._num_staged is not None:
-            return self._num_staged
+        if not self._round_runs:
+            return
         began = time.perf_counter()
         try:
             self._num_staged = self._worker.result(self._timeout_seconds + GRACE_SECONDS)
+            self._round_runs = False
         except BaseException as error:
             if isinstance(error, KeyboardInterrupt):
                 raise
@@ -419,7 +434,6 @@ class RehearsalBuffer:
             raise self._failure from error
         finally:
             self._seconds_waited += time.perf_counter() - began
-        return self._num_staged
 
     def _explain(self, error: BaseException) -> RoundError:
         """What the trainer sees of an error in the worker."""
@@ -456,9 +470,10 @@ class RehearsalBuffer:
     def _close(self, wait_seconds: float) -> None:
         if self._finalizer.detach() is None:
             return
-        if self._round_started and self._num_staged is None and self._failure is None:
+        if self._round_runs and self._failure is None:
             try:
                 self._num_staged = self._worker.result(wait_seconds)
+                self._round_runs = False
             except Exception as error:
                 self._failure = self._explain(error)
                 logger.log(

@@ -7,7 +7,6 @@ fields are typed views of the rows: nothing is ever converted.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ritornello.arrays import Ints
+from ritornello.digest import digest
+
 ROW_ALIGNMENT = 16
+
+LARGE_FIELD_BYTES = 16_384
+"""From here on, copying values one by one is faster than all of them twice."""
 
 Path = tuple[Any, ...]
 """Where a leaf is in a nested sample: ``(1,)`` or ``("target", "label")``."""
@@ -131,26 +136,37 @@ class Layout:
         Args:
             rows: uint8 ``[num_rows, record_bytes]``.
         """
-        return [
-            rows[:, field.offset : field.offset + field.num_bytes]
-            .view(field.dtype)
-            .view(rows.shape[0], *field.shape)
-            if field.num_bytes
-            else torch.empty((rows.shape[0], *field.shape), dtype=field.dtype, device=rows.device)
-            for field in self.fields
-        ]
+        return [self.view(rows, position) for position in range(len(self.fields))]
 
-    def pack(self, leaves: Sequence[Tensor], index: Tensor | None, rows: Tensor) -> None:
+    def view(self, rows: Tensor, position: int) -> Tensor:
+        """One field of records as a typed view, as in ``views``."""
+        field = self.fields[position]
+        shape = (rows.shape[0], *field.shape)
+        if not field.num_bytes:
+            return torch.empty(shape, dtype=field.dtype, device=rows.device)
+        columns = rows[:, field.offset : field.offset + field.num_bytes].view(field.dtype)
+        return columns.view(shape)
+
+    def pack(self, leaves: Sequence[Tensor], index: Ints | None, rows: Tensor) -> None:
         """Copies samples into records.
 
         Args:
-            leaves: one tensor ``[b, *shape]`` per field.
+            leaves: one tensor ``[b, *shape]`` per field, on the device of ``rows``.
             index: int64 ``[num_rows]``, the samples to take; None: all of them.
             rows: uint8 ``[num_rows, record_bytes]``, written; its padding is left as it is.
         """
-        for leaf, view in zip(leaves, self.views(rows), strict=True):
+        on_device: Tensor | None = None
+        for field, leaf, view in zip(self.fields, leaves, self.views(rows), strict=True):
             source = leaf.detach()
-            view.copy_(source if index is None else source.index_select(0, index))
+            if index is None:
+                view.copy_(source)
+            elif field.num_bytes >= LARGE_FIELD_BYTES and rows.device.type == "cpu":
+                for place, sample in enumerate(index.tolist()):
+                    view[place].copy_(source[sample])
+            else:
+                if on_device is None:
+                    on_device = torch.from_numpy(index).to(rows.device, non_blocking=True)
+                view.copy_(source.index_select(0, on_device))
 
     def rebuild(self, leaves: Sequence[Tensor]) -> Batch:
         """A batch nested as the samples were, from one tensor per field."""
@@ -174,8 +190,7 @@ class Layout:
     @property
     def digest(self) -> int:
         """A number that differs between layouts, to compare them over ranks."""
-        text = ";".join(map(str, self.fields)).encode()
-        return int.from_bytes(hashlib.sha256(text).digest()[:7], "little")
+        return digest(";".join(map(str, self.fields)))
 
 
 def shape_elements(shape: Sequence[int]) -> int:

@@ -15,12 +15,13 @@ import numpy as np
 import torch
 
 from ritornello.arrays import Ints
-from ritornello.random_streams import Purpose, stream
+from ritornello.random_streams import Purpose, Streams
 from ritornello.records import Layout
 from ritornello.sampling import SamplingPolicy, plan_draw
 from ritornello.selection import Assignment, SelectionPolicy
 from ritornello.shard import Shard
 from ritornello.staging import Candidates, Staging
+from ritornello.storage import Storage
 from ritornello.transports import Transport
 
 STAGES = ("admit", "plan", "exchange", "stage")
@@ -42,6 +43,7 @@ class Rounds:
         num_representatives: ``r``.
         seed: of all streams.
         storage: where the shard lies.
+        rounds_per_exchange: how many steps' representatives one round draws.
     """
 
     def __init__(
@@ -53,7 +55,8 @@ class Rounds:
         capacity: int,
         num_representatives: int,
         seed: int,
-        storage: torch.device,
+        storage: Storage,
+        rounds_per_exchange: int = 1,
     ) -> None:
         self.transport = transport
         self.num_rounds = 0
@@ -62,10 +65,13 @@ class Rounds:
         self.bytes_sent = self.bytes_received = 0
         self.sizes = np.zeros(transport.num_ranks, dtype=np.int64)
         self.shard: Shard | None = None
+        self._full = False
         self._selection = selection
         self._sampling = sampling
         self._num_representatives = num_representatives
-        self._seed = seed
+        self._num_draws = rounds_per_exchange
+        self._selection_streams = Streams(seed, Purpose.SELECTION, transport.rank)
+        self._sampling_streams = Streams(seed, Purpose.SAMPLING)
         self._storage = storage
         self._limits = np.array(
             [rows_of_rank(capacity, i, transport.num_ranks) for i in range(transport.num_ranks)]
@@ -101,26 +107,26 @@ class Rounds:
         with self._staging.worker_stream():
             with self._timed("admit"):
                 if self.shard is None:
-                    self.shard = Shard(self.num_rows, self._layout.record_bytes, self._storage)
+                    self.shard = self._make_shard()
                 size = self._admit(candidates, self.shard)
             with self._timed("plan"):
                 self._learn_sizes(size)
-                generator = stream(self._seed, Purpose.SAMPLING, self.num_rounds)
                 plan = plan_draw(
                     self.sizes,
                     self.transport.rank,
                     self._num_representatives,
                     self._sampling,
-                    generator,
+                    self._sampling_streams.at(self.num_rounds),
+                    self._num_draws,
                 )
             if plan.num_drawn:
                 with self._timed("exchange"):
                     received = self._staging.receive(plan.num_drawn)
                     self.transport.exchange(self.shard, plan, received)
                 with self._timed("stage"):
-                    self._staging.deliver(plan.num_drawn)
+                    self._staging.deliver(plan.num_drawn, plan.order)
         kept = int(plan.send_counts[self.transport.rank])
-        self.bytes_sent += (len(plan.send_slots) - kept) * self._layout.record_bytes
+        self.bytes_sent += (len(plan.requests) - kept) * self._layout.record_bytes
         self.bytes_received += (plan.num_drawn - kept) * self._layout.record_bytes
         self.num_rounds += 1
         return plan.num_drawn
@@ -140,31 +146,35 @@ class Rounds:
             check_labels(labels, self._selection.num_classes)
         else:
             labels = np.zeros(len(records), dtype=np.int64)
-        generator = stream(self._seed, Purpose.SELECTION, self.num_rounds, rank=self.transport.rank)
-        assignment = self._selection.admit(labels, generator)
+        assignment = self._selection.admit(labels, self._selection_streams.at(self.num_rounds))
         size = int(self.sizes[self.transport.rank])
         new_size = size_after(assignment, size, self.num_rows, len(records))
+        self.transport.await_readers()
         shard.write(assignment.slots, records, assignment.rows)
         return new_size
 
     def _labels_of(self, records: torch.Tensor) -> Ints:
         assert self._label is not None
-        labels = self._layout.views(records)[self._label]
+        labels = self._layout.view(records, self._label)
         return labels.cpu().numpy().astype(np.int64)
 
-    def _learn_sizes(self, size: int) -> None:
-        """All-gathers the shards' sizes, as long as some shard is still filling."""
-        if np.array_equal(self.sizes, self._limits):
-            return
-        everyone = self.transport.all_gather(np.array([size, self._layout.digest]))
-        self.sizes = everyone[:, 0].copy()
-        others = np.flatnonzero(everyone[:, 1] != self._layout.digest).tolist()
+    def _make_shard(self) -> Shard:
+        """Makes the shard, once all ranks have seen that their samples are of one kind."""
+        digests = self.transport.all_gather(np.array([self._layout.digest]))[:, 0]
+        others = np.flatnonzero(digests != self._layout.digest).tolist()
         if others:
             raise ValueError(
                 f"the samples of rank(s) {others} have another layout than this rank's "
                 f"({'; '.join(map(str, self._layout.fields))}): all ranks must give the same "
                 "nesting, dtypes and shapes"
             )
+        return self.transport.make_shard(self._limits, self._layout.record_bytes, self._storage)
+
+    def _learn_sizes(self, size: int) -> None:
+        """All-gathers the shards' sizes, as long as some shard is still filling."""
+        if not self._full:
+            self.sizes = self.transport.all_gather(np.array([size]))[:, 0].copy()
+            self._full = np.array_equal(self.sizes, self._limits)
 
     @contextmanager
     def _timed(self, stage: str) -> Iterator[None]:
@@ -180,10 +190,12 @@ def check_labels(labels: Ints, num_classes: int | None) -> None:
     Raises:
         ValueError: names the first one out of range.
     """
-    wrong = labels < 0
-    if num_classes is not None:
-        wrong |= labels >= num_classes
-    if wrong.any():
+    if len(labels) == 0:
+        return
+    if labels.min() < 0 or (num_classes is not None and labels.max() >= num_classes):
+        wrong = labels < 0
+        if num_classes is not None:
+            wrong |= labels >= num_classes
         rule = "at least 0" if num_classes is None else f"from 0 to {num_classes - 1}"
         raise ValueError(
             f"the label {int(labels[wrong][0])} is out of range: labels must be {rule} "
@@ -208,7 +220,8 @@ def size_after(assignment: Assignment, size: int, num_rows: int, num_candidates:
             f"the selection policy gave slots {slots.tolist()} for rows {rows.tolist()}: slots "
             f"must be from 0 to {num_rows - 1}, rows from 0 to {num_candidates - 1}"
         )
-    if len(np.unique(slots)) < len(slots) or np.count_nonzero(slots >= size) < new_size - size:
+    num_new = int(np.count_nonzero(slots >= size)) if new_size > size else 0
+    if len(set(slots.tolist())) < len(slots) or num_new < new_size - size:
         raise ValueError(
             f"the selection policy gave slots {slots.tolist()} of a shard that holds {size}: "
             "slots must be distinct, and unused ones fill without gaps"

@@ -5,8 +5,9 @@ worker moves both between the trainer's device and the shard's. On CUDA the work
 run on a stream of their own, through pinned memory, and events order them with the trainer's
 stream; with mini-batches on the GPU, nothing here makes the trainer's thread wait for it.
 
-At most one round is under way, and it starts only after the representatives of the round
-before were taken: that is why one buffer for each direction is enough.
+At most one round is under way; it starts only after the representatives of the round before
+were taken, and its own are taken before the next candidates come: that is why one buffer for
+each direction is enough.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from ritornello.records import Layout
 
 @dataclass(frozen=True)
 class Candidates:
-    """Copies of the candidates of one mini-batch.
+    """Copies of the candidates of a round.
 
     Attributes:
         records: uint8 ``[m, record_bytes]`` on the trainer's device.
@@ -42,7 +43,8 @@ class Staging:
         layout: of the records.
         trainer_device: where the mini-batches are.
         shard_device: where the shard lies.
-        num_representatives: ``r``.
+        num_representatives: per round: ``r``, times the steps that a round draws for.
+        reorders: whether representatives arrive in another order than they are taken in.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class Staging:
         trainer_device: torch.device,
         shard_device: torch.device,
         num_representatives: int,
+        reorders: bool = False,
     ) -> None:
         self._layout = layout
         self._trainer_device = trainer_device
@@ -58,11 +61,12 @@ class Staging:
         self._cuda = next((d for d in (trainer_device, shard_device) if d.type == "cuda"), None)
         self._stream = torch.cuda.Stream(self._cuda) if self._cuda else None
         self._collected = self._rows(0, trainer_device)
+        self._num_collected = 0
         self._arrived = self._rows(0, shard_device)
         self._received = self._rows(num_representatives, shard_device)
         self._delivered = (
             self._received
-            if trainer_device == shard_device
+            if trainer_device == shard_device and not reorders
             else self._rows(num_representatives, trainer_device)
         )
         self._delivery: torch.cuda.Event | None = None
@@ -70,31 +74,40 @@ class Staging:
 
     # On the trainer's thread.
 
-    def collect(self, leaves: Sequence[Tensor], rows: Ints | None) -> Candidates:
-        """Copies the candidates out of a mini-batch.
+    def collect(self, leaves: Sequence[Tensor], rows: Ints | None) -> None:
+        """Copies candidates out of a mini-batch, behind those that are already there.
 
         Args:
             leaves: one tensor ``[b, *shape]`` per field.
             rows: int64 ``[m]``, the candidates; None: all samples.
         """
         num_rows = leaves[0].shape[0] if rows is None else len(rows)
-        if num_rows > len(self._collected):
-            self._collected = self._rows(num_rows, self._trainer_device)
-        records = self._collected[:num_rows]
-        index = None
-        if rows is not None:
-            index = torch.from_numpy(rows).to(self._trainer_device, non_blocking=True)
-        self._layout.pack([leaf.to(self._trainer_device) for leaf in leaves], index, records)
+        first = self._num_collected
+        self._num_collected += num_rows
+        if self._num_collected > len(self._collected):
+            collected = self._rows(self._num_collected, self._trainer_device)
+            collected[:first] = self._collected[:first]
+            self._collected = collected
+        self._layout.pack(
+            [leaf.to(self._trainer_device) for leaf in leaves],
+            rows,
+            self._collected[first : self._num_collected],
+        )
+
+    def candidates(self) -> Candidates:
+        """All that was collected since the last call; must be used up before the next."""
+        records = self._collected[: self._num_collected]
+        self._num_collected = 0
         return Candidates(records, self._mark(self._trainer_device))
 
-    def take(self, num_rows: int) -> list[Tensor]:
-        """The staged representatives as views per field, valid until ``release``."""
+    def take(self, first: int, num_rows: int) -> list[Tensor]:
+        """Staged representatives as views per field, valid until ``release``."""
         if self._delivery is not None:
             if self._trainer_device.type == "cuda":
                 torch.cuda.current_stream(self._cuda).wait_event(self._delivery)
             else:
                 self._delivery.synchronize()
-        return self._layout.views(self._delivered[:num_rows])
+        return self._layout.views(self._delivered[first : first + num_rows])
 
     def release(self) -> None:
         """Says that all use of the views from ``take`` has been issued."""
@@ -129,10 +142,19 @@ class Staging:
             self._stream.wait_event(self._taken)
         return self._received[:num_rows]
 
-    def deliver(self, num_rows: int) -> None:
-        """Starts the copy of the received records to the trainer's device."""
+    def deliver(self, num_rows: int, order: Ints | None) -> None:
+        """Starts the copy of the received records to where the trainer takes them.
+
+        Args:
+            num_rows: how many.
+            order: int64 ``[num_rows]``, the place of each; None: as they came.
+        """
+        received = self._received[:num_rows]
+        if order is not None:
+            places = torch.from_numpy(order.argsort()).to(self._shard_device)
+            received = received.view(torch.int64).index_select(0, places).view(torch.uint8)
         if self._delivered is not self._received:
-            self._delivered[:num_rows].copy_(self._received[:num_rows], non_blocking=True)
+            self._delivered[:num_rows].copy_(received, non_blocking=True)
         if self._stream is not None:
             self._delivery = self._stream.record_event()
 

@@ -20,8 +20,13 @@ import torch.multiprocessing as mp
 from ritornello.errors import PeerLostError
 from ritornello.random_streams import Purpose, stream
 from ritornello.sampling import UniformSampling, plan_draw
-from ritornello.shard import Shard
-from ritornello.transports import CollectiveTransport, LocalTransport, Transport
+from ritornello.storage import Storage
+from ritornello.transports import (
+    CollectiveTransport,
+    LocalTransport,
+    SharedMemoryTransport,
+    Transport,
+)
 
 Result = TypeVar("Result")
 
@@ -74,6 +79,20 @@ def connect_collective(num_ranks: int, timeout_seconds: float = 60.0) -> list[Co
         return CollectiveTransport(group, end.rank, num_ranks, timeout_seconds)
 
     return run_ranks(LocalTransport.connect(num_ranks), connect)
+
+
+def connect_shared_memory(
+    num_ranks: int, timeout_seconds: float = 60.0, hosts: Sequence[int] | None = None
+) -> list[SharedMemoryTransport]:
+    """Shared-memory transports for ranks that are threads of this process.
+
+    Args:
+        num_ranks: how many.
+        timeout_seconds: how long a peer may be silent.
+        hosts: a number for each rank, equal where they are to share memory; None: all do.
+    """
+    ends = connect_collective(num_ranks, timeout_seconds)
+    return run_ranks(ends, lambda end: SharedMemoryTransport(end, hosts))
 
 
 def spawn_ranks(
@@ -235,13 +254,15 @@ class TransportConformance:
     ) -> None:
         """Rounds in which each record says whose it is and in which slot."""
         rank = transport.rank
-        shard = Shard(max(1, sizes[rank]), record_bytes, torch.device("cpu"))
+        rows_per_rank = np.maximum(1, sizes)
+        shard = transport.make_shard(rows_per_rank, record_bytes, Storage.of("auto"))
         words = shard.rows.view(torch.int64)
         words[:] = (rank * 1000 + torch.arange(len(words)))[:, None]
         for number in range(num_rounds):
             generator = stream(7, Purpose.SAMPLING, number)
             plan = plan_draw(np.array(sizes), rank, 4, UniformSampling(), generator)
             out = torch.zeros((plan.num_drawn, record_bytes), dtype=torch.uint8)
+            transport.await_readers()
             transport.exchange(shard, plan, out)
             owners = np.repeat(np.arange(len(sizes)), plan.receive_counts)
             expected = torch.from_numpy(owners * 1000 + plan.receive_slots)

@@ -2,64 +2,104 @@
 
 from __future__ import annotations
 
-import torch
 import torch.distributed as dist
 
+from ritornello.storage import Storage
 from ritornello.transports.base import Transport, check_agreement
 from ritornello.transports.collective import CollectiveTransport
 from ritornello.transports.local import LocalTransport
+from ritornello.transports.mpi import MpiTransport
+from ritornello.transports.shared_memory import SharedMemoryTransport
 
 __all__ = [
     "CollectiveTransport",
     "LocalTransport",
+    "MpiTransport",
+    "SharedMemoryTransport",
     "Transport",
     "check_agreement",
     "open_transport",
 ]
 
 
+NAMES = ("auto", "local", "shared_memory", "collective", "mpi")
+
+
 def open_transport(
     transport: str | Transport,
     process_group: dist.ProcessGroup | None,
     timeout_seconds: float,
-    device: torch.device,
+    storage: Storage,
 ) -> Transport:
     """The transport with that name for the ranks of a group.
 
     Blocks until all ranks have called it.
 
     Args:
-        transport: "auto", "local", "collective", or a transport made by the caller.
+        transport: one of ``NAMES``, or a transport made by the caller. "auto": shared memory
+            inside each host and "collective" between hosts, or "local" for a single process.
         process_group: None: the default group if there is one, else a single process.
         timeout_seconds: how long a peer may be silent.
-        device: where the shards lie.
+        storage: where the shards shall lie.
 
     Raises:
-        ValueError: no such name; "local" for several ranks; "collective" without a group; or
-            this process is not in the group.
+        ValueError: no such name; "local" for several ranks; "collective" or "shared_memory"
+            without a group; "shared_memory" for several hosts or storage that cannot be
+            shared; "mpi" for other ranks than the group's; or this process is not in the group.
         TypeError: neither a name nor a transport.
+        ImportError: "mpi" without mpi4py.
         PeerLostError: not all ranks came within the timeout.
     """
     if isinstance(transport, Transport):
         return transport
     if not isinstance(transport, str):
         raise TypeError(f"transport={transport!r}: give a name or a Transport")
-    if transport not in ("auto", "local", "collective"):
-        raise ValueError(f"transport={transport!r}: there are 'auto', 'local', 'collective'")
+    if transport not in NAMES:
+        raise ValueError(f"transport={transport!r}: there are {', '.join(map(repr, NAMES))}")
     distributed = dist.is_available() and dist.is_initialized()
     if process_group is not None and dist.get_rank(process_group) < 0:
         raise ValueError("process_group: this process is not one of its ranks")
+    if transport == "mpi":
+        return MpiTransport.beside(process_group, timeout_seconds, storage.device)
     num_ranks = dist.get_world_size(process_group) if distributed else 1
     if transport == "local" and num_ranks > 1:
         raise ValueError(
             f"transport='local' serves a single process, but the group has {num_ranks} ranks: "
-            "use 'auto' or 'collective'"
+            "use 'auto', 'shared_memory' or 'collective'"
         )
-    if transport == "collective" and not distributed:
+    if transport in ("collective", "shared_memory") and not distributed:
         raise ValueError(
-            "transport='collective' needs torch.distributed: call "
+            f"transport={transport!r} needs torch.distributed: call "
             "torch.distributed.init_process_group first, or use 'auto'"
+        )
+    if transport == "shared_memory" and not storage.can_be_shared:
+        raise ValueError(
+            f"transport='shared_memory' cannot read shards in storage={str(storage)!r}: use "
+            "storage='shared' or 'file:DIR', or transport='collective'"
         )
     if num_ranks == 1:
         return LocalTransport(timeout=timeout_seconds)
-    return CollectiveTransport.beside(process_group, timeout_seconds, device)
+    collective = CollectiveTransport.beside(process_group, timeout_seconds, storage.device)
+    if transport == "collective" or not storage.can_be_shared:
+        return collective
+    try:
+        return _share_memory(collective, required=transport == "shared_memory")
+    except BaseException:
+        collective.close()
+        raise
+
+
+def _share_memory(collective: CollectiveTransport, required: bool) -> Transport:
+    """Shared memory for the ranks that have a neighbour on their host, on top of a transport."""
+    if not SharedMemoryTransport.is_supported():
+        if required:
+            raise ValueError("transport='shared_memory' needs Linux: use 'collective'")
+        return collective
+    shared = SharedMemoryTransport(collective)
+    if required and shared.num_hosts > 1:
+        raise ValueError(
+            f"transport='shared_memory' serves one host, but the ranks are on {shared.num_hosts} "
+            "(or in containers that cannot see each other's memory): use 'auto', which takes "
+            "shared memory inside each host and the network between them"
+        )
+    return shared if shared.num_hosts < shared.num_ranks else collective

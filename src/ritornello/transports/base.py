@@ -1,6 +1,7 @@
 """The contract of a transport: what moves records between ranks.
 
-A transport has three methods. The worker alone calls them, in the same order on every rank.
+Three methods make a transport, and two more serve those whose ranks read each other's shards.
+The worker alone calls them, in the same order on every rank.
 ``ritornello.testing.TransportConformance`` is the suite that every transport passes.
 """
 
@@ -8,7 +9,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from torch import Tensor
@@ -16,6 +17,7 @@ from torch import Tensor
 from ritornello.arrays import Ints
 from ritornello.sampling import Plan
 from ritornello.shard import Shard
+from ritornello.storage import Storage
 
 
 class Transport(ABC):
@@ -45,15 +47,35 @@ class Transport(ABC):
             int64 ``[num_ranks, n]``.
         """
 
+    def make_shard(self, rows_per_rank: Ints, record_bytes: int, storage: Storage) -> Shard:
+        """Makes this rank's shard where the transport can reach it.
+
+        Args:
+            rows_per_rank: int64 ``[num_ranks]``.
+            record_bytes: of each row.
+            storage: where it shall lie.
+
+        Raises:
+            MemoryError: it does not fit; says how much is needed.
+        """
+        return Shard(storage.allocate(int(rows_per_rank[self.rank]), record_bytes))
+
+    def await_readers(self) -> None:  # noqa: B027  (nothing to do where nobody reads it)
+        """Blocks until no other rank reads this rank's shard; called before it is written."""
+
     @abstractmethod
-    def exchange(self, shard: Shard, plan: Plan, out: Tensor) -> None:
+    def exchange(
+        self, shard: Shard, plan: Plan, out: Tensor, peers: Sequence[int] | None = None
+    ) -> None:
         """Fetches the records that the plan gives to this rank, and serves those it owes.
 
         Args:
-            shard: this rank's; not written by anybody during the call.
+            shard: this rank's, from ``make_shard``; not written before ``await_readers``.
             plan: this rank's part of the round's plan.
             out: uint8 ``[plan.num_drawn, record_bytes]``, contiguous, on the shard's device;
                 filled in the plan's order: by owner, then by slot.
+            peers: the ranks to exchange with; records of others are left as they are. None:
+                all, this rank included.
         """
 
     @abstractmethod

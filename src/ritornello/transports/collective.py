@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -99,14 +99,22 @@ class CollectiveTransport(Transport):
             ) from error
         return everyone.numpy()
 
-    def exchange(self, shard: Shard, plan: Plan, out: Tensor) -> None:
+    def exchange(
+        self, shard: Shard, plan: Plan, out: Tensor, peers: Sequence[int] | None = None
+    ) -> None:
         """See ``Transport.exchange``."""
+        send_slots, counts_to_send = plan.send_slots, plan.send_counts
+        if peers is not None:
+            chosen = np.isin(np.arange(self.num_ranks), peers)
+            send_slots = send_slots[chosen.repeat(counts_to_send)]
+            counts_to_send = np.where(chosen, counts_to_send, 0)
         outgoing = torch.empty(
-            (len(plan.send_slots), out.shape[1]), dtype=torch.uint8, device=out.device
+            (len(send_slots), out.shape[1]), dtype=torch.uint8, device=out.device
         )
-        shard.gather(plan.send_slots, outgoing)
-        send_counts, receive_counts = plan.send_counts.tolist(), plan.receive_counts.tolist()
+        shard.gather(send_slots, outgoing)
+        send_counts, receive_counts = counts_to_send.tolist(), plan.receive_counts.tolist()
         if out.device.type == "cuda":
+            assert peers is None
             with _lost_peers("exchanging records", self.timeout_seconds):
                 self._group.alltoall_base(out, outgoing, receive_counts, send_counts).wait()
             return
@@ -116,6 +124,8 @@ class CollectiveTransport(Transport):
         for distance in range(self.num_ranks):
             # Every rank begins with its neighbour, so that no rank is everybody's first.
             peer = (self.rank + distance) % self.num_ranks
+            if peers is not None and peer not in peers:
+                continue
             if peer == self.rank:
                 places[peer].copy_(blocks[peer])
                 continue

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -56,7 +57,9 @@ class LocalTransport(Transport):
             self._send(peer, mine)
         return np.stack([self._receive(peer).numpy() for peer in range(self.num_ranks)])
 
-    def exchange(self, shard: Shard, plan: Plan, out: Tensor) -> None:
+    def exchange(
+        self, shard: Shard, plan: Plan, out: Tensor, peers: Sequence[int] | None = None
+    ) -> None:
         """See ``Transport.exchange``."""
         if self.num_ranks == 1:
             shard.gather(plan.receive_slots, out)
@@ -65,12 +68,15 @@ class LocalTransport(Transport):
             (len(plan.send_slots), out.shape[1]), dtype=torch.uint8, device=out.device
         )
         shard.gather(plan.send_slots, outgoing)
-        for peer, block in enumerate(outgoing.split(plan.send_counts.tolist())):
-            if len(block):
-                self._send(peer, block)
-        for peer, block in enumerate(out.split(plan.receive_counts.tolist())):
-            if len(block):
-                block.copy_(self._receive(peer))
+        blocks = outgoing.split(plan.send_counts.tolist())
+        places = out.split(plan.receive_counts.tolist())
+        peers = range(self.num_ranks) if peers is None else peers
+        for peer in peers:
+            if len(blocks[peer]):
+                self._send(peer, blocks[peer])
+        for peer in peers:
+            if len(places[peer]):
+                places[peer].copy_(self._receive(peer))
 
     def close(self) -> None:
         """See ``Transport.close``."""

@@ -1,0 +1,77 @@
+"""Memory of joined mini-batches, used again once nobody holds it any more.
+
+Taking a large block from the system and touching it for the first time takes several times as
+long as filling it. So the block behind an augmented mini-batch is kept, and serves a later one
+when every tensor, view and array over it is gone: the one that torch was given has then been
+freed, and a weak reference to it tells.
+"""
+
+from __future__ import annotations
+
+import weakref
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+WORTH_BYTES = 2**18
+"""Smaller outputs come from the allocator faster."""
+
+NUM_KEPT = 3
+"""Blocks kept per size: one that is trained on, one that is being joined, one in between."""
+
+NUM_SIZES = 8
+"""Sizes that are kept: those of a sample's fields, and of a last, smaller mini-batch."""
+
+Bytes = NDArray[np.uint8]
+
+
+class _Block:
+    """Memory that is lent to one tensor at a time."""
+
+    def __init__(self, num_bytes: int) -> None:
+        self._bytes: Bytes = torch.empty(num_bytes, dtype=torch.uint8).numpy()
+        self._loan: weakref.ref[Bytes] | None = None
+
+    @property
+    def is_free(self) -> bool:
+        """Whether all that was made of the last loan is gone."""
+        return self._loan is None or self._loan() is None
+
+    def lend(self) -> Tensor:
+        """All of it as an uninitialised uint8 tensor."""
+        lent = self._bytes[:]
+        self._loan = weakref.ref(lent)
+        return torch.from_numpy(lent)
+
+
+class Outputs:
+    """Joins tensors in CPU memory that is used again where that is safe."""
+
+    def __init__(self) -> None:
+        self._blocks: dict[int, list[_Block]] = {}
+
+    def join(self, leaf: Tensor, past: Tensor) -> Tensor:
+        """``torch.cat((leaf, past))``; ``past`` may be on another device."""
+        past = past.to(leaf.device)
+        shape = (len(leaf) + len(past), *leaf.shape[1:])
+        num_bytes = torch.Size(shape).numel() * leaf.element_size()
+        if leaf.device.type != "cpu" or leaf.requires_grad or num_bytes < WORTH_BYTES:
+            return torch.cat((leaf, past))
+        joined = self._free_block(num_bytes).lend().view(leaf.dtype).view(shape)
+        joined[: len(leaf)].copy_(leaf)
+        joined[len(leaf) :].copy_(past)
+        return joined
+
+    def _free_block(self, num_bytes: int) -> _Block:
+        if num_bytes not in self._blocks and len(self._blocks) >= NUM_SIZES:
+            self._blocks.clear()
+        blocks = self._blocks.setdefault(num_bytes, [])
+        for block in blocks:
+            if block.is_free:
+                return block
+        block = _Block(num_bytes)
+        if len(blocks) < NUM_KEPT:
+            blocks.append(block)
+        return block

@@ -1,0 +1,322 @@
+"""Ranks of one host read each other's shards in shared memory; other hosts by another transport.
+
+A host's shards lie side by side in one mapping, so that drawing is one gather, with no message.
+Two kinds of semaphore keep a round from reading a half-written record: an owner posts
+``ADMITTED`` to each neighbour that the plan lets read its shard in this round, and that reader
+waits for it; the reader posts ``READ`` when it is done, and the owner waits for it before it
+writes again. So neighbours are never more than one round apart, and nobody waits for a
+neighbour with which the plan has no business.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import secrets
+import select
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ritornello.arrays import Ints
+from ritornello.digest import digest
+from ritornello.errors import PeerLostError
+from ritornello.sampling import Plan
+from ritornello.shard import Shard
+from ritornello.storage import MappedMemory, Storage
+from ritornello.transports.base import Transport
+from ritornello.transports.semaphores import SEMAPHORE_BYTES, Semaphores
+
+logger = logging.getLogger(__name__)
+
+POLL_SECONDS = 0.02
+"""How often one who waits looks whether the other is still alive."""
+
+ADMITTED, READ, GATHERED = range(3)
+"""What a semaphore between two neighbours says."""
+
+NUM_KINDS = 3
+
+GATHER_WIDTH = 8
+"""The most values per rank that are gathered in shared memory."""
+
+TOKEN_BYTES = 16
+
+
+class SharedMemoryTransport(Transport):
+    """Shared memory inside a host, another transport between hosts.
+
+    Blocks until all ranks have made theirs.
+
+    Args:
+        inner: connects all ranks; owned by this transport.
+        hosts: for each rank a number that ranks of one host share. None: finds out, by proving
+            that memory of the one can be opened by the other (two containers on a machine may
+            not).
+
+    Attributes:
+        neighbours: int64, the ranks on this rank's host, itself included, ascending.
+        num_hosts: groups of ranks that share memory.
+
+    Raises:
+        OSError: this system cannot share memory that way.
+    """
+
+    def __init__(self, inner: Transport, hosts: Sequence[int] | None = None) -> None:
+        self.rank = inner.rank
+        self.num_ranks = inner.num_ranks
+        self.timeout_seconds = inner.timeout_seconds
+        self._inner = inner
+        self._host: Shard | None = None
+        self._readers: list[int] = []
+        self._closed = False
+        # Everybody's first memory is a few bytes that prove who can be reached. The one of the
+        # first rank on a host then becomes what that host's ranks coordinate by.
+        token = np.frombuffer(secrets.token_bytes(TOKEN_BYTES), dtype=np.int64)
+        with Storage.of("shared").create(TOKEN_BYTES) as memory:
+            memory.map().view(torch.int64).copy_(torch.from_numpy(token.copy()))
+            here = _machine_and_process_namespace()
+            mine = np.array([here, os.getpid(), memory.descriptor, *token])
+            everyone = inner.all_gather(mine)
+            self._processes = everyone[:, 1]
+            leaders = np.asarray(hosts) if hosts is not None else self._find_leaders(everyone)
+            self.neighbours = np.flatnonzero(leaders == leaders[self.rank])
+            self.num_hosts = len(np.unique(leaders))
+            self._leader = int(self.neighbours[0])
+            self._is_neighbour = np.isin(np.arange(self.num_ranks), self.neighbours)
+            self._place = {int(rank): i for i, rank in enumerate(self.neighbours)}
+            if self._leader == self.rank:
+                os.ftruncate(memory.descriptor, self._num_control_bytes)
+                self._open_control(memory.descriptor)
+            inner.all_gather(np.zeros(1, dtype=np.int64))  # it is ready
+            if self._leader != self.rank:
+                self._open_control(int(everyone[self._leader, 2]))
+            inner.all_gather(np.zeros(1, dtype=np.int64))  # everybody has it open
+        self._lives = self._watch_neighbours()
+
+    @staticmethod
+    def is_supported() -> bool:
+        """Whether this system can share memory that way: Linux can."""
+        return hasattr(os, "memfd_create") and hasattr(os, "pidfd_open")
+
+    @property
+    def peers_elsewhere(self) -> bool:
+        """Whether there are ranks on other hosts."""
+        return len(self.neighbours) < self.num_ranks
+
+    # Setting up.
+
+    def _find_leaders(self, everyone: Ints) -> Ints:
+        """For each rank the first one on its host."""
+        first = self.rank
+        for rank in np.flatnonzero(everyone[:, 0] == everyone[self.rank, 0]).tolist():
+            if rank >= self.rank:
+                break
+            _, process, descriptor, *token = everyone[rank].tolist()
+            with (
+                contextlib.suppress(OSError),
+                MappedMemory.open(process, descriptor, TOKEN_BYTES) as memory,
+            ):
+                if memory.map().view(torch.int64).tolist() == token:
+                    first = rank
+                    break
+        leaders = self._inner.all_gather(np.array([first]))[:, 0]
+        # One that joined a rank which itself joined another one that is out of reach is alone.
+        joined_a_leader = leaders[leaders] == leaders
+        return np.where(joined_a_leader, leaders, np.arange(len(leaders)))
+
+    @property
+    def _num_control_bytes(self) -> int:
+        num = len(self.neighbours)
+        num_words = num + 2 * num * GATHER_WIDTH
+        return -(-num_words * 8 // SEMAPHORE_BYTES) * SEMAPHORE_BYTES + (
+            NUM_KINDS * num * num * SEMAPHORE_BYTES
+        )
+
+    def _open_control(self, descriptor: int) -> None:
+        """Maps flags, room for gathering, and semaphores."""
+        num = len(self.neighbours)
+        leads = self._leader == self.rank
+        process = int(self._processes[self._leader])
+        with MappedMemory.open(process, descriptor, self._num_control_bytes) as memory:
+            control = memory.map()
+        num_semaphore_bytes = NUM_KINDS * num * num * SEMAPHORE_BYTES
+        words = control[:-num_semaphore_bytes].view(torch.int64).numpy()
+        if leads:
+            words[:] = 0
+        self._ended: Ints = words[:num]
+        self._gathering: Ints = words[num : num + 2 * num * GATHER_WIDTH].reshape(2, num, -1)
+        self._turn = 0
+        self._semaphores = Semaphores(control[-num_semaphore_bytes:], initialise=leads)
+
+    def _watch_neighbours(self) -> dict[int, int]:
+        """For each neighbour in another process a descriptor that tells when it has ended."""
+        lives = {}
+        for rank in self.neighbours.tolist():
+            if self._processes[rank] != os.getpid():
+                with contextlib.suppress(OSError):
+                    lives[rank] = os.pidfd_open(int(self._processes[rank]))
+        return lives
+
+    def make_shard(self, rows_per_rank: Ints, record_bytes: int, storage: Storage) -> Shard:
+        """See ``Transport.make_shard``. The host's shards are one array."""
+        if storage.kind == "auto":
+            storage = Storage.of("shared")
+        rows = np.where(self._is_neighbour, rows_per_rank, 0)
+        firsts = np.cumsum(rows) - rows
+        num_rows = int(rows.sum())
+        num_bytes = num_rows * record_bytes
+        memory: MappedMemory | None = None
+
+        def create() -> int:
+            nonlocal memory
+            memory = storage.create(num_bytes)
+            return memory.descriptor
+
+        def reserve() -> int:
+            nonlocal memory
+            if memory is None:
+                process = int(self._processes[self._leader])
+                memory = MappedMemory.open(process, int(descriptors[self._leader]), num_bytes)
+            first = int(firsts[self.rank]) * record_bytes
+            memory.reserve(first, int(rows[self.rank]) * record_bytes)
+            return 0
+
+        try:
+            descriptors = self._together(create if self._leader == self.rank else lambda: 0)
+            self._together(reserve)
+            assert memory is not None
+            host = memory.map().view(num_rows, record_bytes)
+        finally:
+            if memory is not None:
+                memory.close()
+        self._host = Shard(host)
+        self._firsts = firsts
+        first = int(firsts[self.rank])
+        return Shard(host[first : first + int(rows[self.rank])])
+
+    def _together(self, act: Callable[[], int]) -> Ints:
+        """Does something that may fail on every rank; if it fails on one, it fails on all.
+
+        Returns:
+            What it returned on each rank.
+        """
+        failure: Exception | None = None
+        try:
+            result = act()
+        except (OSError, MemoryError) as error:
+            failure, result = error, -1
+        results = self._inner.all_gather(np.array([result]))[:, 0]
+        if failure is not None:
+            raise failure
+        failed = np.flatnonzero(results < 0).tolist()
+        if failed:
+            raise MemoryError(f"the shard of rank(s) {failed} could not be made: see there")
+        return results
+
+    # Rounds.
+
+    def all_gather(self, values: Ints) -> Ints:
+        """See ``Transport.all_gather``."""
+        if self.peers_elsewhere or len(values) > GATHER_WIDTH:
+            return self._inner.all_gather(values)
+        # Two turns' room: one who writes the next turn's values has seen everybody come to
+        # this turn, so nobody reads those of the turn before any more.
+        room = self._gathering[self._turn, :, : len(values)]
+        self._turn = 1 - self._turn
+        room[self._place[self.rank]] = values
+        others = [rank for rank in self._place if rank != self.rank]
+        self._post(GATHERED, others)
+        self._wait(GATHERED, others, "gathering sizes")
+        return room.copy()
+
+    def await_readers(self) -> None:
+        """See ``Transport.await_readers``."""
+        readers, self._readers = self._readers, []
+        self._wait(READ, readers, "reading this rank's shard")
+
+    def exchange(
+        self, shard: Shard, plan: Plan, out: Tensor, peers: Sequence[int] | None = None
+    ) -> None:
+        """See ``Transport.exchange``."""
+        assert self._host is not None
+        assert peers is None
+        self._readers = self._peers_of(plan.send_counts)
+        self._post(ADMITTED, self._readers)
+        if self.peers_elsewhere:
+            self._inner.exchange(shard, plan, out, np.flatnonzero(~self._is_neighbour).tolist())
+        owners = self._peers_of(plan.receive_counts)
+        self._wait(ADMITTED, owners, "admitting its candidates")
+        rows = plan.receive_slots + self._firsts.repeat(plan.receive_counts)
+        if not self.peers_elsewhere:
+            self._host.gather(rows, out)
+        else:
+            here = np.flatnonzero(self._is_neighbour.repeat(plan.receive_counts))
+            records = torch.empty((len(here), out.shape[1]), dtype=torch.uint8)
+            self._host.gather(rows[here], records)
+            Shard(out).write(here, records, np.arange(len(here)))
+        self._post(READ, owners)
+
+    def close(self) -> None:
+        """See ``Transport.close``."""
+        if self._closed:
+            return
+        self._closed = True
+        self._ended[self._place[self.rank]] = 1
+        for descriptor in self._lives.values():
+            os.close(descriptor)
+        self._inner.close()
+
+    def _peers_of(self, counts: Ints) -> list[int]:
+        """The neighbours, without this rank, whose count is not zero."""
+        return [rank for rank in counts.nonzero()[0].tolist() if self._is_peer(rank)]
+
+    def _is_peer(self, rank: int) -> bool:
+        return rank != self.rank and rank in self._place
+
+    def _number(self, kind: int, sender: int, receiver: int) -> int:
+        num = len(self.neighbours)
+        return (kind * num + self._place[sender]) * num + self._place[receiver]
+
+    def _post(self, kind: int, receivers: Iterable[int]) -> None:
+        for receiver in receivers:
+            self._semaphores.post(self._number(kind, self.rank, receiver))
+
+    def _wait(self, kind: int, senders: Iterable[int], doing: str) -> None:
+        """Waits for each sender's post.
+
+        Raises:
+            PeerLostError: one has ended, or does not come within the timeout.
+        """
+        for sender in senders:
+            number = self._number(kind, sender, self.rank)
+            if self._semaphores.wait(number, POLL_SECONDS):
+                continue
+            deadline = time.monotonic() + self.timeout_seconds - POLL_SECONDS
+            while True:
+                fault = self._fault_of(sender)
+                # What it posted before it ended still counts.
+                if self._semaphores.wait(number, 0.0 if fault else POLL_SECONDS):
+                    break
+                if fault is None and time.monotonic() > deadline:
+                    fault = f"sent nothing for {self.timeout_seconds:g} s (timeout_seconds)"
+                if fault:
+                    raise PeerLostError(f"rank {sender} {fault}, while {doing}", (sender,))
+
+    def _fault_of(self, rank: int) -> str | None:
+        if self._ended[self._place[rank]]:
+            return "has closed its buffer"
+        if rank in self._lives and select.select([self._lives[rank]], [], [], 0)[0]:
+            return "has ended or was killed"
+        return None
+
+
+def _machine_and_process_namespace() -> int:
+    """A number that differs between machines, and between containers that hide processes."""
+    machine = Path("/proc/sys/kernel/random/boot_id").read_text()
+    return digest(machine + os.readlink("/proc/self/ns/pid"))

@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import ritornello
+from ritornello import RehearsalBuffer, RoundError
+from ritornello.testing import connect_shared_memory, run_ranks
+from ritornello.transports import Transport
+
+
+def loader(num_steps: int = 20) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    for step in range(num_steps):
+        numbers = step * 10 + torch.arange(6)
+        yield numbers, numbers % 3
+
+
+def test_it_gives_what_the_plain_loop_gives() -> None:
+    def plain(end: Transport) -> list[torch.Tensor]:
+        with RehearsalBuffer(12, num_representatives=2, transport=end) as buffer:
+            return [buffer.update(batch)[0] for batch in loader()]
+
+    def ahead(end: Transport) -> list[torch.Tensor]:
+        with RehearsalBuffer(12, num_representatives=2, transport=end) as buffer:
+            return [numbers for numbers, _ in ritornello.rehearse(loader(), buffer, device="cpu")]
+
+    for ours, theirs in zip(
+        run_ranks(connect_shared_memory(2), plain),
+        run_ranks(connect_shared_memory(2), ahead),
+        strict=True,
+    ):
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_a_loop_left_early_has_offered_one_mini_batch_more() -> None:
+    with RehearsalBuffer(12, num_representatives=2) as buffer:
+        for step, _ in enumerate(ritornello.rehearse(loader(), buffer)):
+            if step == 4:
+                break
+        assert buffer.stats().num_rounds == 6
+        buffer.update(next(loader()))  # and the buffer goes on
+
+
+def test_errors_of_the_loader_and_of_the_buffer_reach_the_trainer() -> None:
+    def broken() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        yield from loader(3)
+        raise OSError("the disk is gone")
+
+    with RehearsalBuffer(12, num_representatives=2) as buffer:
+        with pytest.raises(OSError, match="the disk is gone"):
+            for _ in ritornello.rehearse(broken(), buffer):
+                pass
+        with pytest.raises(ValueError, match="dtype and shape are fixed"):
+            for _ in ritornello.rehearse([(torch.zeros(2), torch.arange(2))], buffer):
+                pass
+
+
+def test_a_failed_round_ends_the_loop() -> None:
+    buffer = RehearsalBuffer(2**40, num_representatives=2, label=None, selection="fifo")
+    with buffer, pytest.raises(RoundError, match="GB"):
+        for _ in ritornello.rehearse([torch.zeros(2, 2**16)] * 5, buffer):
+            pass
