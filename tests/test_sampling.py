@@ -7,8 +7,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ritornello.random_streams import Purpose, stream
-from ritornello.sampling import Plan, SamplingPolicy, UniformSampling, plan_draw
+from ritornello.random_streams import Purpose, Streams, stream
+from ritornello.sampling import (
+    ROUNDS_AHEAD,
+    Plan,
+    Planner,
+    SamplingPolicy,
+    UniformSampling,
+    plan_draw,
+)
 from ritornello.testing import chi_square_p_value
 
 
@@ -94,6 +101,24 @@ def test_while_the_buffer_holds_less_than_all_ranks_want(sizes: list[int]) -> No
 
 def test_an_empty_buffer_gives_an_empty_plan() -> None:
     assert [plan.num_drawn for plan in plans([0, 0], 3, 0)] == [0, 0]
+
+
+@pytest.mark.parametrize("num_draws", [1, 3])
+def test_rounds_planned_ahead_are_those_planned_one_by_one(num_draws: int) -> None:
+    sizes = np.array([9, 0, 14])
+    for rank in range(3):
+        planner = Planner(
+            rank, 4, UniformSampling(), Streams(8, Purpose.SAMPLING), num_draws=num_draws
+        )
+        for step in range(2 * ROUNDS_AHEAD + 3):
+            ours = planner.plan(step, sizes, sizes_are_final=step > 5)
+            generator = stream(8, Purpose.SAMPLING, step)
+            theirs = plan_draw(sizes, rank, 4, UniformSampling(), generator, num_draws)
+            for name in ("receive_slots", "receive_counts", "send_slots", "send_counts"):
+                assert np.array_equal(getattr(ours, name), getattr(theirs, name)), name
+            assert ours.num_drawn == 4 * num_draws
+            if num_draws > 1:
+                assert np.array_equal(ours.order, theirs.order)
 
 
 def test_steps_and_seeds_give_different_draws() -> None:

@@ -212,8 +212,8 @@ def test_labels_out_of_range() -> None:
         ([0], [1, 2], "1 rows but 2 slots"),
         ([0], [9], "slots must be from 0 to 7"),
         ([4], [0], "rows from 0 to 3"),
-        ([0, 1], [0, 0], "distinct"),
         ([0], [5], "fill without gaps"),
+        ([0, 1], [5, 5], "fill without gaps"),
     ],
 )
 def test_assignments_that_break_the_contract(

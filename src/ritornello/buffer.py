@@ -281,14 +281,18 @@ class RehearsalBuffer:
         """True, also while empty: ``if buffer`` asks whether there is one."""
         return True
 
-    def stats(self) -> BufferStats:
+    def stats(self, per_class: bool = True) -> BufferStats:
         """What the buffer holds and has cost so far. Waits for the running round.
 
         Involves no other rank. May be called after ``close()``.
+
+        Args:
+            per_class: whether to count classes, which reads the label of every representative.
         """
         self._settle()
         rounds = self._rounds
-        labels, counts = np.unique(rounds.labels(), return_counts=True)
+        labels = rounds.labels() if per_class else np.zeros(0, dtype=np.int64)
+        labels, counts = np.unique(labels, return_counts=True)
         return BufferStats(
             capacity=self._capacity,
             num_held=int(rounds.sizes.sum()),

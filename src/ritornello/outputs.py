@@ -10,21 +10,23 @@ from __future__ import annotations
 
 import weakref
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
+
+from ritornello.arrays import Bytes
+from ritornello.records import bytes_of
 
 WORTH_BYTES = 2**18
 """Smaller outputs come from the allocator faster."""
+
+MANY_BYTES = 2**22
+"""From here on torch's threads pay; below, waking them takes longer than the copy."""
 
 NUM_KEPT = 3
 """Blocks kept per size: one that is trained on, one that is being joined, one in between."""
 
 NUM_SIZES = 8
 """Sizes that are kept: those of a sample's fields, and of a last, smaller mini-batch."""
-
-Bytes = NDArray[np.uint8]
 
 
 class _Block:
@@ -57,10 +59,17 @@ class Outputs:
         past = past.to(leaf.device)
         shape = (len(leaf) + len(past), *leaf.shape[1:])
         num_bytes = torch.Size(shape).numel() * leaf.element_size()
-        if leaf.device.type != "cpu" or leaf.requires_grad or num_bytes < WORTH_BYTES:
+        if leaf.device.type != "cpu" or leaf.requires_grad:
             return torch.cat((leaf, past))
-        joined = self._free_block(num_bytes).lend().view(leaf.dtype).view(shape)
-        joined[: len(leaf)].copy_(leaf)
+        if num_bytes < WORTH_BYTES:
+            joined = torch.empty(shape, dtype=leaf.dtype)
+        else:
+            joined = self._free_block(num_bytes).lend().view(leaf.dtype).view(shape)
+        places, samples = bytes_of(joined), bytes_of(leaf)
+        if num_bytes < MANY_BYTES and places is not None and samples is not None:
+            places[: len(leaf)] = samples
+        else:
+            joined[: len(leaf)].copy_(leaf)
         joined[len(leaf) :].copy_(past)
         return joined
 

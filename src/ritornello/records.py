@@ -11,10 +11,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ritornello.arrays import Ints
+from ritornello.arrays import Bytes, Ints
 from ritornello.digest import digest
 
 ROW_ALIGNMENT = 16
@@ -147,6 +148,15 @@ class Layout:
         columns = rows[:, field.offset : field.offset + field.num_bytes].view(field.dtype)
         return columns.view(shape)
 
+    def integers(self, rows: Tensor, position: int) -> Ints:
+        """One integer field of records, ``[num_rows]``, as int64 in CPU memory."""
+        if rows.device.type != "cpu":
+            return self.view(rows, position).cpu().numpy().astype(np.int64)
+        field = self.fields[position]
+        dtype = torch.empty(0, dtype=field.dtype).numpy().dtype
+        columns = rows.numpy()[:, field.offset : field.offset + field.num_bytes]
+        return columns.view(dtype)[:, 0].astype(np.int64)
+
     def pack(self, leaves: Sequence[Tensor], index: Ints | None, rows: Tensor) -> None:
         """Copies samples into records.
 
@@ -155,18 +165,24 @@ class Layout:
             index: int64 ``[num_rows]``, the samples to take; None: all of them.
             rows: uint8 ``[num_rows, record_bytes]``, written; its padding is left as it is.
         """
-        on_device: Tensor | None = None
-        for field, leaf, view in zip(self.fields, leaves, self.views(rows), strict=True):
-            source = leaf.detach()
-            if index is None:
-                view.copy_(source)
-            elif field.num_bytes >= LARGE_FIELD_BYTES and rows.device.type == "cpu":
-                for place, sample in enumerate(index.tolist()):
-                    view[place].copy_(source[sample])
-            else:
-                if on_device is None:
+        for position, leaf in enumerate(leaves):
+            field = self.fields[position]
+            samples = bytes_of(leaf)
+            if samples is None or rows.device.type != "cpu":
+                view, source = self.view(rows, position), leaf.detach()
+                if index is not None:
                     on_device = torch.from_numpy(index).to(rows.device, non_blocking=True)
-                view.copy_(source.index_select(0, on_device))
+                    source = source.index_select(0, on_device)
+                view.copy_(source)
+                continue
+            places = rows.numpy()[:, field.offset : field.offset + field.num_bytes]
+            if index is None:
+                places[:] = samples
+            elif field.num_bytes < LARGE_FIELD_BYTES:
+                places[:] = samples[index]
+            else:
+                for place, sample in enumerate(index.tolist()):
+                    places[place] = samples[sample]
 
     def rebuild(self, leaves: Sequence[Tensor]) -> Batch:
         """A batch nested as the samples were, from one tensor per field."""
@@ -191,6 +207,19 @@ class Layout:
     def digest(self) -> int:
         """A number that differs between layouts, to compare them over ranks."""
         return digest(";".join(map(str, self.fields)))
+
+
+def bytes_of(leaf: Tensor) -> Bytes | None:
+    """A leaf's bytes as an array ``[b, bytes per sample]``; None if they are not in one piece.
+
+    NumPy copies on the calling thread alone. For such small copies torch would wake all its
+    threads, and wait for them.
+    """
+    if leaf.device.type != "cpu" or not leaf.is_contiguous() or leaf.numel() == 0:
+        return None
+    flat = leaf.detach().view(len(leaf), -1)
+    array: Bytes = flat.view(torch.uint8).numpy()
+    return array
 
 
 def shape_elements(shape: Sequence[int]) -> int:

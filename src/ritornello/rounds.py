@@ -8,8 +8,6 @@ streams keyed by ``k``, so its result does not depend on when it runs.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -17,8 +15,8 @@ import torch
 from ritornello.arrays import Ints
 from ritornello.random_streams import Purpose, Streams
 from ritornello.records import Layout
-from ritornello.sampling import SamplingPolicy, plan_draw
-from ritornello.selection import Assignment, SelectionPolicy
+from ritornello.sampling import Planner, SamplingPolicy
+from ritornello.selection import POLICIES, Assignment, SelectionPolicy
 from ritornello.shard import Shard
 from ritornello.staging import Candidates, Staging
 from ritornello.storage import Storage
@@ -61,17 +59,22 @@ class Rounds:
         self.transport = transport
         self.num_rounds = 0
         self.stage = STAGES[0]
+        self._stage_began: float | None = None
         self.seconds_per_stage = dict.fromkeys(STAGES, 0.0)
         self.bytes_sent = self.bytes_received = 0
         self.sizes = np.zeros(transport.num_ranks, dtype=np.int64)
         self.shard: Shard | None = None
         self._full = False
         self._selection = selection
-        self._sampling = sampling
-        self._num_representatives = num_representatives
-        self._num_draws = rounds_per_exchange
+        self._is_builtin = type(selection) in POLICIES.values()
         self._selection_streams = Streams(seed, Purpose.SELECTION, transport.rank)
-        self._sampling_streams = Streams(seed, Purpose.SAMPLING)
+        self._planner = Planner(
+            transport.rank,
+            num_representatives,
+            sampling,
+            Streams(seed, Purpose.SAMPLING),
+            rounds_per_exchange,
+        )
         self._storage = storage
         self._limits = np.array(
             [rows_of_rank(capacity, i, transport.num_ranks) for i in range(transport.num_ranks)]
@@ -105,28 +108,22 @@ class Rounds:
             PeerLostError: see ``Transport``.
         """
         with self._staging.worker_stream():
-            with self._timed("admit"):
-                if self.shard is None:
-                    self.shard = self._make_shard()
-                size = self._admit(candidates, self.shard)
-            with self._timed("plan"):
-                self._learn_sizes(size)
-                plan = plan_draw(
-                    self.sizes,
-                    self.transport.rank,
-                    self._num_representatives,
-                    self._sampling,
-                    self._sampling_streams.at(self.num_rounds),
-                    self._num_draws,
-                )
+            self._enter("admit")
+            if self.shard is None:
+                self.shard = self._make_shard()
+            size = self._admit(candidates, self.shard)
+            self._enter("plan")
+            self._learn_sizes(size)
+            plan = self._planner.plan(self.num_rounds, self.sizes, self._full)
             if plan.num_drawn:
-                with self._timed("exchange"):
-                    received = self._staging.receive(plan.num_drawn)
-                    self.transport.exchange(self.shard, plan, received)
-                with self._timed("stage"):
-                    self._staging.deliver(plan.num_drawn, plan.order)
+                self._enter("exchange")
+                received = self._staging.receive(plan.num_drawn)
+                self.transport.exchange(self.shard, plan, received)
+                self._enter("stage")
+                self._staging.deliver(plan.num_drawn, plan.order)
+        self._enter(None)
         kept = int(plan.send_counts[self.transport.rank])
-        self.bytes_sent += (len(plan.requests) - kept) * self._layout.record_bytes
+        self.bytes_sent += (int(plan.send_counts.sum()) - kept) * self._layout.record_bytes
         self.bytes_received += (plan.num_drawn - kept) * self._layout.record_bytes
         self.num_rounds += 1
         return plan.num_drawn
@@ -143,20 +140,23 @@ class Rounds:
         records = self._staging.arrive(candidates)
         if self._selection.needs_labels:
             labels = self._labels_of(records)
-            check_labels(labels, self._selection.num_classes)
+            if self._staging.on_gpu:  # else the trainer's thread has checked them
+                check_labels(labels, self._selection.num_classes)
         else:
             labels = np.zeros(len(records), dtype=np.int64)
         assignment = self._selection.admit(labels, self._selection_streams.at(self.num_rounds))
         size = int(self.sizes[self.transport.rank])
-        new_size = size_after(assignment, size, self.num_rows, len(records))
+        if self._is_builtin and size == self.num_rows:
+            new_size = size
+        else:
+            new_size = size_after(assignment, size, self.num_rows, len(records))
         self.transport.await_readers()
         shard.write(assignment.slots, records, assignment.rows)
         return new_size
 
     def _labels_of(self, records: torch.Tensor) -> Ints:
         assert self._label is not None
-        labels = self._layout.view(records, self._label)
-        return labels.cpu().numpy().astype(np.int64)
+        return self._layout.integers(records, self._label)
 
     def _make_shard(self) -> Shard:
         """Makes the shard, once all ranks have seen that their samples are of one kind."""
@@ -176,12 +176,13 @@ class Rounds:
             self.sizes = self.transport.all_gather(np.array([size]))[:, 0].copy()
             self._full = np.array_equal(self.sizes, self._limits)
 
-    @contextmanager
-    def _timed(self, stage: str) -> Iterator[None]:
-        self.stage = stage
-        began = time.perf_counter()
-        yield
-        self.seconds_per_stage[stage] += time.perf_counter() - began
+    def _enter(self, stage: str | None) -> None:
+        """Notes the time at which a stage begins, and so the one before ends."""
+        now = time.perf_counter()
+        if self._stage_began is not None:
+            self.seconds_per_stage[self.stage] += now - self._stage_began
+        self._stage_began = None if stage is None else now
+        self.stage = stage or self.stage
 
 
 def check_labels(labels: Ints, num_classes: int | None) -> None:
@@ -209,21 +210,22 @@ def size_after(assignment: Assignment, size: int, num_rows: int, num_candidates:
     Raises:
         ValueError: the assignment breaks the contract of ``SelectionPolicy.admit``.
     """
-    rows, slots = assignment.rows, assignment.slots
+    # Lists: for so few numbers Python is faster than arrays.
+    rows: list[int] = assignment.rows.tolist()
+    slots: list[int] = assignment.slots.tolist()
     if len(rows) != len(slots):
         raise ValueError(f"the selection policy gave {len(rows)} rows but {len(slots)} slots")
-    if len(slots) == 0:
+    if not slots:
         return size
-    new_size = max(size, int(slots.max()) + 1)
-    if slots.min() < 0 or new_size > num_rows or rows.min() < 0 or rows.max() >= num_candidates:
+    new_size = max(size, max(slots) + 1)
+    if min(slots) < 0 or new_size > num_rows or min(rows) < 0 or max(rows) >= num_candidates:
         raise ValueError(
-            f"the selection policy gave slots {slots.tolist()} for rows {rows.tolist()}: slots "
-            f"must be from 0 to {num_rows - 1}, rows from 0 to {num_candidates - 1}"
+            f"the selection policy gave slots {slots} for rows {rows}: slots must be from 0 to "
+            f"{num_rows - 1}, rows from 0 to {num_candidates - 1}"
         )
-    num_new = int(np.count_nonzero(slots >= size)) if new_size > size else 0
-    if len(set(slots.tolist())) < len(slots) or num_new < new_size - size:
+    if len({slot for slot in slots if slot >= size}) < new_size - size:
         raise ValueError(
-            f"the selection policy gave slots {slots.tolist()} of a shard that holds {size}: "
-            "slots must be distinct, and unused ones fill without gaps"
+            f"the selection policy gave slots {slots} of a shard that holds {size}: unused ones "
+            "must fill without gaps"
         )
     return new_size

@@ -13,7 +13,14 @@ from functools import cached_property
 
 import numpy as np
 
-from ritornello.arrays import Ints
+from ritornello.arrays import Bools, Ints
+from ritornello.random_streams import Streams
+
+ROUNDS_AHEAD = 16
+"""How many rounds are planned at once when the shards are full."""
+
+NUMBERS_AHEAD = 2**16
+"""How many indices are drawn ahead at most; at thousands of ranks one round has as many."""
 
 
 class SamplingPolicy(ABC):
@@ -64,7 +71,7 @@ class UniformSampling(SamplingPolicy):
         return np.concatenate(parts).reshape(num_ranks, num_drawn)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Plan:
     """What one rank sends and receives in a round.
 
@@ -78,9 +85,11 @@ class Plan:
     """int64 ``[num_ranks]``: how many of them come from each rank."""
     send_counts: Ints
     """int64 ``[num_ranks]``: how many of this rank's records go to each rank (and itself)."""
-    requests: Ints
-    """int64 ``[sum(send_counts)]``: ``requester * stride + slot`` of each of those records."""
-    stride: int
+    drawn_slots: Ints
+    """int64 ``[num_ranks, num_drawn]``: what each rank draws, counted from the beginning of this
+    rank's shard."""
+    is_asked: Bools
+    """bool ``[num_ranks, num_drawn]``: which of them lie in this rank's shard."""
     order: Ints | None = None
     """With several draws, int64 ``[num_drawn]``: the record received as number ``i`` is number
     ``order[i]`` of what was drawn, draw after draw. None: already in that order."""
@@ -96,8 +105,65 @@ class Plan:
 
         Found when first asked for: ranks that share memory never ask.
         """
-        slots: Ints = np.sort(self.requests) % self.stride
-        return slots
+        requesters, places = self.is_asked.nonzero()
+        slots: Ints = self.drawn_slots[requesters, places]
+        stride = int(slots.max(initial=0)) + 1
+        return np.sort(requesters * stride + slots) % stride
+
+
+class Planner:
+    """Plans the rounds of one rank.
+
+    While shards fill, round by round; from then on several rounds with the same few calls, as
+    calls, not numbers, are what a plan costs. Each round's draw has a stream of its own, so
+    the plans are the same either way.
+
+    Args:
+        rank: whose plans.
+        num_representatives: ``r``; each rank gets as many, or all if the buffer holds fewer.
+        policy: what to draw.
+        streams: that all ranks share.
+        num_draws: how many steps' draws, each on its own, make one round's exchange.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        num_representatives: int,
+        policy: SamplingPolicy,
+        streams: Streams,
+        num_draws: int = 1,
+    ) -> None:
+        self._rank = rank
+        self._num_representatives = num_representatives
+        self._policy = policy
+        self._streams = streams
+        self._num_draws = num_draws
+        self._ahead: dict[int, Plan] = {}
+
+    def plan(self, step: int, sizes: Ints, sizes_are_final: bool) -> Plan:
+        """Plans one round.
+
+        Args:
+            step: the round's number.
+            sizes: int64 ``[num_ranks]``, representatives in each shard.
+            sizes_are_final: whether later rounds will find the same sizes.
+
+        Raises:
+            ValueError: the policy breaks its contract.
+        """
+        if step not in self._ahead:
+            num_numbers = len(sizes) * self._num_representatives * self._num_draws
+            num_rounds = min(ROUNDS_AHEAD, NUMBERS_AHEAD // num_numbers) if sizes_are_final else 1
+            steps = range(step, step + max(1, num_rounds))
+            draws = [self._draw(each, sizes) for each in steps]
+            plans = plans_of_draws(np.stack(draws), sizes, self._rank)
+            self._ahead = dict(zip(steps, plans, strict=True))
+        return self._ahead.pop(step)
+
+    def _draw(self, step: int, sizes: Ints) -> Ints:
+        generator = self._streams.at(step)
+        return draw_all(sizes, self._num_representatives, self._policy, generator, self._num_draws)
 
 
 def plan_draw(
@@ -108,53 +174,82 @@ def plan_draw(
     generator: np.random.Generator,
     num_draws: int = 1,
 ) -> Plan:
-    """Plans one global draw, or several, for one rank.
-
-    Computes what this rank sends and receives, no more.
-
-    Args:
-        sizes: int64 ``[num_ranks]``, representatives in each shard.
-        rank: whose part of the plan.
-        num_representatives: ``r``; each rank gets as many, or all if the buffer holds fewer.
-        policy: what to draw.
-        generator: the stream that all ranks share for this step.
-        num_draws: how many steps' draws, each on its own, to plan as one exchange.
+    """Plans a single round for one rank; see ``Planner``.
 
     Raises:
         ValueError: the policy breaks its contract.
     """
-    num_ranks = len(sizes)
-    bounds = np.zeros(num_ranks + 1, dtype=np.int64)
-    np.cumsum(sizes, out=bounds[1:])
-    num_held = int(bounds[-1])
+    draws = draw_all(sizes, num_representatives, policy, generator, num_draws)
+    return plans_of_draws(draws[None], sizes, rank)[0]
+
+
+def draw_all(
+    sizes: Ints,
+    num_representatives: int,
+    policy: SamplingPolicy,
+    generator: np.random.Generator,
+    num_draws: int = 1,
+) -> Ints:
+    """One round's draws for all ranks: int64 ``[num_draws, num_ranks, num_drawn]``.
+
+    Raises:
+        ValueError: the policy breaks its contract.
+    """
+    num_ranks, num_held = len(sizes), int(sizes.sum())
     num_drawn = min(num_representatives, num_held)
     if num_drawn == 0:
-        nothing = np.zeros(0, dtype=np.int64)
-        no_counts = np.zeros(num_ranks, dtype=np.int64)
-        return Plan(nothing, no_counts, no_counts, nothing, 1)
+        return np.zeros((num_draws, num_ranks, 0), dtype=np.int64)
     draws = [policy.draw(num_held, num_ranks, num_drawn, generator) for _ in range(num_draws)]
-    for drawn in draws:
-        _check_draw(drawn, num_ranks, num_drawn, num_held)
+    if type(policy) is not UniformSampling:
+        for drawn in draws:
+            _check_draw(drawn, num_ranks, num_drawn, num_held)
+    return draws[0][None] if num_draws == 1 else np.stack(draws)
 
-    mine = draws[0][rank]
+
+def plans_of_draws(draws: Ints, sizes: Ints, rank: int) -> list[Plan]:
+    """What draws mean for one rank.
+
+    Computes what this rank sends and receives, no more.
+
+    Args:
+        draws: int64 ``[num_rounds, num_draws, num_ranks, num_drawn]``, global indices.
+        sizes: int64 ``[num_ranks]``, representatives in each shard.
+        rank: whose plans.
+    """
+    num_rounds, num_draws, num_ranks, num_drawn = draws.shape
+    num_received = num_draws * num_drawn
+    ends = sizes.cumsum()
+    starts = ends - sizes
+
+    received = np.sort(draws[:, :, rank], axis=-1).reshape(num_rounds, num_received)
     order = None
     if num_draws > 1:
-        mine = np.concatenate([np.sort(drawn[rank]) for drawn in draws])
-        order = np.argsort(mine, kind="stable")
-    mine = np.sort(mine)
-    cuts = mine.searchsorted(bounds)
-    receive_counts = cuts[1:] - cuts[:-1]
-    receive_slots = mine - bounds[:-1].repeat(receive_counts)
+        order = received.argsort(axis=-1, kind="stable")
+        received = np.sort(received, axis=-1)
+    owners = ends.searchsorted(received.ravel(), side="right").reshape(received.shape)
+    receive_slots = received - starts[owners]
+    rows = np.arange(num_rounds)[:, None] * num_ranks
+    receive_counts = np.bincount((rows + owners).ravel(), minlength=num_rounds * num_ranks)
+    receive_counts = receive_counts.reshape(num_rounds, num_ranks)
 
-    drawn = draws[0] if num_draws == 1 else np.concatenate(draws, axis=1)
-    slots = drawn.ravel() - bounds[rank]
-    size = int(sizes[rank])
+    slots = draws - starts[rank]
+    if num_draws > 1:
+        slots = slots.swapaxes(1, 2)
+    slots = slots.reshape(num_rounds, num_ranks, num_received)
     # Seen as unsigned, what lies below the shard is also beyond its end.
-    asked = np.flatnonzero(slots.view(np.uint64) < size)
-    requesters = asked // drawn.shape[1]
-    send_counts = np.bincount(requesters, minlength=num_ranks)
-    requests = requesters * size + slots[asked]
-    return Plan(receive_slots, receive_counts, send_counts, requests, max(1, size), order)
+    is_asked = slots.view(np.uint64) < int(sizes[rank])
+    send_counts = is_asked.sum(axis=-1)
+    return [
+        Plan(
+            receive_slots[i],
+            receive_counts[i],
+            send_counts[i],
+            slots[i],
+            is_asked[i],
+            None if order is None else order[i],
+        )
+        for i in range(num_rounds)
+    ]
 
 
 def _check_draw(drawn: Ints, num_ranks: int, num_drawn: int, num_held: int) -> None:

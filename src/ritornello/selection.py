@@ -21,7 +21,7 @@ class Assignment:
 
     Attributes:
         rows: int64 ``[n]``, positions among the candidates.
-        slots: int64 ``[n]``, distinct slots of the shard.
+        slots: int64 ``[n]``, of the shard. Where one comes twice, the later candidate stays.
     """
 
     rows: Ints
@@ -95,7 +95,7 @@ class Reservoir(SelectionPolicy):
         slots = _reservoir_positions(ordinals, self.num_slots, generator.random(len(labels)))
         self._num_offered += len(labels)
         rows = np.flatnonzero(slots < self.num_slots)
-        return _last_writer(rows, slots[rows])
+        return Assignment(rows, slots[rows])
 
 
 class _ClassShares(SelectionPolicy):
@@ -145,26 +145,25 @@ class _ClassShares(SelectionPolicy):
         if len(labels) == 0:
             return Assignment(*np.zeros((2, 0), dtype=np.int64))
         classes = self._class_numbers(labels)
-        rows = np.argsort(classes, kind="stable")
+        rows = classes.argsort(kind="stable")
         classes = classes[rows]
-        ordinals = self._offered[classes] + np.arange(len(rows)) - classes.searchsorted(classes)
+        offered, shares = self._offered[classes], self._members.counts[classes]
+        ordinals = offered + np.arange(len(rows)) - classes.searchsorted(classes)
         u = generator.random(len(rows))
-        if (self._offered[classes] > self._members.counts[classes]).all():
-            # Nobody's share changes: no class of these can grow any more.
-            filling = None
-        else:
+        # A class that has offered more than it holds never grows again: nobody's share changes.
+        settled = bool((offered > shares).all())
+        if not settled:
             filling = self._fill(classes, ordinals, generator)
+            shares = self._members.counts[classes]
         self._offered[classes] = ordinals + 1  # of each class its last, highest ordinal stays
 
-        shares = self._members.counts[classes]
         positions = self._positions(ordinals, shares, u)
         enters = positions < shares
-        if filling is not None:
+        if not settled:
             positions = np.where(filling, ordinals, positions)
             enters |= filling
-        chosen = enters.nonzero()[0]
-        slots = self._members.slots(classes[chosen], positions[chosen])
-        return _last_writer(rows[chosen], slots)
+        slots = self._members.slots(classes[enters], positions[enters])
+        return Assignment(rows[enters], slots)
 
     def _fill(self, classes: Ints, ordinals: Ints, generator: np.random.Generator) -> Bools:
         """Moves the classes' shares to where the candidates put them.
@@ -270,15 +269,6 @@ class PerClassRandom(_ClassShares):
 def _reservoir_positions(ordinals: Ints, size: Ints | int, u: Floats) -> Ints:
     """Algorithm R: where each candidate of a stream goes; at or above ``size``: nowhere."""
     return np.where(ordinals < size, ordinals, (u * (ordinals + 1)).astype(np.int64))
-
-
-def _last_writer(rows: Ints, slots: Ints) -> Assignment:
-    """Of candidates that go to the same slot one after another, the last one stays."""
-    order = slots.argsort(kind="stable")
-    slots = slots[order]
-    last = np.ones(len(slots), dtype=np.bool_)
-    np.not_equal(slots[1:], slots[:-1], out=last[:-1])
-    return Assignment(rows[order[last]], slots[last])
 
 
 POLICIES: dict[str, type[SelectionPolicy]] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,16 +32,20 @@ class Shard:
         return self.rows.numel()
 
     def write(self, slots: Ints, records: Tensor, rows: Ints) -> None:
-        """Writes ``records[rows]`` to ``slots``.
+        """Writes ``records[rows]`` to ``slots``, in that order.
 
         Args:
-            slots: int64 ``[n]``, distinct.
+            slots: int64 ``[n]``; where one comes twice, the later record stays.
             records: uint8 ``[m, record_bytes]`` on the shard's device.
             rows: int64 ``[n]``, which of the records.
         """
         words = records.view(torch.int64)
         if self._array is None:
             device = self.rows.device
+            # A GPU writes in no order: of records for one slot, only the last is given to it.
+            last = dict(zip(slots.tolist(), rows.tolist(), strict=True))
+            slots = np.array(list(last), dtype=np.int64)
+            rows = np.array(list(last.values()), dtype=np.int64)
             source = words.index_select(0, torch.from_numpy(rows).to(device))
             self._words.index_copy_(0, torch.from_numpy(slots).to(device), source)
         elif records.shape[1] >= LARGE_RECORD_BYTES:

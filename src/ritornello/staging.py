@@ -72,6 +72,11 @@ class Staging:
         self._delivery: torch.cuda.Event | None = None
         self._taken: torch.cuda.Event | None = None
 
+    @property
+    def on_gpu(self) -> bool:
+        """Whether mini-batches are on a GPU."""
+        return self._trainer_device.type == "cuda"
+
     # On the trainer's thread.
 
     def collect(self, leaves: Sequence[Tensor], rows: Ints | None) -> None:

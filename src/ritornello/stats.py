@@ -15,7 +15,7 @@ class BufferStats:
     """Representatives that it holds, over all ranks."""
     held_per_rank: list[int]
     held_per_class: dict[int, int]
-    """Label to representatives, in this rank's shard; empty without labels."""
+    """Label to representatives, in this rank's shard; empty without labels, or if not asked."""
     record_bytes: int
     """Of one representative; 0 before the first mini-batch."""
     shard_bytes: int

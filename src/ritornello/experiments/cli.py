@@ -21,6 +21,8 @@ except ImportError as error:  # pragma: no cover - the extra is installed in tes
 
 from ritornello.experiments.config import Recipe
 from ritornello.experiments.recipes import RECIPES, recipe_named
+from ritornello.experiments.simulate import Simulation
+from ritornello.experiments.step_time import MachineChanges
 
 if TYPE_CHECKING:
     from ritornello.experiments.report import Results
@@ -79,6 +81,8 @@ RecipeName = Annotated[
 ]
 Folders = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
 Settings = Annotated[Changes, tyro.conf.arg(name="")]
+SimulationSettings = Annotated[Simulation, tyro.conf.arg(name="")]
+MachineSettings = Annotated[MachineChanges, tyro.conf.arg(name="")]
 
 
 def run(
@@ -145,6 +149,78 @@ def report(folders: Folders, /, output: str = "report.html") -> None:
     _show(load_results(folders), Path(output))
 
 
+def simulate(
+    simulation: SimulationSettings,
+    changes: MachineSettings,
+    machine: str = "a100-200gbps",
+    output: str | None = None,
+) -> None:
+    """Simulate the buffer on up to thousands of ranks: fairness, traffic, cost, time per step.
+
+    Args:
+        simulation: What to simulate.
+        changes: Figures of the machine to change.
+        machine: Whose time per step to predict: a100-200gbps or this-machine.
+        output: Folder for simulate.json and simulate.png; runs/simulate if not given.
+    """
+    from ritornello.experiments import simulate as simulating
+    from ritornello.experiments.simulate_report import summary, tables
+
+    cluster = changes.applied_to(machine)
+    simulation.check()
+    folder = _output_folder(output, "simulate")
+    console = Console()
+    with console.status("simulating") as status:
+        results = simulating.simulate(simulation, cluster, report=status.update)
+    for table in tables(results):
+        console.print(table)
+    console.print(f"\n{summary(results)}", highlight=False)
+    results.write(folder)
+    console.print("\nPicture:", style="bold", end=" ")
+    console.print(str((folder / "simulate.png").resolve()), highlight=False, soft_wrap=True)
+
+
+def bench(
+    ranks: int | None = None,
+    workloads: tuple[str, ...] = ("imagenet-uint8", "imagenet-float32", "cifar", "mnist", "bulk"),
+    transports: tuple[str, ...] = (),
+    rounds: int = 1000,
+    steps: tuple[float, ...] = (1.0, 20.0, 50.0),
+    seconds: float = 4.0,
+    output: str | None = None,
+) -> None:
+    """Measure the buffer's speed against this machine's limits.
+
+    Args:
+        ranks: Local processes to start. Leave it out under torchrun, srun or mpirun.
+        workloads: Some of imagenet-uint8, imagenet-float32, cifar, mnist, bulk.
+        transports: Some of shared_memory, collective, local, mpi; the first one is also measured
+            beside training. If not given, those that the ranks can use.
+        rounds: Rounds per workload and transport.
+        steps: Training steps, in milliseconds, to measure beside.
+        seconds: For each of them, with and without the buffer.
+        output: Folder for bench.json and bench.png; runs/bench if not given.
+    """
+    from ritornello.experiments.bench import check_bench, measure_all
+    from ritornello.experiments.bench_report import tables_of, write_bench
+    from ritornello.experiments.launch import launch, place_in_job
+
+    place = place_in_job(os.environ)
+    num_ranks = place.num_ranks if place else ranks or 1
+    under_mpi = place is not None and place.launcher == "mpirun"
+    transports = check_bench(workloads, transports, num_ranks, under_mpi, rounds, steps, seconds)
+    is_main = place is None or place.rank == 0
+    folder = _output_folder(output, "bench") if is_main else None
+    console = Console(quiet=not is_main)
+    with console.status(f"{num_ranks} rank(s): {', '.join(workloads)}; takes some minutes"):
+        measured = launch(ranks, measure_all, workloads, transports, rounds, steps, seconds)
+    if folder is not None:
+        write_bench(measured, folder)
+        console.print(tables_of(measured))
+        console.print("\nPicture:", style="bold", end=" ")
+        console.print(str((folder / "bench.png").resolve()), highlight=False, soft_wrap=True)
+
+
 def recipes() -> None:
     """List the recipes."""
     table = Table(box=None, padding=(0, 2, 0, 0))
@@ -160,7 +236,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Parses the command line and runs the command; errors end with one line and status 2."""
     from ritornello.experiments.launch import LaunchError
 
-    commands = {each.__name__: each for each in (demo, run, compare, report, recipes)}
+    commands = {
+        each.__name__: each for each in (demo, run, compare, report, bench, simulate, recipes)
+    }
     try:
         tyro.extras.subcommand_cli_from_dict(
             commands,
