@@ -5,23 +5,31 @@ import gc
 import torch
 
 from ritornello.outputs import NUM_KEPT, Outputs
+from ritornello.records import Layout
 
 LARGE = torch.arange(100_000.0).view(100, 1000)
+
+
+def join(outputs: Outputs, leaf: torch.Tensor, past: torch.Tensor) -> torch.Tensor:
+    layout = Layout.of((leaf,))
+    records = torch.zeros(len(past), layout.record_bytes, dtype=torch.uint8)
+    layout.pack([past], None, records)
+    return outputs.join(layout, [leaf], records)[0]
 
 
 def test_a_joined_tensor_is_what_cat_gives() -> None:
     outputs = Outputs()
     for leaf in (LARGE, LARGE.half(), LARGE.t(), LARGE[::2], torch.zeros(3, 2), LARGE[:0]):
         past = leaf[:5] if len(leaf) else torch.ones(400, *leaf.shape[1:])
-        assert torch.equal(outputs.join(leaf, past), torch.cat((leaf, past)))
+        assert torch.equal(join(outputs, leaf, past), torch.cat((leaf, past)))
 
 
 def test_memory_is_used_again_once_nobody_holds_it() -> None:
     outputs = Outputs()
-    joined = outputs.join(LARGE, LARGE)
+    joined = join(outputs, LARGE, LARGE)
     first = joined.data_ptr()
     del joined
-    assert outputs.join(LARGE, LARGE).data_ptr() == first
+    assert join(outputs, LARGE, LARGE).data_ptr() == first
 
 
 def test_what_is_held_in_any_way_is_never_overwritten() -> None:
@@ -29,7 +37,7 @@ def test_what_is_held_in_any_way_is_never_overwritten() -> None:
     weight = torch.ones(1000, requires_grad=True)
 
     def kept(number: int) -> object:
-        joined = outputs.join(torch.full((100, 1000), float(number)), LARGE[:1])
+        joined = join(outputs, torch.full((100, 1000), float(number)), LARGE[:1])
         return (
             joined,  # itself
             joined[3:5, :7],  # a view
@@ -53,11 +61,11 @@ def test_what_is_held_in_any_way_is_never_overwritten() -> None:
 
 def test_a_hoarder_gets_memory_of_its_own() -> None:
     outputs = Outputs()
-    hoard = [outputs.join(LARGE, LARGE[:1]) for _ in range(3 * NUM_KEPT)]
+    hoard = [join(outputs, LARGE, LARGE[:1]) for _ in range(3 * NUM_KEPT)]
     assert len({joined.data_ptr() for joined in hoard}) == len(hoard)
 
 
 def test_gradients_flow_through_a_batch_that_needs_them() -> None:
     leaf = LARGE.clone().requires_grad_()
-    Outputs().join(leaf, LARGE).sum().backward()
+    join(Outputs(), leaf, LARGE).sum().backward()
     assert torch.equal(leaf.grad, torch.ones_like(leaf))

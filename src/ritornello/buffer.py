@@ -213,12 +213,11 @@ class RehearsalBuffer:
         leaves = self._leaves(batch)
         staged = self._take("update")
         augmented = batch
-        if staged:
+        if staged is not None:
             began = time.perf_counter()
             assert self._layout is not None
-            augmented = self._layout.rebuild(
-                [self._outputs.join(leaf, past) for leaf, past in zip(leaves, staged, strict=True)]
-            )
+            joined = self._outputs.join(self._layout, leaves, staged)
+            augmented = self._layout.rebuild(joined)
             self._release()
             self._seconds_joining += time.perf_counter() - began
         self._offer(leaves)
@@ -241,12 +240,15 @@ class RehearsalBuffer:
         """
         self._check_open("draw")
         staged = self._take("draw")
-        if not staged:
+        if staged is None:
             return None
         began = time.perf_counter()
         assert self._layout is not None
         drawn = self._layout.rebuild(
-            [past.clone(memory_format=torch.contiguous_format) for past in staged]
+            [
+                past.clone(memory_format=torch.contiguous_format)
+                for past in self._layout.views(staged)
+            ]
         )
         self._release()
         self._seconds_joining += time.perf_counter() - began
@@ -381,8 +383,8 @@ class RehearsalBuffer:
         self._rounds.open(layout, self._label, self._staging)
         self._layout = layout
 
-    def _take(self, call: str) -> list[Tensor] | None:
-        """Waits for the round; one step's representatives as views, None if there are none."""
+    def _take(self, call: str) -> Tensor | None:
+        """Waits for the round; one step's representatives as records, None if there are none."""
         if not self._offered:
             if self._num_offers:
                 raise RuntimeError(

@@ -9,14 +9,15 @@ freed, and a weak reference to it tells.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ritornello.arrays import Bytes
-from ritornello.records import bytes_of
+from ritornello.records import Layout, bytes_of
 
-WORTH_BYTES = 2**18
+WORTH_BYTES = 2**15
 """Smaller outputs come from the allocator faster."""
 
 MANY_BYTES = 2**22
@@ -49,28 +50,39 @@ class _Block:
 
 
 class Outputs:
-    """Joins tensors in CPU memory that is used again where that is safe."""
+    """Joins mini-batches and representatives, in CPU memory that is used again where safe."""
 
     def __init__(self) -> None:
         self._blocks: dict[int, list[_Block]] = {}
 
-    def join(self, leaf: Tensor, past: Tensor) -> Tensor:
-        """``torch.cat((leaf, past))``; ``past`` may be on another device."""
-        past = past.to(leaf.device)
-        shape = (len(leaf) + len(past), *leaf.shape[1:])
-        num_bytes = torch.Size(shape).numel() * leaf.element_size()
-        if leaf.device.type != "cpu" or leaf.requires_grad:
-            return torch.cat((leaf, past))
+    def join(self, layout: Layout, leaves: Sequence[Tensor], records: Tensor) -> list[Tensor]:
+        """``torch.cat((leaf, past))`` for each field of some records.
+
+        Args:
+            layout: of the records.
+            leaves: one tensor ``[b, *shape]`` per field, on any device.
+            records: uint8 ``[r, record_bytes]``.
+        """
+        return [self._join(layout, position, leaf, records) for position, leaf in enumerate(leaves)]
+
+    def _join(self, layout: Layout, position: int, leaf: Tensor, records: Tensor) -> Tensor:
+        field = layout.fields[position]
+        num_samples = len(leaf) + len(records)
+        num_bytes = num_samples * field.num_bytes
+        samples = None if leaf.requires_grad or records.is_cuda else bytes_of(leaf)
+        if samples is None:
+            return torch.cat((leaf, layout.view(records, position).to(leaf.device)))
         if num_bytes < WORTH_BYTES:
-            joined = torch.empty(shape, dtype=leaf.dtype)
+            memory = torch.empty(num_bytes, dtype=torch.uint8)
         else:
-            joined = self._free_block(num_bytes).lend().view(leaf.dtype).view(shape)
-        places, samples = bytes_of(joined), bytes_of(leaf)
-        if num_bytes < MANY_BYTES and places is not None and samples is not None:
-            places[: len(leaf)] = samples
+            memory = self._free_block(num_bytes).lend()
+        joined = memory.view(field.dtype).view(num_samples, *field.shape)
+        rows = memory.numpy().reshape(num_samples, field.num_bytes)
+        if num_bytes < MANY_BYTES:
+            rows[: len(leaf)] = samples
         else:
             joined[: len(leaf)].copy_(leaf)
-        joined[len(leaf) :].copy_(past)
+        rows[len(leaf) :] = records.numpy()[:, field.offset : field.offset + field.num_bytes]
         return joined
 
     def _free_block(self, num_bytes: int) -> _Block:

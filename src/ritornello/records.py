@@ -23,6 +23,11 @@ ROW_ALIGNMENT = 16
 LARGE_FIELD_BYTES = 16_384
 """From here on, copying values one by one is faster than all of them twice."""
 
+INTEGERS = {
+    getattr(torch, name): np.dtype(name)
+    for name in ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
+}
+
 Path = tuple[Any, ...]
 """Where a leaf is in a nested sample: ``(1,)`` or ``("target", "label")``."""
 
@@ -153,9 +158,8 @@ class Layout:
         if rows.device.type != "cpu":
             return self.view(rows, position).cpu().numpy().astype(np.int64)
         field = self.fields[position]
-        dtype = torch.empty(0, dtype=field.dtype).numpy().dtype
         columns = rows.numpy()[:, field.offset : field.offset + field.num_bytes]
-        return columns.view(dtype)[:, 0].astype(np.int64)
+        return columns.view(INTEGERS[field.dtype])[:, 0].astype(np.int64)
 
     def pack(self, leaves: Sequence[Tensor], index: Ints | None, rows: Tensor) -> None:
         """Copies samples into records.
@@ -215,10 +219,9 @@ def bytes_of(leaf: Tensor) -> Bytes | None:
     NumPy copies on the calling thread alone. For such small copies torch would wake all its
     threads, and wait for them.
     """
-    if leaf.device.type != "cpu" or not leaf.is_contiguous() or leaf.numel() == 0:
+    if leaf.is_cuda or not leaf.is_contiguous() or leaf.numel() == 0:
         return None
-    flat = leaf.detach().view(len(leaf), -1)
-    array: Bytes = flat.view(torch.uint8).numpy()
+    array: Bytes = leaf.detach().view(leaf.shape[0], -1).view(torch.uint8).numpy()
     return array
 
 

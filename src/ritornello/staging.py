@@ -105,14 +105,14 @@ class Staging:
         self._num_collected = 0
         return Candidates(records, self._mark(self._trainer_device))
 
-    def take(self, first: int, num_rows: int) -> list[Tensor]:
-        """Staged representatives as views per field, valid until ``release``."""
+    def take(self, first: int, num_rows: int) -> Tensor:
+        """Staged representatives as records, valid until ``release``."""
         if self._delivery is not None:
             if self._trainer_device.type == "cuda":
                 torch.cuda.current_stream(self._cuda).wait_event(self._delivery)
             else:
                 self._delivery.synchronize()
-        return self._layout.views(self._delivered[first : first + num_rows])
+        return self._delivered[first : first + num_rows]
 
     def release(self) -> None:
         """Says that all use of the views from ``take`` has been issued."""

@@ -89,7 +89,8 @@ class SharedMemoryTransport(Transport):
             self.num_hosts = len(np.unique(leaders))
             self._leader = int(self.neighbours[0])
             self._is_neighbour = np.isin(np.arange(self.num_ranks), self.neighbours)
-            self._place = {int(rank): i for i, rank in enumerate(self.neighbours)}
+            self._place = {rank: i for i, rank in enumerate(self.neighbours.tolist())}
+            self._others = [rank for rank in self._place if rank != self.rank]
             if self._leader == self.rank:
                 os.ftruncate(memory.descriptor, self._num_control_bytes)
                 self._open_control(memory.descriptor)
@@ -230,9 +231,8 @@ class SharedMemoryTransport(Transport):
         room = self._gathering[self._turn, :, : len(values)]
         self._turn = 1 - self._turn
         room[self._place[self.rank]] = values
-        others = [rank for rank in self._place if rank != self.rank]
-        self._post(GATHERED, others)
-        self._wait(GATHERED, others, "gathering sizes")
+        self._post(GATHERED, self._others)
+        self._wait(GATHERED, self._others, "gathering sizes")
         return room.copy()
 
     def await_readers(self) -> None:
@@ -246,11 +246,11 @@ class SharedMemoryTransport(Transport):
         """See ``Transport.exchange``."""
         assert self._host is not None
         assert peers is None
-        self._readers = self._peers_of(plan.send_counts)
+        self._readers = self._peers_of(plan.send_counts.tolist())
         self._post(ADMITTED, self._readers)
         if self.peers_elsewhere:
             self._inner.exchange(shard, plan, out, np.flatnonzero(~self._is_neighbour).tolist())
-        owners = self._peers_of(plan.receive_counts)
+        owners = self._peers_of(plan.receive_counts.tolist())
         self._wait(ADMITTED, owners, "admitting its candidates")
         rows = plan.receive_slots + self._firsts.repeat(plan.receive_counts)
         if not self.peers_elsewhere:
@@ -272,12 +272,9 @@ class SharedMemoryTransport(Transport):
             os.close(descriptor)
         self._inner.close()
 
-    def _peers_of(self, counts: Ints) -> list[int]:
+    def _peers_of(self, counts: list[int]) -> list[int]:
         """The neighbours, without this rank, whose count is not zero."""
-        return [rank for rank in counts.nonzero()[0].tolist() if self._is_peer(rank)]
-
-    def _is_peer(self, rank: int) -> bool:
-        return rank != self.rank and rank in self._place
+        return [rank for rank in self._others if counts[rank]]
 
     def _number(self, kind: int, sender: int, receiver: int) -> int:
         num = len(self.neighbours)
