@@ -182,6 +182,27 @@ def test_labels_may_be_any_non_negative_integers() -> None:
     assert set(shard.counts.values()) <= {7, 8}
 
 
+@pytest.mark.parametrize(
+    ("num_classes", "num_ranks", "capacity"), [(10, 64, 320), (10, 128, 128), (100, 128, 2000)]
+)
+def test_shares_are_fair_with_more_ranks_than_classes(
+    num_classes: int, num_ranks: int, capacity: int
+) -> None:
+    """Also where a shard has no room for every class."""
+    held = np.zeros(num_classes)
+    for rank in range(num_ranks):
+        shard = PlayedShard(
+            ClassBalanced(), rows_of_rank(capacity, rank, num_ranks), rank, num_ranks
+        )
+        for start in range(0, num_classes, 10):
+            shard.offer(np.repeat(np.arange(start, start + 10), 30))
+        for label, count in shard.counts.items():
+            held[label] += count
+    assert held.sum() == capacity
+    fair = capacity / num_classes
+    assert 0.6 * fair < held.min() <= held.max() < 1.6 * fair
+
+
 def test_a_policy_belongs_to_one_buffer() -> None:
     policy = ClassBalanced()
     policy.bind(10, 0, 1)

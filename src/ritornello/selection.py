@@ -6,6 +6,7 @@ A policy sees labels and a random stream, never a sample, and answers with an *a
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
@@ -103,7 +104,7 @@ class _ClassShares(SelectionPolicy):
 
     The representatives that a class may have on a rank are numbered, and each number has a
     fixed score: number ``q`` of class ``label`` on rank ``i`` of ``N`` has the score
-    ``q * N + (i - label) % N``. A shard keeps the lowest scores that its classes can fill.
+    ``q * N + (i - label * stride) % N``. A shard keeps the lowest scores that its classes can fill.
     So the shares are equal (up to what a class has offered), adapt as classes appear, and
     leave no slot empty; remainders fall on different ranks for different classes, so that
     the global shares are equal too; and the ranks need not talk about it. As the scores are
@@ -122,6 +123,7 @@ class _ClassShares(SelectionPolicy):
         """See ``SelectionPolicy.bind``."""
         super().bind(num_slots, rank, num_ranks)
         self._rank, self._num_ranks = rank, num_ranks
+        self._stride = spreading_stride(num_ranks)
         self._labels = np.zeros(0, dtype=np.int64)  # class number -> label, as they appeared
         self._known = np.zeros(0, dtype=np.int64)  # the labels, ascending
         self._sorted = np.zeros(0, dtype=np.int64)  # their class numbers
@@ -195,7 +197,7 @@ class _ClassShares(SelectionPolicy):
     def _add_classes(self, new: Ints) -> None:
         self._labels = np.concatenate([self._labels, new])
         self._offered = np.concatenate([self._offered, np.zeros_like(new)])
-        self._offsets = (self._rank - self._labels) % self._num_ranks
+        self._offsets = (self._rank - self._labels * self._stride) % self._num_ranks
         self._members.add_classes(len(new))
         self._sorted = np.argsort(self._labels, kind="stable")
         self._known = self._labels[self._sorted]
@@ -264,6 +266,17 @@ class PerClassRandom(_ClassShares):
 
     def _positions(self, ordinals: Ints, shares: Ints, u: Floats) -> Ints:
         return np.where(shares > 0, (u * shares).astype(np.int64), 0)
+
+
+def spreading_stride(num_ranks: int) -> int:
+    """A step that visits all ranks, and spreads any few of its first stops evenly over them.
+
+    The golden section of ``num_ranks``, lowered until the two have no common divisor.
+    """
+    stride = max(1, int(num_ranks * (math.sqrt(5) - 1) / 2))
+    while math.gcd(stride, num_ranks) > 1:
+        stride -= 1
+    return stride
 
 
 def _reservoir_positions(ordinals: Ints, size: Ints | int, u: Floats) -> Ints:

@@ -28,6 +28,10 @@ LIST_WORDS = 2
 much again as it holds."""
 
 
+MOST_STEPS = 200
+"""Per block, beside training; more make no steadier mean."""
+
+
 @dataclass(frozen=True)
 class Workload:
     """Sizes per rank and step."""
@@ -218,7 +222,8 @@ def measure_beside(
     """
     batch = workload.batch()
     step = _training_step(step_milliseconds / 1e3)
-    num_steps = max(10, int(seconds / NUM_BLOCKS / (step_milliseconds / 1e3)))
+    num_steps = int(seconds / NUM_BLOCKS / (step_milliseconds / 1e3))
+    num_steps = min(MOST_STEPS, max(10, num_steps))
     alone, beside = [], []
     with _filled_buffer(
         workload, transport, "per-class-random", rounds_per_exchange=rounds_per_exchange
@@ -328,7 +333,10 @@ def _filled_buffer(
 
 
 def _training_step(seconds: float) -> Callable[[], None]:
-    """A step of SGD on a perceptron whose width makes it last about that long here."""
+    """A step of SGD on a perceptron whose width makes it last about that long here.
+
+    With several ranks it averages gradients, so that ranks keep step as they do in training.
+    """
     width, taken = 32, 0.0
     step: Callable[[], None] = lambda: None  # noqa: E731
     while taken < seconds:
@@ -341,10 +349,12 @@ def _training_step(seconds: float) -> Callable[[], None]:
 
 def _perceptron_step(width: int) -> Callable[[], None]:
     generator = torch.Generator().manual_seed(0)
-    model = torch.nn.Sequential(
+    model: torch.nn.Module = torch.nn.Sequential(
         torch.nn.Linear(256, width), torch.nn.ReLU(), torch.nn.Linear(width, width),
         torch.nn.ReLU(), torch.nn.Linear(width, 10),
     )  # fmt: skip
+    if dist.is_initialized():
+        model = torch.nn.parallel.DistributedDataParallel(model)
     optimiser = torch.optim.SGD(model.parameters(), lr=0.01)
     images = torch.randn(64, 256, generator=generator)
     labels = torch.arange(64) % 10

@@ -1,0 +1,164 @@
+"""What only ranks that share memory can get wrong; the rest is in test_transports.py."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from ritornello import PeerLostError, RehearsalBuffer
+from ritornello.shard import Shard
+from ritornello.storage import Storage
+from ritornello.testing import connect_shared_memory, run_ranks, spawn_ranks
+from ritornello.transports import SharedMemoryTransport, Transport, open_transport
+from ritornello.transports.shared_memory import GATHERED
+
+
+def records(numbers: np.ndarray) -> np.ndarray:
+    """int64 ``[n, 65]``: a number, multiples of it, and their sum."""
+    words = numbers[:, None] * np.arange(1, 65)
+    return np.concatenate([words, words.sum(axis=1, keepdims=True)], axis=1)
+
+
+def num_torn_records(num_rounds: int) -> int:
+    """Rounds on 3 ranks in which some writes pause with half of each record missing."""
+    dice = np.random.default_rng(0)
+
+    def rank_main(end: Transport) -> int:
+        num_torn = 0
+        with RehearsalBuffer(
+            30, num_representatives=4, selection="fifo", label=None, transport=end
+        ) as buffer:
+            for step in range(num_rounds):
+                mine = records((3 * step + end.rank) * 10 + np.arange(5))
+                drawn = buffer.update(torch.from_numpy(mine)).numpy()[5:]
+                num_torn += int((drawn != records(drawn[:, 0])).any(axis=1).sum())
+                if dice.random() < 0.1:
+                    time.sleep(dice.random() * 0.002)
+        return num_torn
+
+    write = Shard.write
+
+    def slow_write(self: Shard, slots: Any, rows: torch.Tensor, index: Any) -> None:
+        if dice.random() < 0.2:
+            half = rows.clone()
+            half[:, rows.shape[1] // 2 :] = 0
+            write(self, slots, half, index)
+            time.sleep(dice.random() * 0.002)
+        write(self, slots, rows, index)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Shard, "write", slow_write)
+        return sum(run_ranks(connect_shared_memory(3), rank_main))
+
+
+def test_no_record_is_read_while_it_is_written() -> None:
+    assert num_torn_records(400) == 0
+
+
+def test_without_the_waiting_that_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    wait = SharedMemoryTransport._wait
+    monkeypatch.setattr(
+        SharedMemoryTransport,
+        "_wait",
+        lambda self, kind, *rest: wait(self, kind, *rest) if kind == GATHERED else None,
+    )
+    assert num_torn_records(200) > 0
+
+
+def test_gathering_never_mixes_turns() -> None:
+    dice = np.random.default_rng(1)
+
+    def rank_main(end: Transport) -> bool:
+        for turn in range(500):
+            values = end.all_gather(np.array([turn, end.rank]))
+            assert values.tolist() == [[turn, rank] for rank in range(4)]
+            if dice.random() < 0.05:
+                time.sleep(dice.random() * 0.001)
+        return True
+
+    assert all(run_ranks(connect_shared_memory(4), rank_main))
+
+
+def test_a_neighbour_that_closes_is_reported_at_once() -> None:
+    def rank_main(end: Transport) -> float:
+        if end.rank == 1:
+            end.close()
+            return 0.0
+        began = time.monotonic()
+        with pytest.raises(PeerLostError, match=r"rank 1 has closed its buffer, while gathering"):
+            end.all_gather(np.zeros(1, dtype=np.int64))
+        return time.monotonic() - began
+
+    assert max(run_ranks(connect_shared_memory(2), rank_main)) < 5.0
+
+
+def _killed_in_the_middle(rank: int) -> Any:
+    buffer = RehearsalBuffer(40, num_representatives=6, timeout_seconds=30.0)
+    assert isinstance(buffer._transport, SharedMemoryTransport)
+    for step in range(200):
+        if rank == 1 and step == 60:
+            os.kill(os.getpid(), signal.SIGKILL)
+        began = time.monotonic()
+        try:
+            buffer.update((torch.zeros(4), torch.arange(4)))
+        except PeerLostError as error:
+            return error.peers, time.monotonic() - began
+    return "went on"
+
+
+def test_a_killed_neighbour_is_named_and_leaves_nothing_behind() -> None:
+    before = set(os.listdir("/dev/shm"))
+    first, killed = spawn_ranks(2, _killed_in_the_middle)
+    assert killed == -signal.SIGKILL
+    peers, seconds = first
+    assert peers == (1,)
+    assert seconds < 5.0
+    assert set(os.listdir("/dev/shm")) == before
+
+
+def _names_of_transports(rank: int) -> list[str]:
+    names = []
+    auto = Storage.of("auto")
+    for supported in (True, False):
+        if not supported:
+            SharedMemoryTransport.is_supported = staticmethod(lambda: False)  # type: ignore[method-assign]
+        transport = open_transport("auto", None, 20.0, auto)
+        names.append(type(transport).__name__)
+        transport.close()
+    for name, storage, expected in (
+        ("shared_memory", auto, "needs Linux"),
+        ("shared_memory", Storage.of("cpu"), "cannot read shards in storage='cpu'"),
+    ):
+        with pytest.raises(ValueError, match=expected):
+            open_transport(name, None, 20.0, storage)
+    assert dist.is_initialized()
+    return names
+
+
+def test_auto_takes_shared_memory_where_there_is_any() -> None:
+    expected = ["SharedMemoryTransport", "CollectiveTransport"]
+    assert spawn_ranks(2, _names_of_transports) == [expected] * 2
+
+
+def test_shared_memory_is_refused_across_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ritornello.transports import _share_memory
+
+    class Apart(SharedMemoryTransport):
+        def __init__(self, inner: Transport) -> None:
+            super().__init__(inner, hosts=[0, 1])
+
+    def rank_main(end: SharedMemoryTransport) -> str:
+        with pytest.raises(ValueError, match="serves one host, but the ranks are on 2") as caught:
+            _share_memory(end._inner, required=True)  # type: ignore[arg-type]
+        return str(caught.value)
+
+    ends = connect_shared_memory(2)
+    monkeypatch.setattr("ritornello.transports.SharedMemoryTransport", Apart)
+    assert all("use 'auto'" in message for message in run_ranks(ends, rank_main))
