@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+import ritornello
 from ritornello import RehearsalBuffer, RoundError
 from ritornello.testing import spawn_ranks
 
@@ -40,7 +41,7 @@ def augmented(device: str, **arguments: Any) -> list[torch.Tensor]:
     return out
 
 
-@pytest.mark.parametrize("storage", ["cpu", "cuda"])
+@pytest.mark.parametrize("storage", ["cpu", "pinned", "shared", "cuda"])
 @pytest.mark.parametrize("asynchronous", [True, False])
 def test_same_results_as_on_the_cpu(storage: str, asynchronous: bool) -> None:
     expected = augmented("cpu")
@@ -51,6 +52,25 @@ def test_same_results_as_on_the_cpu(storage: str, asynchronous: bool) -> None:
 def test_mini_batches_on_the_cpu_and_a_shard_on_the_gpu() -> None:
     expected = augmented("cpu")
     got = augmented("cpu", storage="cuda")
+    assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
+
+
+@pytest.mark.parametrize("storage", ["cpu", "cuda"])
+def test_one_exchange_for_several_steps(storage: str) -> None:
+    expected = augmented("cpu", rounds_per_exchange=4)
+    got = augmented("cuda", storage=storage, rounds_per_exchange=4)
+    assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
+
+
+def test_a_loader_on_the_cpu_and_a_model_on_the_gpu() -> None:
+    expected = augmented("cpu")
+    got = []
+    with RehearsalBuffer(60, num_representatives=7, num_candidates=5) as buffer:
+        loader = [tuple(leaf.pin_memory() for leaf in batch) for batch in batches("cpu")]
+        for joined in ritornello.rehearse(loader, buffer, device="cuda"):
+            assert all(leaf.is_cuda for leaf in joined)
+            torch.cuda._sleep(1_000_000)
+            got += [leaf.cpu() for leaf in joined]
     assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
 
 

@@ -28,7 +28,7 @@ def test_memory_is_shared_by_descriptor_and_ends_with_its_last_user() -> None:
     descriptors = len(os.listdir("/proc/self/fd"))
     with (
         Storage.of("shared").create(64) as memory,
-        MappedMemory.open(os.getpid(), memory.descriptor, 64) as again,
+        MappedMemory.open(os.getpid(), memory.descriptor, 64, Storage.of("shared")) as again,
     ):
         ours, theirs = memory.map(), again.map()
     ours[5] = 9

@@ -106,14 +106,18 @@ class Storage:
         """
         if self.folder is None:
             self._check_free(num_bytes)
-            return MappedMemory(os.memfd_create("ritornello", os.MFD_CLOEXEC), num_bytes, self)
-        try:
-            # Without a name where the file system can do that, else its name is gone at once:
-            # nothing is left behind, however the processes end.
-            with tempfile.TemporaryFile(dir=self.folder) as file:
-                return MappedMemory(os.dup(file.fileno()), num_bytes, self)
-        except OSError as error:
-            raise MemoryError(f"storage={str(self)!r}: no file can be made: {error}") from error
+            descriptor = os.memfd_create("ritornello", os.MFD_CLOEXEC)
+        else:
+            try:
+                # Without a name where the file system can do that, else its name is gone at
+                # once: nothing is left behind, however the processes end.
+                with tempfile.TemporaryFile(dir=self.folder) as file:
+                    descriptor = os.dup(file.fileno())
+            except OSError as error:
+                raise MemoryError(f"storage={str(self)!r}: no file can be made: {error}") from error
+        memory = MappedMemory(descriptor, num_bytes, self)
+        memory.resize(num_bytes)
+        return memory
 
     def _check_free(self, num_bytes: int) -> None:
         free = free_memory_bytes()
@@ -132,22 +136,25 @@ class MappedMemory:
     earlier job can be in the way. Others open it by ``path`` while this object is open.
     """
 
-    def __init__(self, descriptor: int, num_bytes: int, storage: Storage | None = None) -> None:
+    def __init__(self, descriptor: int, num_bytes: int, storage: Storage) -> None:
         self._descriptor = descriptor
         self._num_bytes = num_bytes
         self._storage = storage
-        if storage is not None:
-            os.ftruncate(descriptor, num_bytes)
 
     @classmethod
-    def open(cls, process: int, descriptor: int, num_bytes: int) -> MappedMemory:
+    def open(cls, process: int, descriptor: int, num_bytes: int, storage: Storage) -> MappedMemory:
         """Memory that another process of this host has open.
 
         Raises:
             OSError: it cannot be reached, as from another container.
         """
         path = f"/proc/{process}/fd/{descriptor}"
-        return cls(os.open(path, os.O_RDWR | os.O_CLOEXEC), num_bytes)
+        return cls(os.open(path, os.O_RDWR | os.O_CLOEXEC), num_bytes, storage)
+
+    def resize(self, num_bytes: int) -> None:
+        """Changes its size; what is new is zero. Before anybody maps it."""
+        os.ftruncate(self._descriptor, num_bytes)
+        self._num_bytes = num_bytes
 
     @property
     def descriptor(self) -> int:
@@ -164,9 +171,8 @@ class MappedMemory:
             if num_bytes:
                 os.posix_fallocate(self._descriptor, first_byte, num_bytes)
         except OSError as error:
-            where = "shared memory" if self._storage is None else str(self._storage)
             raise MemoryError(
-                f"{num_bytes / 1e9:.2f} GB for this rank's shard do not fit ({where}: "
+                f"{num_bytes / 1e9:.2f} GB for this rank's shard do not fit ({self._storage}: "
                 f"{error.strerror}): lower the capacity, or place the shards where there is room: "
                 "storage='file:DIR'"
             ) from error
@@ -174,7 +180,7 @@ class MappedMemory:
     def map(self) -> Tensor:
         """All of it as uint8 ``[num_bytes]``; the mapping lives as long as the tensor."""
         mapping = mmap.mmap(self._descriptor, self._num_bytes)
-        if self._storage is None or self._storage.folder is None:
+        if self._storage.folder is None:
             with contextlib.suppress(OSError):  # an older kernel
                 mapping.madvise(POPULATE_READ)
         return torch.frombuffer(mapping, dtype=torch.uint8)

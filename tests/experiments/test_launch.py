@@ -70,6 +70,14 @@ def test_a_killed_rank_ends_the_others() -> None:
             {"PMI_RANK": "1", "PMI_SIZE": "2", "MASTER_ADDR": "b", "MASTER_PORT": "1234"},
             ("mpirun", 1, 2, 0, "b", 1234),
         ),
+        (  # srun with an MPI plugin
+            {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "4", "PMI_RANK": "1", "PMI_SIZE": "4", "MASTER_ADDR": "c"},
+            ("srun", 1, 4, 0, "c", 20000),
+        ),
+        (  # mpirun, whose daemons srun has started: one task on each of two nodes
+            {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2", "PMI_RANK": "5", "PMI_SIZE": "8", "MASTER_ADDR": "c"},
+            ("mpirun", 5, 8, 0, "c", 29500),
+        ),
     ],
 )  # fmt: skip
 def test_the_place_in_a_job(environment: dict[str, str], expected: tuple[Any, ...]) -> None:

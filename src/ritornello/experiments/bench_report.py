@@ -102,15 +102,16 @@ def tables_of(measured: dict[str, Any]) -> Group:
                     for each in (Beside(**fields) for fields in measured["beside"])
                 ],
             ),
-            "Means. k: rounds_per_exchange. step ms: without a buffer; slower: the step beside\n"
-            "rounds, without update. exposed: what update waits and copies beside the join.",
+            "Means. k: rounds_per_exchange. step ms: without a buffer; slower: the step\n"
+            "beside rounds, without update. exposed: what update waits and copies, without\n"
+            "the join.",
         ]
     return Group(*parts)
 
 
 def _table(columns: tuple[str, ...], rows: list[tuple[Any, ...]]) -> Table:
     """A table of figures, each row beginning with the workload."""
-    table = Table(box=None, padding=(0, 2, 0, 0))
+    table = Table(box=None, padding=(0, 1, 0, 0))
     table.add_column("workload", no_wrap=True)
     for name in columns:
         left = name == "transport"

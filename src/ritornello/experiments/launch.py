@@ -86,16 +86,7 @@ def place_in_job(environment: Mapping[str, str]) -> Place | None:
             address or "127.0.0.1",
             port,
         )
-    if "SLURM_PROCID" in environment and "SLURM_STEP_NUM_TASKS" in environment:
-        nodes = environment.get("SLURM_STEP_NODELIST", "")
-        return Place(
-            "srun",
-            number("SLURM_PROCID"),
-            number("SLURM_STEP_NUM_TASKS"),
-            number("SLURM_LOCALID"),
-            address or _first_host(nodes),
-            number("MASTER_PORT", 20000 + number("SLURM_JOB_ID") % 10000),
-        )
+    num_tasks = number("SLURM_STEP_NUM_TASKS") if "SLURM_PROCID" in environment else 0
     for rank, size, local_rank, local_size in (
         (
             "OMPI_COMM_WORLD_RANK",
@@ -105,7 +96,8 @@ def place_in_job(environment: Mapping[str, str]) -> Place | None:
         ),
         ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
     ):
-        if rank in environment and size in environment:
+        # srun may set these too. With another size it started mpirun's daemons, not the ranks.
+        if rank in environment and size in environment and number(size) != num_tasks:
             if address is None and number(local_size) != number(size):
                 raise ValueError(
                     "mpirun has started ranks on several hosts: set MASTER_ADDR (and "
@@ -119,6 +111,16 @@ def place_in_job(environment: Mapping[str, str]) -> Place | None:
                 address or "127.0.0.1",
                 port,
             )
+    if num_tasks:
+        nodes = environment.get("SLURM_STEP_NODELIST", "")
+        return Place(
+            "srun",
+            number("SLURM_PROCID"),
+            num_tasks,
+            number("SLURM_LOCALID"),
+            address or _first_host(nodes),
+            number("MASTER_PORT", 20000 + number("SLURM_JOB_ID") % 10000),
+        )
     return None
 
 

@@ -47,6 +47,8 @@ GATHER_WIDTH = 8
 
 TOKEN_BYTES = 16
 
+SHARED = Storage("shared", torch.device("cpu"))
+
 
 class SharedMemoryTransport(Transport):
     """Shared memory inside a host, another transport between hosts.
@@ -78,7 +80,7 @@ class SharedMemoryTransport(Transport):
         # Everybody's first memory is a few bytes that prove who can be reached. The one of the
         # first rank on a host then becomes what that host's ranks coordinate by.
         token = np.frombuffer(secrets.token_bytes(TOKEN_BYTES), dtype=np.int64)
-        with Storage.of("shared").create(TOKEN_BYTES) as memory:
+        with SHARED.create(TOKEN_BYTES) as memory:
             memory.map().view(torch.int64).copy_(torch.from_numpy(token.copy()))
             here = _machine_and_process_namespace()
             mine = np.array([here, os.getpid(), memory.descriptor, *token])
@@ -92,7 +94,7 @@ class SharedMemoryTransport(Transport):
             self._place = {rank: i for i, rank in enumerate(self.neighbours.tolist())}
             self._others = [rank for rank in self._place if rank != self.rank]
             if self._leader == self.rank:
-                os.ftruncate(memory.descriptor, self._num_control_bytes)
+                memory.resize(self._num_control_bytes)
                 self._open_control(memory.descriptor)
             inner.all_gather(np.zeros(1, dtype=np.int64))  # it is ready
             if self._leader != self.rank:
@@ -121,7 +123,7 @@ class SharedMemoryTransport(Transport):
             _, process, descriptor, *token = everyone[rank].tolist()
             with (
                 contextlib.suppress(OSError),
-                MappedMemory.open(process, descriptor, TOKEN_BYTES) as memory,
+                MappedMemory.open(process, descriptor, TOKEN_BYTES, SHARED) as memory,
             ):
                 if memory.map().view(torch.int64).tolist() == token:
                     first = rank
@@ -144,7 +146,7 @@ class SharedMemoryTransport(Transport):
         num = len(self.neighbours)
         leads = self._leader == self.rank
         process = int(self._processes[self._leader])
-        with MappedMemory.open(process, descriptor, self._num_control_bytes) as memory:
+        with MappedMemory.open(process, descriptor, self._num_control_bytes, SHARED) as memory:
             control = memory.map()
         num_semaphore_bytes = NUM_KINDS * num * num * SEMAPHORE_BYTES
         words = control[:-num_semaphore_bytes].view(torch.int64).numpy()
@@ -167,7 +169,7 @@ class SharedMemoryTransport(Transport):
     def make_shard(self, rows_per_rank: Ints, record_bytes: int, storage: Storage) -> Shard:
         """See ``Transport.make_shard``. The host's shards are one array."""
         if storage.kind == "auto":
-            storage = Storage.of("shared")
+            storage = SHARED
         rows = np.where(self._is_neighbour, rows_per_rank, 0)
         firsts = np.cumsum(rows) - rows
         num_rows = int(rows.sum())
@@ -183,7 +185,8 @@ class SharedMemoryTransport(Transport):
             nonlocal memory
             if memory is None:
                 process = int(self._processes[self._leader])
-                memory = MappedMemory.open(process, int(descriptors[self._leader]), num_bytes)
+                descriptor = int(descriptors[self._leader])
+                memory = MappedMemory.open(process, descriptor, num_bytes, storage)
             first = int(firsts[self.rank]) * record_bytes
             memory.reserve(first, int(rows[self.rank]) * record_bytes)
             return 0
