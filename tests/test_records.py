@@ -93,6 +93,14 @@ def test_pack_takes_the_indexed_samples_of_any_memory_format() -> None:
     assert torch.equal(layout.views(rows)[0], images[[4, 1]])
 
 
+def test_pack_of_a_conjugated_view() -> None:
+    values = torch.randn(4, 3, dtype=torch.complex64).conj()
+    layout = Layout.of(values)
+    rows = torch.zeros(4, layout.record_bytes, dtype=torch.uint8)
+    layout.pack([values], None, rows)
+    assert torch.equal(layout.views(rows)[0], values)
+
+
 def test_pack_of_large_samples() -> None:
     images = torch.randn(5, 3, 80, 80).to(memory_format=torch.channels_last)
     layout = Layout.of((images, torch.arange(5)))

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -162,3 +165,59 @@ def test_shared_memory_is_refused_across_hosts(monkeypatch: pytest.MonkeyPatch) 
     ends = connect_shared_memory(2)
     monkeypatch.setattr("ritornello.transports.SharedMemoryTransport", Apart)
     assert all("use 'auto'" in message for message in run_ranks(ends, rank_main))
+
+
+RANK_SCRIPT = """
+import sys
+import torch
+import torch.distributed as dist
+from ritornello import RehearsalBuffer
+
+rank, num_ranks = map(int, sys.argv[1:3])
+dist.init_process_group("gloo", init_method=sys.argv[3], rank=rank, world_size=num_ranks)
+with RehearsalBuffer(20, num_representatives=3, timeout_seconds=30) as buffer:
+    drawn = []
+    for step in range(30):
+        numbers = 1000 * rank + 10 * step + torch.arange(4)
+        drawn += buffer.update((numbers, torch.arange(4)))[0][4:].tolist()
+    neighbours = getattr(buffer._transport, "neighbours", None)
+    print("neighbours", [] if neighbours is None else neighbours.tolist(), "drawn", drawn)
+dist.destroy_process_group()
+"""
+
+
+def play_scripts(folder: Path, prefixes: list[list[str]]) -> list[list[str]]:
+    """Runs ranks as scripts, each behind its own command; what each printed of both."""
+    store = f"file://{folder / 'store'}"
+    script = folder / "rank.py"
+    script.write_text(RANK_SCRIPT)
+    processes = [
+        subprocess.Popen(
+            [*prefix, sys.executable, str(script), str(rank), str(len(prefixes)), store],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank, prefix in enumerate(prefixes)
+    ]
+    try:
+        printed = [process.communicate(timeout=60)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    (folder / "store").unlink(missing_ok=True)
+    return [each.removeprefix("neighbours ").strip().split(" drawn ") for each in printed]
+
+
+def test_a_rank_in_a_container_of_its_own_uses_the_network(tmp_path: Path) -> None:
+    """A process namespace, as containers have: its memory cannot be opened from outside."""
+    contained = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
+    try:
+        subprocess.run([*contained, "true"], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"cannot make a process namespace (root can): {error}")
+    together = play_scripts(tmp_path, [[], [], []])
+    apart = play_scripts(tmp_path, [[], [], contained])
+    assert [neighbours for neighbours, _ in together] == ["[0, 1, 2]"] * 3
+    assert [neighbours for neighbours, _ in apart] == ["[0, 1]", "[0, 1]", "[2]"]
+    assert [drawn for _, drawn in together] == [drawn for _, drawn in apart]

@@ -221,6 +221,8 @@ def bytes_of(leaf: Tensor) -> Bytes | None:
     """
     if leaf.is_cuda or not leaf.is_contiguous() or leaf.numel() == 0:
         return None
+    if leaf.is_conj() or leaf.is_neg():  # the bytes are not yet the values
+        return None
     array: Bytes = leaf.detach().view(leaf.shape[0], -1).view(torch.uint8).numpy()
     return array
 

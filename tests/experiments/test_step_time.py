@@ -1,16 +1,20 @@
 from __future__ import annotations
 
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from ritornello.experiments.bench import Rounds
 from ritornello.experiments.step_time import (
     A100,
     MACHINES,
     MachineChanges,
     RoundLoad,
     StepTime,
+    benched_machine,
     predict,
 )
 
@@ -143,3 +147,32 @@ def test_machines_and_their_changes() -> None:
 def test_figures_out_of_range(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         MachineChanges(**changes).applied_to("this-machine")
+
+
+def test_a_machine_that_was_benched(tmp_path: Path) -> None:
+    def rounds(workload: str, transport: str, record_bytes: int, exchange: float) -> Rounds:
+        stages = {"admit": 1e-4, "plan": 1e-5, "exchange": exchange, "stage": 1e-5}
+        return Rounds(
+            workload, transport, 2, 10, stages, sum(stages.values()), 1e-5, 2e-3, 1e-3,
+            record_bytes, 21, 1.0,
+        )  # fmt: skip
+
+    measured = [
+        rounds("mnist", "shared_memory", 800, 5e-5),
+        rounds("mnist", "collective", 800, 45e-5),
+        rounds("imagenet-uint8", "shared_memory", 150_000, 3e-4),
+    ]
+    text = json.dumps({"rounds": [asdict(each) for each in measured]})
+    (tmp_path / "bench.json").write_text(text)
+    machine = benched_machine(tmp_path)
+    assert machine.ranks_per_node == 2
+    assert machine.message_seconds == pytest.approx(4e-4)
+    assert machine.memory_bytes_per_second == pytest.approx(21 * 150_000 / 1e-5)
+    assert machine.join_bytes_per_second == pytest.approx((56 + 21) * 150_000 / 2e-3)
+    assert machine.interpreter_seconds == pytest.approx(16e-5)
+    assert MachineChanges(overlap=0.0).applied_to(machine).overlap == 0.0
+    (tmp_path / "bench.json").write_text('{"rounds": []}')
+    with pytest.raises(ValueError, match="is no result of ritornello bench"):
+        benched_machine(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"holds no bench.json: give the output"):
+        benched_machine(tmp_path / "nothing")

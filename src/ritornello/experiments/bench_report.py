@@ -64,8 +64,8 @@ def tables_of(measured: dict[str, Any]) -> Group:
                 for each in rounds
             ],
         ),
-        "Medians (plan: mean), of the slowest rank; round: all four stages. plain: a plain\n"
-        "gather of r and scatter of c rows on all ranks at once in the same run; ratio: to it.\n",
+        "Medians (plan: mean), of the slowest rank; round: all stages. plain: a gather of\n"
+        "r and scatter of c rows, all ranks at once, in the same run; ratio: round to it.\n",
         "[bold]What a round moves and takes[/bold]",
         _table(
             ("transport", "GB/s", "update µs", "CPU µs", "bytes/representative"),

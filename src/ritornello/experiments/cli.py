@@ -153,6 +153,7 @@ def simulate(
     simulation: SimulationSettings,
     changes: MachineSettings,
     machine: str = "a100-200gbps",
+    bench: str | None = None,
     output: str | None = None,
 ) -> None:
     """Simulate the buffer on up to thousands of ranks: fairness, traffic, cost, time per step.
@@ -161,12 +162,14 @@ def simulate(
         simulation: What to simulate.
         changes: Figures of the machine to change.
         machine: Whose time per step to predict: a100-200gbps or this-machine.
+        bench: Output folder of bench, for this machine's figures instead.
         output: Folder for simulate.json and simulate.png; runs/simulate if not given.
     """
     from ritornello.experiments import simulate as simulating
     from ritornello.experiments.simulate_report import summary, tables
+    from ritornello.experiments.step_time import benched_machine
 
-    cluster = changes.applied_to(machine)
+    cluster = changes.applied_to(benched_machine(Path(bench)) if bench else machine)
     simulation.check()
     folder = _output_folder(output, "simulate")
     console = Console()

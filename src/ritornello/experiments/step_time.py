@@ -11,8 +11,12 @@ The model knows no stragglers, no loading of data and no other traffic on the ne
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ritornello.experiments.bench import WORKLOADS, Rounds
 
 
 @dataclass(frozen=True)
@@ -107,14 +111,15 @@ class MachineChanges:
     interpreter_seconds: float | None = None
     """That a round takes from the trainer's thread."""
 
-    def applied_to(self, name: str) -> Machine:
-        """The machine with that name and these changes.
+    def applied_to(self, name: str | Machine) -> Machine:
+        """The machine, given or by its name, with these changes.
 
         Raises:
             ValueError: no machine has that name, or a figure is out of range.
         """
-        if name not in MACHINES:
+        if not isinstance(name, Machine) and name not in MACHINES:
             raise ValueError(f"machine={name!r}: there are {', '.join(map(repr, MACHINES))}")
+        machine = name if isinstance(name, Machine) else MACHINES[name]
         given = {field: value for field, value in vars(self).items() if value is not None}
         for field, value in given.items():
             may_be_zero = field.endswith("_seconds") or field in ("overlap", "gradient_bytes")
@@ -122,8 +127,51 @@ class MachineChanges:
                 rule = "at least 0" if may_be_zero else "above 0"
                 raise ValueError(f"{field}={value}: it must be {rule}")
         if given:
-            given["description"] = f"{MACHINES[name].description} (changed)"
-        return replace(MACHINES[name], **given)
+            given["description"] = f"{machine.description} (changed)"
+        return replace(machine, **given)
+
+
+def benched_machine(folder: Path) -> Machine:
+    """``this-machine`` with what ``ritornello bench`` has measured.
+
+    Copies are those of the workload with the largest records, fixed costs those of the one with
+    the smallest. What a message costs is known if the collective transport was measured too.
+
+    Raises:
+        FileNotFoundError: the folder holds no bench.json.
+        ValueError: it is no such file.
+    """
+    path = folder / "bench.json"
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{folder} holds no bench.json: give the output of ritornello bench"
+        )
+    try:
+        measured = [Rounds(**each) for each in json.loads(path.read_text())["rounds"]]
+        largest = max(measured, key=lambda each: each.record_bytes)
+        smallest = min(measured, key=lambda each: each.record_bytes)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path} is no result of ritornello bench: {error}") from error
+    sample_bytes = largest.rows_per_round * largest.record_bytes
+    copied = WORKLOADS[largest.workload].batch_size + largest.rows_per_round
+    exchanges = {
+        each.transport: each.stage_seconds["exchange"]
+        for each in measured
+        if each.workload == smallest.workload
+    }
+    machine = replace(
+        THIS_MACHINE,
+        description=f"{largest.num_ranks} ranks per node, as measured by ritornello bench",
+        ranks_per_node=largest.num_ranks,
+        memory_bytes_per_second=sample_bytes / largest.plain_seconds,
+        device_bytes_per_second=sample_bytes / largest.plain_seconds,
+        join_bytes_per_second=copied * largest.record_bytes / largest.update_seconds,
+        interpreter_seconds=max(0.0, smallest.round_seconds - smallest.plain_seconds),
+    )
+    if {"shared_memory", "collective"} <= exchanges.keys():
+        more = exchanges["collective"] - exchanges["shared_memory"]
+        machine = replace(machine, message_seconds=max(0.0, more))
+    return machine
 
 
 @dataclass(frozen=True)
