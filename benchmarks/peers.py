@@ -17,7 +17,7 @@ How to read it:
   memory, and is read by index, as its ``ReplayDataLoader`` takes longer to start than to read.
   "draws only" is what it costs if the buffer is only updated between tasks.
 - On 2 ranks, both do the whole work in every round, on a buffer of twice the size.
-- Mammoth's buffer is a file of its repository, without a package on PyPI: not measured.
+- Mammoth's buffer is a file of its repository, not on PyPI (as mammoth-cl): not measured.
 """
 
 from __future__ import annotations
@@ -399,7 +399,7 @@ def main() -> None:
         "python": platform.python_version(),
         "cpu_cores": os.cpu_count(),
         "versions": versions(python),
-        "not_installed": failed | {"Mammoth": "has no package on PyPI"},
+        "not_installed": failed | {"Mammoth": "not found on PyPI (tried as mammoth-cl)"},
         "repetitions": options.repetitions,
         "seconds": options.seconds,
     }

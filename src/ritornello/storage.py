@@ -6,6 +6,7 @@ import contextlib
 import mmap
 import os
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -116,7 +117,11 @@ class Storage:
             except OSError as error:
                 raise MemoryError(f"storage={str(self)!r}: no file can be made: {error}") from error
         memory = MappedMemory(descriptor, num_bytes, self)
-        memory.resize(num_bytes)
+        try:
+            memory.resize(num_bytes)
+        except BaseException:
+            memory.close()
+            raise
         return memory
 
     def _check_free(self, num_bytes: int) -> None:
@@ -152,8 +157,13 @@ class MappedMemory:
         return cls(os.open(path, os.O_RDWR | os.O_CLOEXEC), num_bytes, storage)
 
     def resize(self, num_bytes: int) -> None:
-        """Changes its size; what is new is zero. Before anybody maps it."""
-        os.ftruncate(self._descriptor, num_bytes)
+        """Changes its size; what is new is zero. Before anybody maps it.
+
+        Raises:
+            MemoryError: it does not fit; says how much is needed.
+        """
+        with self._room_for(num_bytes):
+            os.ftruncate(self._descriptor, num_bytes)
         self._num_bytes = num_bytes
 
     @property
@@ -167,12 +177,17 @@ class MappedMemory:
         Raises:
             MemoryError: it does not fit; says how much is needed.
         """
-        try:
+        with self._room_for(num_bytes):
             if num_bytes:
                 os.posix_fallocate(self._descriptor, first_byte, num_bytes)
+
+    @contextlib.contextmanager
+    def _room_for(self, num_bytes: int) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             raise MemoryError(
-                f"{num_bytes / 1e9:.2f} GB for this rank's shard do not fit ({self._storage}: "
+                f"{num_bytes / 1e9:.2f} GB for the shard do not fit ({self._storage}: "
                 f"{error.strerror}): lower the capacity, or place the shards where there is room: "
                 "storage='file:DIR'"
             ) from error
