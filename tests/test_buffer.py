@@ -5,6 +5,7 @@ import gc
 import os
 import pickle
 import threading
+import time
 import tracemalloc
 import weakref
 from typing import Any
@@ -21,6 +22,7 @@ from ritornello import (
     RoundError,
     SelectionPolicy,
 )
+from ritornello.transports import LocalTransport
 
 DTYPES = [
     torch.bool, torch.uint8, torch.int16, torch.int64, torch.float16, torch.bfloat16,
@@ -285,9 +287,12 @@ def test_it_cannot_be_pickled_or_copied() -> None:
 def test_a_forked_process_cannot_use_it(monkeypatch: pytest.MonkeyPatch) -> None:
     with RehearsalBuffer(10, num_representatives=1) as buffer:
         parent = os.getpid()
-        monkeypatch.setattr(os, "getpid", lambda: parent + 1)
-        with pytest.raises(RuntimeError, match="update in a forked process"):
-            buffer.update(batch_of(0))
+        with monkeypatch.context() as child:
+            child.setattr(os, "getpid", lambda: parent + 1)
+            with pytest.raises(RuntimeError, match="update in a forked process"):
+                buffer.update(batch_of(0))
+            buffer.close()  # what the child ends is not the parent's
+        buffer.update(batch_of(0))
 
 
 @pytest.mark.parametrize("asynchronous", [True, False])
@@ -367,3 +372,40 @@ def test_nothing_grows_once_the_buffer_is_full() -> None:
             tracemalloc.stop()
         assert grown < 20_000  # 10 bytes a round
         assert buffer.stats().shard_bytes == 64 * 48
+
+
+def test_an_interrupted_offer_leaves_no_half_written_candidates(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with RehearsalBuffer(40, num_representatives=2) as buffer:
+        buffer.update(batch_of(0, 4))
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr("ritornello.records.Layout.pack", interrupted)
+            buffer.update(batch_of(1, 4))
+        buffer.offer(batch_of(2, 4))
+        assert len(buffer) == 8
+
+
+def test_what_ends_late_closes_its_transport() -> None:
+    class Slow(LocalTransport):
+        closed = False
+
+        def exchange(self, *arguments: Any) -> None:
+            time.sleep(0.3)
+            super().exchange(*arguments)
+
+        def close(self) -> None:
+            self.closed = True
+
+    transport = Slow()
+    buffer = RehearsalBuffer(40, num_representatives=2, transport=transport)
+    with pytest.raises(OSError, match="the step failed"), buffer:
+        buffer.update(batch_of(0, 4))
+        raise OSError("the step failed")
+    deadline = time.monotonic() + 5.0
+    while not transport.closed and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert transport.closed

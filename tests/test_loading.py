@@ -62,3 +62,17 @@ def test_a_failed_round_ends_the_loop() -> None:
     with buffer, pytest.raises(RoundError, match="GB"):
         for _ in ritornello.rehearse([torch.zeros(2, 2**16)] * 5, buffer):
             pass
+
+
+def test_stats_may_be_asked_for_in_the_loop() -> None:
+    with RehearsalBuffer(12, num_representatives=2) as buffer:
+        for _ in ritornello.rehearse(loader(200), buffer):
+            len(buffer)
+            buffer.stats(per_class=False)
+
+
+def test_what_is_no_tensor_is_refused_by_name() -> None:
+    with RehearsalBuffer(12, num_representatives=2) as buffer:
+        batch = (torch.zeros(2), torch.arange(2), ["a.png", "b.png"])
+        with pytest.raises(TypeError, match=r"batch\[2\]\[0\] is a str"):
+            next(ritornello.rehearse([batch], buffer, device="cpu"))

@@ -69,3 +69,10 @@ def test_gradients_flow_through_a_batch_that_needs_them() -> None:
     leaf = LARGE.clone().requires_grad_()
     join(Outputs(), leaf, LARGE).sum().backward()
     assert torch.equal(leaf.grad, torch.ones_like(leaf))
+
+
+def test_tensors_on_other_devices_take_the_usual_way() -> None:
+    layout = Layout.of((torch.zeros(2, 3),))
+    records = torch.zeros(1, layout.record_bytes, dtype=torch.uint8)
+    joined = Outputs().join(layout, [torch.zeros(2, 3, device="meta")], records)
+    assert joined[0].shape == (3, 3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -15,7 +16,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ritornello import PeerLostError, RehearsalBuffer
+from ritornello import PeerLostError, RehearsalBuffer, RoundError
+from ritornello.buffer import _shut_down
 from ritornello.shard import Shard
 from ritornello.storage import Storage
 from ritornello.testing import connect_shared_memory, run_ranks, spawn_ranks
@@ -124,6 +126,63 @@ def test_a_killed_neighbour_is_named_and_leaves_nothing_behind() -> None:
     assert peers == (1,)
     assert seconds < 5.0
     assert set(os.listdir("/dev/shm")) == before
+
+
+def test_a_neighbour_is_watched_also_with_many_open_files() -> None:
+    """select() refuses descriptors from 1024 on."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(4096, hard), hard))
+    opened = [os.open("/dev/null", os.O_RDONLY) for _ in range(1100)]
+    child = subprocess.Popen(["sleep", "60"])
+    try:
+
+        def rank_main(end: SharedMemoryTransport) -> str:
+            if end.rank == 1:
+                return ""
+            end._lives[1] = os.pidfd_open(child.pid)
+            assert end._lives[1] >= 1024
+            assert end._fault_of(1) is None
+            child.kill()
+            child.wait()
+            return str(end._fault_of(1))
+
+        ends = connect_shared_memory(2)
+        assert run_ranks(ends, rank_main)[0] == "has ended or was killed"
+        for end in ends:
+            end.close()
+    finally:
+        child.kill()
+        child.wait()
+        for descriptor in opened:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_forked_child_that_ends_closes_nothing() -> None:
+    def rank_main(end: SharedMemoryTransport) -> list[int]:
+        buffer = RehearsalBuffer(9, num_representatives=2, transport=end)
+        with buffer:
+            for step in range(6):
+                if step == 3 and end.rank == 0:
+                    process = buffer._process
+                    buffer._process = -1  # as a forked child would find it
+                    buffer.close()
+                    _shut_down(buffer._worker, end, 0.0, process=-1)
+                    buffer._process = process
+                buffer.update((torch.zeros(4), torch.arange(4)))
+            return end._ended.tolist()
+
+    assert run_ranks(connect_shared_memory(2), rank_main)[0] in ([0, 0], [0, 1])
+
+
+def test_storage_that_cannot_be_shared_is_refused_by_a_given_transport() -> None:
+    def rank_main(end: Transport) -> None:
+        with RehearsalBuffer(9, num_representatives=2, transport=end, storage="cpu") as buffer:
+            buffer.update((torch.zeros(4), torch.arange(4)))
+            with pytest.raises(RoundError, match="cannot keep their shards in storage='cpu'"):
+                buffer.update((torch.zeros(4), torch.arange(4)))
+
+    run_ranks(connect_shared_memory(2), rank_main)
 
 
 def _names_of_transports(rank: int) -> list[str]:

@@ -44,6 +44,18 @@ def test_more_than_is_free_says_how_much_and_what_to_do(monkeypatch: pytest.Monk
             Storage.of(kind).allocate(2_000_000, 1000)
 
 
+def test_cached_files_leave_their_memory_to_whoever_needs_it(tmp_path: Path) -> None:
+    for name, text in (
+        ("memory.max", "1000000"),
+        ("memory.current", "990000"),
+        ("memory.stat", "anon 90000\ninactive_file 800000\nactive_file 100000\n"),
+    ):
+        (tmp_path / name).write_text(text)
+    assert storage.free_memory_bytes(tmp_path) == 910_000
+    (tmp_path / "memory.max").write_text("max")
+    assert storage.free_memory_bytes(tmp_path) == storage.free_memory_bytes(tmp_path / "nothing")
+
+
 def test_a_full_disk_is_an_error_rather_than_a_killed_process(tmp_path: Path) -> None:
     place = Storage.of(f"file:{tmp_path}")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -105,3 +117,16 @@ def test_memory_that_cannot_be_shared_is_refused() -> None:
     (outcome, _) = spawn_ranks(2, _draws, "cpu", "shared_memory")
     assert isinstance(outcome, ValueError)
     assert "transport='shared_memory' cannot read shards in storage='cpu': use" in str(outcome)
+
+
+def _another_storage_on_each_rank(rank: int) -> str:
+    try:
+        RehearsalBuffer(8, num_representatives=2, storage=("auto", "cpu")[rank])
+    except ValueError as error:
+        return str(error)
+    return "nothing raised"
+
+
+def test_ranks_with_different_storage_are_told_so() -> None:
+    for message in spawn_ranks(2, _another_storage_on_each_rank):
+        assert "storage is auto on rank 0, cpu on rank 1" in str(message)

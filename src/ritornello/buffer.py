@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 import time
 import weakref
 from types import TracebackType
@@ -176,8 +177,12 @@ class RehearsalBuffer:
             else InlineWorker(rounds.run)
         )
         # One path for close(), garbage collection and the interpreter's exit.
-        self._finalizer = weakref.finalize(self, _shut_down, self._worker, channel, EXIT_SECONDS)
         self._process = os.getpid()
+        self._finalizer = weakref.finalize(
+            self, _shut_down, self._worker, channel, EXIT_SECONDS, self._process
+        )
+        # `rehearse` calls update on a thread of its own while the trainer may ask for stats.
+        self._settling = threading.Lock()
         self._layout: Layout | None = None
         self._label: int | None = None
         self._staging: Staging | None = None
@@ -257,7 +262,7 @@ class RehearsalBuffer:
     def offer(self, batch: Batch) -> None:
         """Offers a mini-batch: its candidates are copied, and a round starts.
 
-        They can be drawn from the next ``draw`` on.
+        They can be drawn from the next ``draw`` on (see ``rounds_per_exchange``).
 
         Args:
             batch: as for ``update``.
@@ -314,6 +319,7 @@ class RehearsalBuffer:
     def close(self) -> None:
         """Finishes the running round and ends the worker. May be called twice.
 
+        Candidates for which no round has started yet (``rounds_per_exchange``) are dropped.
         Other ranks may still need this rank's records for their last round, so this waits for
         it, at most ``timeout_seconds``. Never raises for a peer that is gone.
         """
@@ -350,9 +356,10 @@ class RehearsalBuffer:
                 leaves = self._layout.leaves(batch)
             if self._policy.needs_labels and self._label is not None:
                 labels = leaves[self._label]
+                assert self._staging is not None
                 # On a GPU, reading the labels would make the trainer wait: the worker does it.
-                if labels.device.type == "cpu":
-                    check_labels(labels.numpy(), self._policy.num_classes)
+                if not (labels.is_cuda and self._staging.on_gpu):
+                    check_labels(labels.cpu().numpy(), self._policy.num_classes)
         except (TypeError, ValueError) as error:
             raise type(error)(self._here(str(error))) from None
         return leaves
@@ -425,6 +432,10 @@ class RehearsalBuffer:
 
     def _settle(self) -> None:
         """Waits for the running round, if any."""
+        with self._settling:
+            self._settle_alone()
+
+    def _settle_alone(self) -> None:
         if self._failure is not None:
             raise self._failure
         if not self._round_runs:
@@ -474,8 +485,13 @@ class RehearsalBuffer:
             raise self._failure
 
     def _close(self, wait_seconds: float) -> None:
-        if self._finalizer.detach() is None:
+        if self._process != os.getpid() or self._finalizer.detach() is None:
             return
+        with self._settling:
+            self._finish_round(wait_seconds)
+        _shut_down(self._worker, self._transport, min(wait_seconds, EXIT_SECONDS), self._process)
+
+    def _finish_round(self, wait_seconds: float) -> None:
         if self._round_runs and self._failure is None:
             try:
                 self._num_staged = self._worker.result(wait_seconds)
@@ -487,7 +503,6 @@ class RehearsalBuffer:
                     "the last round did not finish: %s",
                     self._failure,
                 )
-        _shut_down(self._worker, self._transport, min(wait_seconds, EXIT_SECONDS))
 
     def _here(self, message: str) -> str:
         """The message, with the rank where there are several."""
@@ -496,7 +511,10 @@ class RehearsalBuffer:
         return f"rank {self._transport.rank}: {message}"
 
 
-def _shut_down(worker: Worker, transport: Transport, wait_seconds: float) -> None:
-    # A worker that is stuck in the transport still uses it; it ends with the process.
+def _shut_down(worker: Worker, transport: Transport, wait_seconds: float, process: int) -> None:
+    if process != os.getpid():
+        return  # in a forked child: worker and transport are the parent's
     if worker.stop(wait_seconds):
         transport.close()
+    else:  # it still uses the transport
+        worker.call_at_end(transport.close)

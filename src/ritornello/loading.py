@@ -26,9 +26,10 @@ def rehearse(
         for images, labels in ritornello.rehearse(loader, buffer, device="cuda"):
             ...  # forward, backward, step
 
-    The mini-batches are those that the plain loop would give, bit for bit. A loop that is left
-    early has offered one mini-batch more than it trained on, on every rank alike. Meanwhile
-    the buffer is not used otherwise.
+    The mini-batches are those that the plain loop would give, bit for bit, if the loader gives
+    new tensors each time. A loop that is left
+    early has offered one mini-batch more than it trained on, on every rank alike. Until the
+    loop has ended the buffer is not used otherwise, nor closed.
 
     Args:
         loader: any iterable of mini-batches; ``pin_memory=True`` in a ``DataLoader`` lets the
@@ -57,20 +58,25 @@ def rehearse(
             coming = ahead.submit(prepare)
             batch, ready = prepared
             if ready is not None:
-                _hand_over(batch, ready)
+                assert target is not None
+                _hand_over(batch, ready, target)
             yield batch
             # Held here, it could not be freed while the next one trains.
             del batch, prepared
 
 
 def _moved(batch: Batch, device: torch.device) -> Batch:
-    leaves = (leaf.to(device, non_blocking=True) for _, leaf in leaves_of(batch))
+    # What is no tensor is for `update` to refuse.
+    leaves = (
+        leaf.to(device, non_blocking=True) if isinstance(leaf, torch.Tensor) else leaf
+        for _, leaf in leaves_of(batch)
+    )
     return rebuild(batch, leaves)
 
 
-def _hand_over(batch: Batch, ready: torch.cuda.Event) -> None:
+def _hand_over(batch: Batch, ready: torch.cuda.Event, device: torch.device) -> None:
     """Orders the trainer's stream behind the copy, and its memory's reuse behind the trainer."""
-    trainer = torch.cuda.current_stream()
+    trainer = torch.cuda.current_stream(device)
     trainer.wait_event(ready)
     for _, leaf in leaves_of(batch):
         if leaf.is_cuda:

@@ -219,7 +219,7 @@ def bytes_of(leaf: Tensor) -> Bytes | None:
     NumPy copies on the calling thread alone. For such small copies torch would wake all its
     threads, and wait for them.
     """
-    if leaf.is_cuda or not leaf.is_contiguous() or leaf.numel() == 0:
+    if leaf.device.type != "cpu" or not leaf.is_contiguous() or leaf.numel() == 0:
         return None
     if leaf.is_conj() or leaf.is_neg():  # the bytes are not yet the values
         return None

@@ -86,18 +86,18 @@ class Staging:
             leaves: one tensor ``[b, *shape]`` per field.
             rows: int64 ``[m]``, the candidates; None: all samples.
         """
-        num_rows = leaves[0].shape[0] if rows is None else len(rows)
         first = self._num_collected
-        self._num_collected += num_rows
-        if self._num_collected > len(self._collected):
-            collected = self._rows(self._num_collected, self._trainer_device)
+        end = first + (leaves[0].shape[0] if rows is None else len(rows))
+        if end > len(self._collected):
+            collected = self._rows(end, self._trainer_device)
             collected[:first] = self._collected[:first]
             self._collected = collected
         self._layout.pack(
             [leaf.to(self._trainer_device) for leaf in leaves],
             rows,
-            self._collected[first : self._num_collected],
+            self._collected[first:end],
         )
+        self._num_collected = end
 
     def candidates(self) -> Candidates:
         """All that was collected since the last call; must be used up before the next."""
@@ -156,8 +156,13 @@ class Staging:
         """
         received = self._received[:num_rows]
         if order is not None:
-            places = torch.from_numpy(order.argsort()).to(self._shard_device)
-            received = received.view(torch.int64).index_select(0, places).view(torch.uint8)
+            places = order.argsort()
+            if received.is_cuda:
+                words = received.view(torch.int64)
+                on_gpu = torch.from_numpy(places).to(self._shard_device)
+                received = words.index_select(0, on_gpu).view(torch.uint8)
+            else:
+                received = torch.from_numpy(received.numpy()[places])
         if self._delivered is not self._received:
             self._delivered[:num_rows].copy_(received, non_blocking=True)
         if self._stream is not None:

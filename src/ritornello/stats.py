@@ -22,7 +22,7 @@ class BufferStats:
     """Memory of this rank's shard."""
     num_rounds: int
     bytes_sent: int
-    """Payload that this rank has sent to other ranks."""
+    """Records that other ranks got from this one's shard, sent or read in shared memory."""
     bytes_received: int
     seconds_waited: float
     """What the trainer has waited for rounds."""

@@ -138,7 +138,7 @@ class MappedMemory:
     """Memory behind a file descriptor that several processes map.
 
     It has no name, so it vanishes with the last process that maps it, and nothing of an
-    earlier job can be in the way. Others open it by ``path`` while this object is open.
+    earlier job can be in the way. Others open it by its descriptor while this object is open.
     """
 
     def __init__(self, descriptor: int, num_bytes: int, storage: Storage) -> None:
@@ -213,7 +213,7 @@ class MappedMemory:
         self.close()
 
 
-def free_memory_bytes() -> int | None:
+def free_memory_bytes(group: Path = Path("/sys/fs/cgroup")) -> int | None:
     """Memory that can still be taken here, also inside a container; None if not known."""
     limits = []
     with contextlib.suppress(OSError, StopIteration, ValueError):
@@ -221,7 +221,10 @@ def free_memory_bytes() -> int | None:
         available = next(line for line in lines if line.startswith("MemAvailable"))
         limits.append(int(available.split()[1]) * 1024)
     with contextlib.suppress(OSError, ValueError):
-        group = Path("/sys/fs/cgroup")
         allowed = int((group / "memory.max").read_text())  # the text "max": no limit
-        limits.append(allowed - int((group / "memory.current").read_text()))
+        used = int((group / "memory.current").read_text())
+        parts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        # Cached files count as used, but make room for whoever needs it.
+        cached = int(parts.get("inactive_file", 0)) + int(parts.get("active_file", 0))
+        limits.append(allowed - used + cached)
     return min(limits, default=None)

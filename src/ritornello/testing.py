@@ -203,7 +203,9 @@ class TransportConformance:
 
     def test_exchange_of_large_records(self) -> None:
         """Records of a quarter of a megabyte."""
-        self._play(2, lambda end: self._exchange_rounds(end, [9, 20], 2**18, num_rounds=3))
+        for sizes in ([9, 20], [5, 0, 7, 3]):
+            exchange = partial(self._exchange_rounds, record_bytes=2**18, num_rounds=5)
+            self._play(len(sizes), partial(exchange, sizes=sizes))
 
     def test_a_silent_peer_is_named_within_the_timeout(self) -> None:
         """A peer that does not come to an exchange."""

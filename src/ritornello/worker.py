@@ -40,6 +40,9 @@ class Worker(ABC):
     def stop(self, wait_seconds: float) -> bool:
         """Ends the worker; whether it has ended within ``wait_seconds``."""
 
+    def call_at_end(self, call: Callable[[], None]) -> None:  # noqa: B027  (ends at once)
+        """Has a worker that did not stop in time call this when it ends."""
+
 
 class InlineWorker(Worker):
     """Runs the round on the caller's thread, inside ``start``."""
@@ -73,6 +76,7 @@ class _State:
     starts: queue.SimpleQueue[Candidates | None] = field(default_factory=queue.SimpleQueue)
     outcomes: queue.SimpleQueue[Outcome] = field(default_factory=queue.SimpleQueue)
     stopping: threading.Event = field(default_factory=threading.Event)
+    at_end: Callable[[], None] | None = None
 
 
 class ThreadWorker(Worker):
@@ -104,6 +108,10 @@ class ThreadWorker(Worker):
         self._thread.join(wait_seconds)
         return not self._thread.is_alive()
 
+    def call_at_end(self, call: Callable[[], None]) -> None:
+        """See ``Worker.call_at_end``."""
+        self._state.at_end = call
+
 
 def _serve(state: _State) -> None:
     """The thread's whole life."""
@@ -122,6 +130,8 @@ def _serve(state: _State) -> None:
             # Nothing of the mini-batch may stay alive between rounds.
             del candidates
             state.outcomes.put(outcome)
+    if state.at_end is not None:
+        state.at_end()
 
 
 def _unwrap(outcome: Outcome) -> int:

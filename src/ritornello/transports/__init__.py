@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch.distributed as dist
 
 from ritornello.storage import Storage
@@ -80,9 +81,11 @@ def open_transport(
     if num_ranks == 1:
         return LocalTransport(timeout=timeout_seconds)
     collective = CollectiveTransport.beside(process_group, timeout_seconds, storage.device)
-    if transport == "collective" or not storage.can_be_shared:
-        return collective
     try:
+        # What follows differs between these, and ranks that do not meet would wait in vain.
+        check_agreement(collective, {"transport": transport, "storage": storage.kind})
+        if transport == "collective" or not storage.can_be_shared:
+            return collective
         return _share_memory(collective, required=transport == "shared_memory")
     except BaseException:
         collective.close()
@@ -91,12 +94,18 @@ def open_transport(
 
 def _share_memory(collective: CollectiveTransport, required: bool) -> Transport:
     """Shared memory for the ranks that have a neighbour on their host, on top of a transport."""
-    if not SharedMemoryTransport.is_supported():
+    supported = collective.all_gather(np.array([SharedMemoryTransport.is_supported()]))
+    if not supported.all():
         if required:
-            raise ValueError("transport='shared_memory' needs Linux: use 'collective'")
+            where = np.flatnonzero(supported[:, 0] == 0).tolist()
+            raise ValueError(
+                f"transport='shared_memory': memory cannot be shared on rank(s) {where} (it needs "
+                "Linux, with /proc and memfd_create): use 'auto' or 'collective'"
+            )
         return collective
     shared = SharedMemoryTransport(collective)
     if required and shared.num_hosts > 1:
+        shared.close()
         raise ValueError(
             f"transport='shared_memory' serves one host, but the ranks are on {shared.num_hosts} "
             "(or in containers that cannot see each other's memory): use 'auto', which takes "

@@ -27,7 +27,7 @@ from ritornello.arrays import Ints
 from ritornello.digest import digest
 from ritornello.errors import PeerLostError
 from ritornello.sampling import Plan
-from ritornello.shard import Shard
+from ritornello.shard import LARGE_RECORD_BYTES, Shard
 from ritornello.storage import MappedMemory, Storage
 from ritornello.transports.base import Transport
 from ritornello.transports.semaphores import SEMAPHORE_BYTES, Semaphores
@@ -41,6 +41,8 @@ ADMITTED, READ, GATHERED = range(3)
 """What a semaphore between two neighbours says."""
 
 NUM_KINDS = 3
+
+DOING_ADMISSION = "admitting its candidates"
 
 GATHER_WIDTH = 8
 """The most values per rank that are gathered in shared memory."""
@@ -104,8 +106,18 @@ class SharedMemoryTransport(Transport):
 
     @staticmethod
     def is_supported() -> bool:
-        """Whether this system can share memory that way: Linux can."""
-        return hasattr(os, "memfd_create") and hasattr(os, "pidfd_open")
+        """Whether this system can share memory that way, found by trying: Linux can."""
+        try:
+            with SHARED.create(SEMAPHORE_BYTES) as memory:
+                with MappedMemory.open(
+                    os.getpid(), memory.descriptor, SEMAPHORE_BYTES, SHARED
+                ) as again:
+                    Semaphores(again.map(), initialise=True)
+                os.close(os.pidfd_open(os.getpid()))
+        except (AttributeError, OSError, ValueError, MemoryError):
+            logger.debug("memory cannot be shared here", exc_info=True)
+            return False
+        return True
 
     @property
     def peers_elsewhere(self) -> bool:
@@ -122,7 +134,7 @@ class SharedMemoryTransport(Transport):
                 break
             _, process, descriptor, *token = everyone[rank].tolist()
             with (
-                contextlib.suppress(OSError),
+                contextlib.suppress(OSError, ValueError),
                 MappedMemory.open(process, descriptor, TOKEN_BYTES, SHARED) as memory,
             ):
                 if memory.map().view(torch.int64).tolist() == token:
@@ -167,7 +179,16 @@ class SharedMemoryTransport(Transport):
         return lives
 
     def make_shard(self, rows_per_rank: Ints, record_bytes: int, storage: Storage) -> Shard:
-        """See ``Transport.make_shard``. The host's shards are one array."""
+        """See ``Transport.make_shard``. The host's shards are one array.
+
+        Raises:
+            ValueError: ``storage`` is memory that other ranks cannot read.
+        """
+        if not storage.can_be_shared:
+            raise ValueError(
+                f"ranks that share memory cannot keep their shards in storage={str(storage)!r}: "
+                "use 'shared' or 'file:DIR'"
+            )
         if storage.kind == "auto":
             storage = SHARED
         rows = np.where(self._is_neighbour, rows_per_rank, 0)
@@ -175,6 +196,7 @@ class SharedMemoryTransport(Transport):
         num_rows = int(rows.sum())
         num_bytes = num_rows * record_bytes
         memory: MappedMemory | None = None
+        host: Tensor | None = None
 
         def create() -> int:
             nonlocal memory
@@ -182,23 +204,23 @@ class SharedMemoryTransport(Transport):
             return memory.descriptor
 
         def reserve() -> int:
-            nonlocal memory
+            nonlocal memory, host
             if memory is None:
                 process = int(self._processes[self._leader])
                 descriptor = int(descriptors[self._leader])
                 memory = MappedMemory.open(process, descriptor, num_bytes, storage)
             first = int(firsts[self.rank]) * record_bytes
             memory.reserve(first, int(rows[self.rank]) * record_bytes)
+            host = memory.map().view(num_rows, record_bytes)
             return 0
 
         try:
             descriptors = self._together(create if self._leader == self.rank else lambda: 0)
             self._together(reserve)
-            assert memory is not None
-            host = memory.map().view(num_rows, record_bytes)
         finally:
             if memory is not None:
                 memory.close()
+        assert host is not None
         self._host = Shard(host)
         self._firsts = firsts
         first = int(firsts[self.rank])
@@ -253,9 +275,13 @@ class SharedMemoryTransport(Transport):
         self._post(ADMITTED, self._readers)
         if self.peers_elsewhere:
             self._inner.exchange(shard, plan, out, np.flatnonzero(~self._is_neighbour).tolist())
-        owners = self._peers_of(plan.receive_counts.tolist())
-        self._wait(ADMITTED, owners, "admitting its candidates")
+        counts = plan.receive_counts.tolist()
         rows = plan.receive_slots + self._firsts.repeat(plan.receive_counts)
+        if out.shape[1] >= LARGE_RECORD_BYTES:
+            self._gather_one_by_one(counts, rows, out)
+            return
+        owners = self._peers_of(counts)
+        self._wait(ADMITTED, owners, DOING_ADMISSION)
         if not self.peers_elsewhere:
             self._host.gather(rows, out)
         else:
@@ -264,6 +290,23 @@ class SharedMemoryTransport(Transport):
             self._host.gather(rows[here], records)
             Shard(out).write(here, records, np.arange(len(here)))
         self._post(READ, owners)
+
+    def _gather_one_by_one(self, counts: list[int], rows: Ints, out: Tensor) -> None:
+        """Gathers large records owner by owner, this rank's first: copying hides the waiting."""
+        assert self._host is not None
+        ends = np.cumsum(counts).tolist()
+        after = [rank for rank in self._others if rank > self.rank]
+        before = [rank for rank in self._others if rank < self.rank]
+        for owner in (self.rank, *after, *before):
+            if not counts[owner]:
+                continue
+            part = slice(ends[owner] - counts[owner], ends[owner])
+            if owner == self.rank:
+                self._host.gather(rows[part], out[part])
+            else:
+                self._wait(ADMITTED, (owner,), DOING_ADMISSION)
+                self._host.gather(rows[part], out[part])
+                self._post(READ, (owner,))
 
     def close(self) -> None:
         """See ``Transport.close``."""
@@ -293,11 +336,11 @@ class SharedMemoryTransport(Transport):
         Raises:
             PeerLostError: one has ended, or does not come within the timeout.
         """
+        deadline = time.monotonic() + self.timeout_seconds
         for sender in senders:
             number = self._number(kind, sender, self.rank)
-            if self._semaphores.wait(number, POLL_SECONDS):
+            if self._semaphores.wait(number, min(POLL_SECONDS, self.timeout_seconds)):
                 continue
-            deadline = time.monotonic() + self.timeout_seconds - POLL_SECONDS
             while True:
                 fault = self._fault_of(sender)
                 # What it posted before it ended still counts.
@@ -311,8 +354,11 @@ class SharedMemoryTransport(Transport):
     def _fault_of(self, rank: int) -> str | None:
         if self._ended[self._place[rank]]:
             return "has closed its buffer"
-        if rank in self._lives and select.select([self._lives[rank]], [], [], 0)[0]:
-            return "has ended or was killed"
+        if rank in self._lives:
+            life = select.poll()
+            life.register(self._lives[rank], select.POLLIN)
+            if life.poll(0):
+                return "has ended or was killed"
         return None
 
 
