@@ -156,14 +156,13 @@ class Planner:
             num_numbers = len(sizes) * self._num_representatives * self._num_draws
             num_rounds = min(ROUNDS_AHEAD, NUMBERS_AHEAD // num_numbers) if sizes_are_final else 1
             steps = range(step, step + max(1, num_rounds))
-            draws = [self._draw(each, sizes) for each in steps]
+            num_ranks, num_held = len(sizes), int(sizes.sum())
+            num_drawn = min(self._num_representatives, num_held)
+            shape = (num_ranks, num_held, num_drawn, self._num_draws)
+            draws = [draw_all(*shape, self._policy, self._streams.at(each)) for each in steps]
             plans = plans_of_draws(np.stack(draws), sizes, self._rank)
             self._ahead = dict(zip(steps, plans, strict=True))
         return self._ahead.pop(step)
-
-    def _draw(self, step: int, sizes: Ints) -> Ints:
-        generator = self._streams.at(step)
-        return draw_all(sizes, self._num_representatives, self._policy, generator, self._num_draws)
 
 
 def plan_draw(
@@ -179,24 +178,25 @@ def plan_draw(
     Raises:
         ValueError: the policy breaks its contract.
     """
-    draws = draw_all(sizes, num_representatives, policy, generator, num_draws)
+    num_held = int(sizes.sum())
+    num_drawn = min(num_representatives, num_held)
+    draws = draw_all(len(sizes), num_held, num_drawn, num_draws, policy, generator)
     return plans_of_draws(draws[None], sizes, rank)[0]
 
 
 def draw_all(
-    sizes: Ints,
-    num_representatives: int,
+    num_ranks: int,
+    num_held: int,
+    num_drawn: int,
+    num_draws: int,
     policy: SamplingPolicy,
     generator: np.random.Generator,
-    num_draws: int = 1,
 ) -> Ints:
     """One round's draws for all ranks: int64 ``[num_draws, num_ranks, num_drawn]``.
 
     Raises:
         ValueError: the policy breaks its contract.
     """
-    num_ranks, num_held = len(sizes), int(sizes.sum())
-    num_drawn = min(num_representatives, num_held)
     if num_drawn == 0:
         return np.zeros((num_draws, num_ranks, 0), dtype=np.int64)
     draws = [policy.draw(num_held, num_ranks, num_drawn, generator) for _ in range(num_draws)]
