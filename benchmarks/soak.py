@@ -23,7 +23,7 @@ from ritornello.shard import Shard
 from ritornello.testing import spawn_ranks
 from ritornello.transports.shared_memory import GATHERED, SharedMemoryTransport
 
-NUM_WORDS = 96
+NUM_WORDS = 96  # with 2,500 records are large ones, which are gathered owner by owner
 
 
 def records(numbers: np.ndarray) -> np.ndarray:

@@ -25,13 +25,13 @@ from ritornello.transports import SharedMemoryTransport, Transport, open_transpo
 from ritornello.transports.shared_memory import GATHERED
 
 
-def records(numbers: np.ndarray) -> np.ndarray:
-    """int64 ``[n, 65]``: a number, multiples of it, and their sum."""
-    words = numbers[:, None] * np.arange(1, 65)
+def records(numbers: np.ndarray, num_words: int = 64) -> np.ndarray:
+    """int64 ``[n, num_words + 1]``: a number, multiples of it, and their sum."""
+    words = numbers[:, None] * np.arange(1, num_words + 1)
     return np.concatenate([words, words.sum(axis=1, keepdims=True)], axis=1)
 
 
-def num_torn_records(num_rounds: int) -> int:
+def num_torn_records(num_rounds: int, num_words: int = 64) -> int:
     """Rounds on 3 ranks in which some writes pause with half of each record missing."""
     dice = np.random.default_rng(0)
 
@@ -41,9 +41,9 @@ def num_torn_records(num_rounds: int) -> int:
             30, num_representatives=4, selection="fifo", label=None, transport=end
         ) as buffer:
             for step in range(num_rounds):
-                mine = records((3 * step + end.rank) * 10 + np.arange(5))
+                mine = records((3 * step + end.rank) * 10 + np.arange(5), num_words)
                 drawn = buffer.update(torch.from_numpy(mine)).numpy()[5:]
-                num_torn += int((drawn != records(drawn[:, 0])).any(axis=1).sum())
+                num_torn += int((drawn != records(drawn[:, 0], num_words)).any(axis=1).sum())
                 if dice.random() < 0.1:
                     time.sleep(dice.random() * 0.002)
         return num_torn
@@ -63,18 +63,22 @@ def num_torn_records(num_rounds: int) -> int:
         return sum(run_ranks(connect_shared_memory(3), rank_main))
 
 
-def test_no_record_is_read_while_it_is_written() -> None:
-    assert num_torn_records(400) == 0
+@pytest.mark.parametrize("num_words", [64, 2200], ids=["small", "large"])
+def test_no_record_is_read_while_it_is_written(num_words: int) -> None:
+    assert num_torn_records(400, num_words) == 0
 
 
-def test_without_the_waiting_that_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("num_words", [64, 2200], ids=["small", "large"])
+def test_without_the_waiting_that_would_be_noticed(
+    num_words: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     wait = SharedMemoryTransport._wait
     monkeypatch.setattr(
         SharedMemoryTransport,
         "_wait",
         lambda self, kind, *rest: wait(self, kind, *rest) if kind == GATHERED else None,
     )
-    assert num_torn_records(200) > 0
+    assert num_torn_records(200, num_words) > 0
 
 
 def test_gathering_never_mixes_turns() -> None:
