@@ -151,7 +151,6 @@ class _ClassShares(SelectionPolicy):
         classes = classes[rows]
         offered, shares = self._offered[classes], self._members.counts[classes]
         ordinals = offered + np.arange(len(rows)) - classes.searchsorted(classes)
-        u = generator.random(len(rows))
         # A class that has offered more than it holds never grows again: nobody's share changes.
         settled = bool((offered > shares).all())
         if not settled:
@@ -159,7 +158,7 @@ class _ClassShares(SelectionPolicy):
             shares = self._members.counts[classes]
         self._offered[classes] = ordinals + 1  # of each class its last, highest ordinal stays
 
-        positions = self._positions(ordinals, shares, u)
+        positions = self._positions(ordinals, shares, generator.random(len(rows)))
         enters = positions < shares
         if not settled:
             positions = np.where(filling, ordinals, positions)
