@@ -55,3 +55,27 @@ def test_every_entry_is_equally_likely_to_be_dropped() -> None:
     assert survived.sum() == 3000 * 5
     # The counts of one draw are negatively correlated, so the test errs on the safe side.
     assert chi_square_p_value(survived, 3000 * 5 / 12) > 0.001
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.integers(0, 2**32), st.integers(1, 6))
+def test_dropping_the_last_keeps_the_order(seed: int, num_classes: int) -> None:
+    generator = np.random.default_rng(seed)
+    members, next_slot = ClassMembers(), 0
+    members.add_classes(num_classes)
+    model: list[list[int]] = [[] for _ in range(num_classes)]
+    for _ in range(12):
+        classes = np.sort(generator.integers(num_classes, size=generator.integers(12)))
+        slots = np.arange(next_slot, next_slot + len(classes))
+        next_slot += len(classes)
+        members.append(classes, slots)
+        for number, slot in zip(classes.tolist(), slots.tolist(), strict=True):
+            model[number].append(slot)
+        losing = np.flatnonzero(generator.random(num_classes) < 0.5)
+        wanted = np.array([generator.integers(len(model[n]) + 1) for n in losing], dtype=np.int64)
+        expected = []
+        for number, count in zip(losing.tolist(), wanted.tolist(), strict=True):
+            expected += model[number][len(model[number]) - count :]
+            del model[number][len(model[number]) - count :]
+        assert members.drop_last(losing, wanted).tolist() == expected
+        assert contents(members) == model

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ritornello.contents import Contents
 from ritornello.random_streams import Purpose, Streams, stream
 from ritornello.sampling import (
     ROUNDS_AHEAD,
@@ -111,7 +112,7 @@ def test_rounds_planned_ahead_are_those_planned_one_by_one(num_draws: int) -> No
             rank, 4, UniformSampling(), Streams(8, Purpose.SAMPLING), num_draws=num_draws
         )
         for step in range(2 * ROUNDS_AHEAD + 3):
-            ours = planner.plan(step, sizes, sizes_are_final=step > 5)
+            ours = planner.plan(step, Contents(sizes), sizes_are_final=step > 5)
             generator = stream(8, Purpose.SAMPLING, step)
             theirs = plan_draw(sizes, rank, 4, UniformSampling(), generator, num_draws)
             for name in ("receive_slots", "receive_counts", "send_slots", "send_counts"):

@@ -4,16 +4,28 @@ Start with ``RehearsalBuffer``.
 """
 
 from ritornello.buffer import RehearsalBuffer
+from ritornello.contents import Contents
 from ritornello.errors import BufferClosedError, PeerLostError, RoundError
+from ritornello.exemplars import at_random, closest_to_mean, herding
 from ritornello.loading import rehearse
-from ritornello.sampling import SamplingPolicy, UniformSampling
+from ritornello.sampling import (
+    ClassBalancedSampling,
+    GraspSampling,
+    SamplingPolicy,
+    UniformSampling,
+)
 from ritornello.selection import (
     Assignment,
     ClassBalanced,
+    ClassBalancedReservoir,
     Fifo,
+    FirstOffered,
+    GraspEviction,
+    GreedyBalanced,
     PerClassRandom,
     Reservoir,
     SelectionPolicy,
+    rank_of_exemplar,
 )
 from ritornello.stats import BufferStats
 from ritornello.transports import Transport
@@ -24,7 +36,14 @@ __all__ = [
     "BufferClosedError",
     "BufferStats",
     "ClassBalanced",
+    "ClassBalancedReservoir",
+    "ClassBalancedSampling",
+    "Contents",
     "Fifo",
+    "FirstOffered",
+    "GraspEviction",
+    "GraspSampling",
+    "GreedyBalanced",
     "PeerLostError",
     "PerClassRandom",
     "RehearsalBuffer",
@@ -35,5 +54,9 @@ __all__ = [
     "Transport",
     "UniformSampling",
     "__version__",
+    "at_random",
+    "closest_to_mean",
+    "herding",
+    "rank_of_exemplar",
     "rehearse",
 ]

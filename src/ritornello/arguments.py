@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ritornello.sampling import SamplingPolicy
+from ritornello.sampling import SamplingPolicy, sampling_policy
 from ritornello.selection import SelectionPolicy, selection_policy
 from ritornello.version import __version__
 
@@ -24,6 +24,7 @@ class Arguments:
     seed: int
     sampling: str | SamplingPolicy
     storage: str
+    num_draws: int
     rounds_per_exchange: int
 
     def as_text(self) -> dict[str, str]:
@@ -54,15 +55,24 @@ class Arguments:
             )
         if self.num_candidates is not None:
             _check_count("num_candidates", self.num_candidates, minimum=1)
+        _check_count("num_draws", self.num_draws, minimum=1)
         _check_count("rounds_per_exchange", self.rounds_per_exchange, minimum=1)
         _check_count("seed", self.seed, minimum=0)
         if self.seed >= 2**64:
             raise ValueError(f"seed={self.seed}: it must be below 2**64")
-        if selection_policy(self.selection).needs_labels and self.label is None:
-            raise ValueError(
-                f"label=None: the policy {_text(self.selection)} needs the class labels; "
-                "say which leaf they are, or use selection='reservoir' or 'fifo'"
-            )
+        if self.label is None:
+            self._check_policies_without_labels()
+
+    def _check_policies_without_labels(self) -> None:
+        for policy, given, others in (
+            (selection_policy(self.selection), self.selection, "selection='reservoir' or 'fifo'"),
+            (sampling_policy(self.sampling), self.sampling, "sampling='uniform'"),
+        ):
+            if policy.needs_labels:
+                raise ValueError(
+                    f"label=None: the policy {_text(given)} needs the class labels; say which "
+                    f"leaf they are, or use {others}"
+                )
 
 
 def _check_count(name: str, value: Any, *, minimum: int) -> None:
@@ -75,5 +85,6 @@ def _check_count(name: str, value: Any, *, minimum: int) -> None:
 def _text(value: object) -> str:
     """A value as text; of a policy its type and settings, as its repr has an address."""
     if isinstance(value, (SelectionPolicy, SamplingPolicy)):
-        return f"{type(value).__qualname__}({getattr(value, 'num_classes', None) or ''})"
+        settings = (f"{k}={v!r}" for k, v in vars(value).items() if not k.startswith("_"))
+        return f"{type(value).__qualname__}({', '.join(settings)})"
     return str(value)

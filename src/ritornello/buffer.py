@@ -20,6 +20,7 @@ import os
 import threading
 import time
 import weakref
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, NoReturn, Self
 
@@ -86,7 +87,10 @@ class RehearsalBuffer:
         process_group: whose ranks share the buffer. None: the default group's, or a single
             process if there is none.
         seed: of everything random, from 0 to 2**64 - 1.
-        sampling: what is drawn: "uniform" or a ``SamplingPolicy``.
+        sampling: what is drawn: "uniform" (every representative equally likely),
+            "class-balanced" (every class), "grasp" (from prototypical to atypical; see
+            ``measure_distances``), or a ``SamplingPolicy``.
+        num_draws: draws of ``r`` per step, independent of each other, as DER++ takes two.
         transport: "auto" (shared memory inside each host, "collective" between hosts),
             "shared_memory", "collective" (torch.distributed), "mpi", "local" (one process), or
             a ``Transport``, which the buffer then owns.
@@ -120,6 +124,7 @@ class RehearsalBuffer:
         process_group: dist.ProcessGroup | None = None,
         seed: int = 0,
         sampling: str | SamplingPolicy = "uniform",
+        num_draws: int = 1,
         transport: str | Transport = "auto",
         storage: str | torch.device = "auto",
         rounds_per_exchange: int = 1,
@@ -140,6 +145,7 @@ class RehearsalBuffer:
                 seed=seed,
                 sampling=sampling,
                 storage=place.kind,
+                num_draws=num_draws,
                 rounds_per_exchange=rounds_per_exchange,
             )
             # Before any check that only one rank might fail: so all ranks fail together.
@@ -154,7 +160,7 @@ class RehearsalBuffer:
                 num_representatives=num_representatives,
                 seed=seed,
                 storage=place,
-                rounds_per_exchange=rounds_per_exchange,
+                draws_per_round=num_draws * rounds_per_exchange,
             )
             policy.bind(rounds.num_rows, channel.rank, channel.num_ranks)
         except BaseException:
@@ -166,6 +172,7 @@ class RehearsalBuffer:
         self._policy = policy
         self._label_path = label if isinstance(label, tuple) else (label,)
         self._candidate_streams = Streams(seed, Purpose.CANDIDATES, channel.rank)
+        self._num_draws = num_draws
         self._rounds_per_exchange = rounds_per_exchange
         self._storage = place
         self._timeout_seconds = timeout_seconds
@@ -204,8 +211,9 @@ class RehearsalBuffer:
                 vary, and be 0. What happens to it afterwards never changes what is stored.
 
         Returns:
-            The augmented mini-batch: nested alike, ``b + r`` samples, representatives last, on
-            the devices of the mini-batch. The mini-batch itself while the buffer is empty.
+            The augmented mini-batch: nested alike, ``b + r`` samples, representatives last (with
+            several draws, all of them), on the devices of the mini-batch. The mini-batch itself
+            while the buffer is empty.
 
         Raises:
             TypeError, ValueError: the mini-batch is not like the first one, or a label is out
@@ -236,8 +244,9 @@ class RehearsalBuffer:
         k-th offer, and k draws share its result). The first draw may come before any offer.
 
         Returns:
-            ``r`` samples nested like a mini-batch, the caller's own; None while the buffer is
-            empty.
+            ``r`` samples nested like a mini-batch, the caller's own; with ``num_draws`` of 2 or
+            more, a list of as many such batches. None while the buffer is empty. While it holds
+            fewer than ``r``, all that it holds.
 
         Raises:
             RuntimeError: no offer since the last draw.
@@ -249,15 +258,18 @@ class RehearsalBuffer:
             return None
         began = time.perf_counter()
         assert self._layout is not None
-        drawn = self._layout.rebuild(
-            [
-                past.clone(memory_format=torch.contiguous_format)
-                for past in self._layout.views(staged)
-            ]
-        )
+        drawn = [
+            self._layout.rebuild(
+                [
+                    past.clone(memory_format=torch.contiguous_format)
+                    for past in self._layout.views(records)
+                ]
+            )
+            for records in staged.chunk(self._num_draws)
+        ]
         self._release()
         self._seconds_joining += time.perf_counter() - began
-        return drawn
+        return drawn if self._num_draws > 1 else drawn[0]
 
     def offer(self, batch: Batch) -> None:
         """Offers a mini-batch: its candidates are copied, and a round starts.
@@ -279,10 +291,70 @@ class RehearsalBuffer:
             )
         self._offer(self._leaves(batch))
 
+    def representatives(self, batch_size: int = 256) -> Iterator[Batch]:
+        """This rank's representatives, shard order, as batches of copies.
+
+        Waits for the running round. Involves no other rank, but must be at its end before the
+        next ``update``, ``draw`` or ``offer``.
+
+        Args:
+            batch_size: samples at a time; the last batch may be smaller.
+
+        Raises:
+            PeerLostError, RoundError, BufferClosedError: see ``update``.
+        """
+        self._check_open("representatives")
+        self._settle()
+        num_rounds = self._rounds.num_rounds
+        for first in range(0, self._rounds.num_held, batch_size):
+            if self._rounds.num_rounds != num_rounds:
+                raise RuntimeError(
+                    "representatives: the buffer has changed meanwhile; finish the iteration "
+                    "before the next update, draw or offer"
+                )
+            num_rows = min(batch_size, self._rounds.num_held - first)
+            assert self._layout is not None
+            yield self._layout.rebuild(self._rounds.representatives(first, num_rows))
+
+    def measure_distances(self, embed: Callable[[Batch], Tensor], batch_size: int = 256) -> None:
+        """Measures how far every representative is from the mean of its class, for "grasp".
+
+        The cosine distance, to the mean over the shards of all ranks. To be called before each
+        period of rehearsal, such as a task or an epoch: it costs a forward pass over the shard,
+        and gathers one feature vector per class and rank. All ranks call it, after as many
+        updates; blocks until they have.
+
+        Args:
+            embed: gives the features ``[n, d]`` of a batch of ``n`` representatives, such as
+                the model's penultimate ones, without gradient.
+            batch_size: representatives at a time.
+
+        Raises:
+            ValueError: the sampling policy does not look at distances; or, on every rank, some
+                rank's features are not finite or not ``[n, d]``.
+            PeerLostError, RoundError, BufferClosedError: see ``update``.
+        """
+        self._check_open("measure_distances")
+        if not self._rounds.sampling.needs_labels:
+            raise ValueError(
+                self._here(
+                    "measure_distances: sampling='uniform' and other policies without labels do "
+                    "not look at distances; use sampling='grasp'"
+                )
+            )
+        features = [embed(batch) for batch in self.representatives(batch_size)]
+        try:
+            self._rounds.measure_distances(torch.cat(features) if features else torch.zeros(0, 0))
+        except PeerLostError as error:
+            self._failure = PeerLostError(
+                self._here(f"measure_distances failed: {error}"), error.peers
+            )
+            raise self._failure from error
+
     def __len__(self) -> int:
         """Representatives in the whole buffer. Waits for the running round."""
         self._settle()
-        return int(self._rounds.sizes.sum())
+        return self._rounds.contents.num_held
 
     def __bool__(self) -> bool:
         """True, also while empty: ``if buffer`` asks whether there is one."""
@@ -302,8 +374,8 @@ class RehearsalBuffer:
         labels, counts = np.unique(labels, return_counts=True)
         return BufferStats(
             capacity=self._capacity,
-            num_held=int(rounds.sizes.sum()),
-            held_per_rank=rounds.sizes.tolist(),
+            num_held=rounds.contents.num_held,
+            held_per_rank=rounds.contents.sizes.tolist(),
             held_per_class=dict(zip(labels.tolist(), counts.tolist(), strict=True)),
             record_bytes=self._layout.record_bytes if self._layout else 0,
             shard_bytes=rounds.shard.num_bytes if rounds.shard else 0,
@@ -354,7 +426,7 @@ class RehearsalBuffer:
                 self._open(layout, leaves)
             else:
                 leaves = self._layout.leaves(batch)
-            if self._policy.needs_labels and self._label is not None:
+            if self._rounds.needs_labels and self._label is not None:
                 labels = leaves[self._label]
                 assert self._staging is not None
                 # On a GPU, reading the labels would make the trainer wait: the worker does it.
@@ -367,13 +439,13 @@ class RehearsalBuffer:
     def _find_label(self, layout: Layout) -> int | None:
         """The position of the label among the fields; None if the policy needs none."""
         paths = [field.path for field in layout.fields]
-        if not self._policy.needs_labels and self._label_path not in paths:
+        if not self._rounds.needs_labels and self._label_path not in paths:
             return None
         position = layout.position(self._label_path)
         field = layout.fields[position]
         dtype = field.dtype
         if dtype.is_floating_point or dtype.is_complex or dtype == torch.bool or field.shape != ():
-            if not self._policy.needs_labels:
+            if not self._rounds.needs_labels:
                 return None
             raise ValueError(
                 f"the label {field} per sample: it must be one integer per sample, "
@@ -384,8 +456,9 @@ class RehearsalBuffer:
     def _open(self, layout: Layout, leaves: list[Tensor]) -> None:
         """Makes what depends on the layout."""
         device = next((leaf.device for leaf in leaves if leaf.is_cuda), torch.device("cpu"))
-        num_per_round = self._num_representatives * self._rounds_per_exchange
-        reorders = self._rounds_per_exchange > 1
+        draws_per_round = self._num_draws * self._rounds_per_exchange
+        num_per_round = self._num_representatives * draws_per_round
+        reorders = draws_per_round > 1
         self._staging = Staging(layout, device, self._storage.device, num_per_round, reorders)
         self._rounds.open(layout, self._label, self._staging)
         self._layout = layout

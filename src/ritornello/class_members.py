@@ -8,7 +8,9 @@ from ritornello.arrays import Ints
 
 
 class ClassMembers:
-    """For every class, the slots of its representatives, in no particular order.
+    """For every class, a list of the slots of its representatives, in the order of appending.
+
+    Dropping random entries disturbs the order of those that stay.
 
     All classes' lists lie in one array, each with room to grow; when one is full, all are laid
     out anew. Costs depend on the entries touched, not on how many there are.
@@ -75,6 +77,22 @@ class ClassMembers:
         gap = victims < remaining[owners]
         source = (starts[tail_owners] + tail)[~is_victim]
         self._slots[(starts[owners] + victims)[gap]] = self._slots[source]
+        self.counts[classes] = remaining
+        return dropped
+
+    def drop_last(self, classes: Ints, num_dropped: Ints) -> Ints:
+        """Takes the last entries off the lists of some classes; the others keep their order.
+
+        Args:
+            classes: int64 ``[n]``, distinct.
+            num_dropped: int64 ``[n]``, how many of each; at most what it has.
+
+        Returns:
+            The slots taken out.
+        """
+        remaining = self.counts[classes] - num_dropped
+        owners, positions = _ranges(remaining, num_dropped)
+        dropped = self.slots(classes[owners], positions)
         self.counts[classes] = remaining
         return dropped
 

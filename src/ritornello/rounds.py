@@ -14,6 +14,8 @@ import numpy as np
 import torch
 
 from ritornello.arrays import Ints
+from ritornello.contents import Contents
+from ritornello.distances import cosine_distances, gather_padded
 from ritornello.random_streams import Purpose, Streams
 from ritornello.records import Layout
 from ritornello.sampling import Planner, SamplingPolicy
@@ -42,7 +44,7 @@ class Rounds:
         num_representatives: ``r``.
         seed: of all streams.
         storage: where the shard lies.
-        rounds_per_exchange: how many steps' representatives one round draws.
+        draws_per_round: how many draws, each on its own, a round makes for each rank.
     """
 
     def __init__(
@@ -55,7 +57,7 @@ class Rounds:
         num_representatives: int,
         seed: int,
         storage: Storage,
-        rounds_per_exchange: int = 1,
+        draws_per_round: int = 1,
     ) -> None:
         self.transport = transport
         self.num_rounds = 0
@@ -63,10 +65,10 @@ class Rounds:
         self._stage_began: float | None = None
         self.seconds_per_stage = dict.fromkeys(STAGES, 0.0)
         self.bytes_sent = self.bytes_received = 0
-        self.sizes = np.zeros(transport.num_ranks, dtype=np.int64)
         self.shard: Shard | None = None
         self._full = False
-        self._selection = selection
+        self._selection, self.sampling = selection, sampling
+        self.needs_labels = selection.needs_labels or sampling.needs_labels
         self._is_builtin = type(selection) in POLICIES.values()
         self._selection_streams = Streams(seed, Purpose.SELECTION, transport.rank)
         self._planner = Planner(
@@ -74,17 +76,26 @@ class Rounds:
             num_representatives,
             sampling,
             Streams(seed, Purpose.SAMPLING),
-            rounds_per_exchange,
+            draws_per_round,
         )
         self._storage = storage
         self._limits = np.array(
             [rows_of_rank(capacity, i, transport.num_ranks) for i in range(transport.num_ranks)]
+        )
+        self.contents = Contents(
+            np.zeros(transport.num_ranks, dtype=np.int64),
+            self._limits if sampling.needs_labels else None,
         )
 
     @property
     def num_rows(self) -> int:
         """This rank's part of the capacity."""
         return int(self._limits[self.transport.rank])
+
+    @property
+    def num_held(self) -> int:
+        """Representatives in this rank's shard."""
+        return int(self.contents.sizes[self.transport.rank])
 
     def open(self, layout: Layout, label: int | None, staging: Staging) -> None:
         """Says what the samples look like; the shard is made in the first round.
@@ -112,10 +123,12 @@ class Rounds:
             self._enter("admit")
             if self.shard is None:
                 self.shard = self._make_shard()
-            size = self._admit(candidates, self.shard)
+            size, admitted = self._admit(candidates, self.shard)
             self._enter("plan")
             self._learn_sizes(size)
-            plan = self._planner.plan(self.num_rounds, self.sizes, self._full)
+            if admitted is not None:
+                self._learn_labels(admitted)
+            plan = self._planner.plan(self.num_rounds, self.contents, self._full)
             if plan.num_drawn:
                 self._enter("exchange")
                 received = self._staging.receive(plan.num_drawn)
@@ -134,26 +147,54 @@ class Rounds:
         if self.shard is None or self._label is None:
             return np.zeros(0, dtype=np.int64)
         with self._staging.worker_stream():  # after the last round's writes
-            return self._labels_of(self.shard.rows[: int(self.sizes[self.transport.rank])])
+            return self._labels_of(self.shard.rows[: self.num_held])
 
-    def _admit(self, candidates: Candidates, shard: Shard) -> int:
-        """Lets the policy decide, writes the shard; returns the shard's new size."""
+    def representatives(self, first: int, num_rows: int) -> list[torch.Tensor]:
+        """Copies of this rank's representatives from a slot on, field by field."""
+        assert self.shard is not None
+        rows = self._staging.copy_for_trainer(self.shard.rows[first : first + num_rows])
+        return self._layout.views(rows)
+
+    def measure_distances(self, features: torch.Tensor) -> None:
+        """Tells all ranks how far each representative is from its class's mean.
+
+        Blocks until all ranks have called it.
+
+        Args:
+            features: ``[num_held, d]`` of this rank's representatives, in the order of slots.
+
+        Raises:
+            ValueError: on every rank, if some rank's features cannot be used.
+        """
+        distances = cosine_distances(features, self.labels(), self.transport)
+        for rank, of_rank in enumerate(gather_padded(distances, self.transport)):
+            self.contents.set_rank_distances(rank, of_rank)
+
+    def _admit(self, candidates: Candidates, shard: Shard) -> tuple[int, Ints | None]:
+        """Lets the policy decide, writes the shard.
+
+        Returns:
+            The shard's new size; and int64 ``[n, 2]``, slot and label of what was admitted, if
+            the sampling policy looks at labels.
+        """
         records = self._staging.arrive(candidates)
-        if self._selection.needs_labels:
+        if self.needs_labels:
             labels = self._labels_of(records)
             if self._staging.on_gpu:  # else the trainer's thread has checked them
                 check_labels(labels, self._selection.num_classes)
         else:
             labels = np.zeros(len(records), dtype=np.int64)
         assignment = self._selection.admit(labels, self._selection_streams.at(self.num_rounds))
-        size = int(self.sizes[self.transport.rank])
+        size = self.num_held
         if self._is_builtin and size == self.num_rows:
             new_size = size
         else:
             new_size = size_after(assignment, size, self.num_rows, len(records))
         self.transport.await_readers()
         shard.write(assignment.slots, records, assignment.rows)
-        return new_size
+        if not self.sampling.needs_labels:
+            return new_size, None
+        return new_size, np.stack([assignment.slots, labels[assignment.rows]], axis=1)
 
     def _labels_of(self, records: torch.Tensor) -> Ints:
         assert self._label is not None
@@ -174,8 +215,13 @@ class Rounds:
     def _learn_sizes(self, size: int) -> None:
         """All-gathers the shards' sizes, as long as some shard is still filling."""
         if not self._full:
-            self.sizes = self.transport.all_gather(np.array([size]))[:, 0].copy()
-            self._full = np.array_equal(self.sizes, self._limits)
+            self.contents.resize(self.transport.all_gather(np.array([size]))[:, 0].copy())
+            self._full = np.array_equal(self.contents.sizes, self._limits)
+
+    def _learn_labels(self, admitted: Ints) -> None:
+        """All-gathers what was admitted where, for policies that look at labels."""
+        for rank, of_rank in enumerate(gather_padded(admitted, self.transport)):
+            self.contents.admit(rank, of_rank[:, 0], of_rank[:, 1])
 
     def _enter(self, stage: str | None) -> None:
         """Notes the time at which a stage begins, and so the one before ends."""

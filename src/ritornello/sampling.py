@@ -13,7 +13,8 @@ from functools import cached_property
 
 import numpy as np
 
-from ritornello.arrays import Bools, Ints
+from ritornello.arrays import Bools, Floats, Ints
+from ritornello.contents import Contents
 from ritornello.random_streams import Streams
 
 ROUNDS_AHEAD = 16
@@ -27,22 +28,28 @@ class SamplingPolicy(ABC):
     """Which representatives the ranks draw in one step, as global indices.
 
     A global index counts the representatives of all shards, shard after shard.
+
+    Attributes:
+        needs_labels: whether ``draw`` looks at more of the contents than how many there are.
+            Rounds then tell every rank the labels of what was admitted on all.
     """
+
+    needs_labels = False
 
     @abstractmethod
     def draw(
-        self, num_held: int, num_ranks: int, num_drawn: int, generator: np.random.Generator
+        self, contents: Contents, num_ranks: int, num_drawn: int, generator: np.random.Generator
     ) -> Ints:
-        """Draws for all ranks at once; a pure function of its arguments.
+        """Draws for all ranks at once. Every rank computes it, and must get the same.
 
         Args:
-            num_held: representatives in the whole buffer; at least ``num_drawn``.
+            contents: the whole buffer; holds at least ``num_drawn`` representatives.
             num_ranks: the ranks that draw.
             num_drawn: what each rank gets.
             generator: the same stream on every rank.
 
         Returns:
-            int64 ``[num_ranks, num_drawn]``, each below ``num_held``.
+            int64 ``[num_ranks, num_drawn]``, each below ``contents.num_held``.
         """
 
 
@@ -55,9 +62,10 @@ class UniformSampling(SamplingPolicy):
     """
 
     def draw(
-        self, num_held: int, num_ranks: int, num_drawn: int, generator: np.random.Generator
+        self, contents: Contents, num_ranks: int, num_drawn: int, generator: np.random.Generator
     ) -> Ints:
         """See ``SamplingPolicy.draw``."""
+        num_held = contents.num_held
         if num_held >= num_ranks * num_drawn:
             everyone = generator.choice(num_held, num_ranks * num_drawn, replace=False)
             return everyone.reshape(num_ranks, num_drawn)
@@ -69,6 +77,90 @@ class UniformSampling(SamplingPolicy):
             for first in range(0, num_ranks, ranks_per_draw)
         ]
         return np.concatenate(parts).reshape(num_ranks, num_drawn)
+
+
+class ClassBalancedSampling(SamplingPolicy):
+    """Every class equally often, whatever it holds; inside a class every representative alike.
+
+    The joint draw of all ranks takes from each class equally many, up to one: which classes give
+    one more is random. Inside a class nothing comes twice as long as it holds that many; a
+    class that holds fewer gives all that it has as often as it takes, and the rest at random.
+    The draw is then dealt to the ranks in random order.
+    """
+
+    needs_labels = True
+
+    def draw(
+        self, contents: Contents, num_ranks: int, num_drawn: int, generator: np.random.Generator
+    ) -> Ints:
+        """See ``SamplingPolicy.draw``."""
+        num_all = num_ranks * num_drawn
+        labels = generator.permutation(contents.class_labels)[:num_all]
+        base, num_larger = divmod(num_all, len(labels))
+        parts = []
+        for number, label in enumerate(labels.tolist()):
+            places = contents.places(label)
+            num_wanted = base + (number < num_larger)
+            num_passes, num_left = divmod(num_wanted, len(places))
+            chosen = generator.choice(len(places), num_left, replace=False, shuffle=False)
+            parts += [places] * num_passes + [places[chosen]]
+        everyone = generator.permutation(np.concatenate(parts))
+        return contents.indices(everyone).reshape(num_ranks, num_drawn)
+
+
+class GraspSampling(SamplingPolicy):
+    """From prototypical representatives to atypical ones, class after class.
+
+    The classes take turns. In its turn a class gives one representative, with a probability
+    proportional to ``1 / (d + 1e-7)``, where ``d`` is its cosine distance to the mean of its
+    class; its ``d`` then grows by the largest one of the class. The ranks' draws follow one
+    another, so that all ranks together draw what one rank with ``N * r`` would.
+
+    The distances come from ``RehearsalBuffer.measure_distances``, which is to be called before
+    each period of rehearsal. A representative that was admitted since has the mean distance of
+    its class; in a class that was never measured all are equally likely.
+
+    Source: Harun et al., "GRASP: A Rehearsal Policy for Efficient Online Continual Learning"
+    (CoLLAs 2024).
+    """
+
+    needs_labels = True
+
+    EPSILON = 1e-7
+
+    def __init__(self) -> None:
+        self._turn = 0
+
+    def draw(
+        self, contents: Contents, num_ranks: int, num_drawn: int, generator: np.random.Generator
+    ) -> Ints:
+        """See ``SamplingPolicy.draw``. Also raises the distances of what was drawn."""
+        labels = contents.class_labels
+        turns = (self._turn + np.arange(num_ranks * num_drawn)) % len(labels)
+        self._turn = int(turns[-1]) + 1
+        drawn = np.empty(len(turns), dtype=np.int64)
+        for number in np.unique(turns).tolist():
+            own = np.flatnonzero(turns == number)
+            drawn[own] = self._draw_of_class(contents, labels[number], generator.random(len(own)))
+        return contents.indices(drawn).reshape(num_ranks, num_drawn)
+
+    def _draw_of_class(self, contents: Contents, label: int, u: Floats) -> Ints:
+        """The places of what a class gives in ``len(u)`` turns, one random number for each."""
+        places = contents.places(label)
+        distances = contents.distances_at(places)
+        unknown = np.isnan(distances)
+        if unknown.any():
+            distances[unknown] = 1.0 if unknown.all() else distances[~unknown].mean()
+        chosen = np.empty(len(u), dtype=np.int64)
+        for turn, number in enumerate(u.tolist()):
+            chances = (1.0 / (distances + self.EPSILON)).cumsum()
+            position = min(
+                int(chances.searchsorted(number * chances[-1], side="right")), len(places) - 1
+            )
+            distances[position] += distances.max()
+            chosen[turn] = position
+        contents.set_distances(places, distances)
+        return places[chosen]
 
 
 @dataclass
@@ -116,7 +208,7 @@ class Planner:
 
     While shards fill, round by round; from then on several rounds with the same few calls, as
     calls, not numbers, are what a plan costs. Each round's draw has a stream of its own, so
-    the plans are the same either way.
+    the plans are the same either way. Policies that look at labels see other ones each round.
 
     Args:
         rank: whose plans.
@@ -141,26 +233,25 @@ class Planner:
         self._num_draws = num_draws
         self._ahead: dict[int, Plan] = {}
 
-    def plan(self, step: int, sizes: Ints, sizes_are_final: bool) -> Plan:
+    def plan(self, step: int, contents: Contents, sizes_are_final: bool) -> Plan:
         """Plans one round.
 
         Args:
             step: the round's number.
-            sizes: int64 ``[num_ranks]``, representatives in each shard.
+            contents: the whole buffer.
             sizes_are_final: whether later rounds will find the same sizes.
 
         Raises:
             ValueError: the policy breaks its contract.
         """
         if step not in self._ahead:
-            num_numbers = len(sizes) * self._num_representatives * self._num_draws
-            num_rounds = min(ROUNDS_AHEAD, NUMBERS_AHEAD // num_numbers) if sizes_are_final else 1
+            num_numbers = len(contents.sizes) * self._num_representatives * self._num_draws
+            ahead = sizes_are_final and not self._policy.needs_labels
+            num_rounds = min(ROUNDS_AHEAD, NUMBERS_AHEAD // num_numbers) if ahead else 1
             steps = range(step, step + max(1, num_rounds))
-            num_ranks, num_held = len(sizes), int(sizes.sum())
-            num_drawn = min(self._num_representatives, num_held)
-            shape = (num_ranks, num_held, num_drawn, self._num_draws)
+            shape = (contents, self._num_representatives, self._num_draws)
             draws = [draw_all(*shape, self._policy, self._streams.at(each)) for each in steps]
-            plans = plans_of_draws(np.stack(draws), sizes, self._rank)
+            plans = plans_of_draws(np.stack(draws), contents.sizes, self._rank)
             self._ahead = dict(zip(steps, plans, strict=True))
         return self._ahead.pop(step)
 
@@ -178,16 +269,13 @@ def plan_draw(
     Raises:
         ValueError: the policy breaks its contract.
     """
-    num_held = int(sizes.sum())
-    num_drawn = min(num_representatives, num_held)
-    draws = draw_all(len(sizes), num_held, num_drawn, num_draws, policy, generator)
+    draws = draw_all(Contents(sizes), num_representatives, num_draws, policy, generator)
     return plans_of_draws(draws[None], sizes, rank)[0]
 
 
 def draw_all(
-    num_ranks: int,
-    num_held: int,
-    num_drawn: int,
+    contents: Contents,
+    num_representatives: int,
     num_draws: int,
     policy: SamplingPolicy,
     generator: np.random.Generator,
@@ -197,10 +285,12 @@ def draw_all(
     Raises:
         ValueError: the policy breaks its contract.
     """
+    num_ranks, num_held = len(contents.sizes), contents.num_held
+    num_drawn = min(num_representatives, num_held)
     if num_drawn == 0:
         return np.zeros((num_draws, num_ranks, 0), dtype=np.int64)
-    draws = [policy.draw(num_held, num_ranks, num_drawn, generator) for _ in range(num_draws)]
-    if type(policy) is not UniformSampling:
+    draws = [policy.draw(contents, num_ranks, num_drawn, generator) for _ in range(num_draws)]
+    if type(policy) not in POLICIES.values():
         for drawn in draws:
             _check_draw(drawn, num_ranks, num_drawn, num_held)
     return draws[0][None] if num_draws == 1 else np.stack(draws)
@@ -261,14 +351,26 @@ def _check_draw(drawn: Ints, num_ranks: int, num_drawn: int, num_held: int) -> N
         )
 
 
+POLICIES: dict[str, type[SamplingPolicy]] = {
+    "uniform": UniformSampling,
+    "class-balanced": ClassBalancedSampling,
+    "grasp": GraspSampling,
+}
+
+
 def sampling_policy(sampling: str | SamplingPolicy) -> SamplingPolicy:
     """A policy by its name, or the given one.
 
     Raises:
         ValueError: no policy has that name.
+        TypeError: neither a name nor a policy.
     """
     if isinstance(sampling, SamplingPolicy):
         return sampling
-    if sampling == "uniform":
-        return UniformSampling()
-    raise ValueError(f"sampling={sampling!r}: there is 'uniform'; or give a SamplingPolicy")
+    if not isinstance(sampling, str):
+        raise TypeError(
+            f"sampling={sampling!r}: give a name ({', '.join(POLICIES)}) or a SamplingPolicy"
+        )
+    if sampling not in POLICIES:
+        raise ValueError(f"sampling={sampling!r}: there are {', '.join(map(repr, POLICIES))}")
+    return POLICIES[sampling]()

@@ -118,6 +118,15 @@ class Staging:
         """Says that all use of the views from ``take`` has been issued."""
         self._taken = self._mark(self._trainer_device)
 
+    def copy_for_trainer(self, rows: Tensor) -> Tensor:
+        """A copy of records of the shard, on the trainer's device; blocks until it is there."""
+        with self.worker_stream():  # after the last round's writes
+            copied = torch.empty_like(rows, device=self._trainer_device)
+            copied.copy_(rows)
+            if self._stream is not None:
+                self._stream.synchronize()
+        return copied
+
     # On the worker's thread, inside `worker_stream`.
 
     def worker_stream(self) -> AbstractContextManager[object]:

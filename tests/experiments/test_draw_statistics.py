@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from scipy.stats import binom
 
+from ritornello.contents import Contents
 from ritornello.experiments.draw_statistics import (
     Fairness,
     FairnessCount,
@@ -27,9 +28,9 @@ class NeverTheLast(SamplingPolicy):
     """Draws without repetition, but one representative in a hundred never."""
 
     def draw(
-        self, num_held: int, num_ranks: int, num_drawn: int, generator: np.random.Generator
+        self, contents: Contents, num_ranks: int, num_drawn: int, generator: np.random.Generator
     ) -> np.ndarray:
-        reach = num_held - num_held // 100
+        reach = Contents(np.array([contents.num_held - contents.num_held // 100]))
         return UniformSampling().draw(reach, num_ranks, num_drawn, generator)
 
 
@@ -37,8 +38,9 @@ class FirstHalfMoreOften(SamplingPolicy):
     """Representatives in the first half are a tenth more likely than the others."""
 
     def draw(
-        self, num_held: int, num_ranks: int, num_drawn: int, generator: np.random.Generator
+        self, contents: Contents, num_ranks: int, num_drawn: int, generator: np.random.Generator
     ) -> np.ndarray:
+        num_held = contents.num_held
         weights = np.where(np.arange(num_held) < num_held // 2, 1.1, 1.0)
         chances = weights / weights.sum()
         num_all = num_ranks * num_drawn
@@ -48,9 +50,9 @@ class FirstHalfMoreOften(SamplingPolicy):
 
 class WithReplacement(SamplingPolicy):
     def draw(
-        self, num_held: int, num_ranks: int, num_drawn: int, generator: np.random.Generator
+        self, contents: Contents, num_ranks: int, num_drawn: int, generator: np.random.Generator
     ) -> np.ndarray:
-        return generator.integers(num_held, size=(num_ranks, num_drawn))
+        return generator.integers(contents.num_held, size=(num_ranks, num_drawn))
 
 
 def fairness(
@@ -187,7 +189,7 @@ def test_plans_that_differ_from_the_joint_draw() -> None:
 
         def draw(self, *arguments: Any) -> np.ndarray:
             self.calls += 1
-            return (super().draw(*arguments) + self.calls) % arguments[0]
+            return (super().draw(*arguments) + self.calls) % arguments[0].num_held
 
     with pytest.raises(RuntimeError, match="step 3: the plan of rank 0 is not the joint draw's"):
         check_plans(np.array([40, 40]), 7, Moody(), 0, range(3, 5), range(2))

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from ritornello.contents import Contents
 from ritornello.experiments import cli
 from ritornello.experiments.draw_statistics import plan_seconds
 from ritornello.experiments.simulate import Simulation, simulate, simulate_ranks
@@ -34,9 +35,10 @@ class SecondShardMoreOften(SamplingPolicy):
     """Every tenth draw is taken from an eighth of the buffer."""
 
     def draw(
-        self, num_held: int, num_ranks: int, num_drawn: int, generator: np.random.Generator
+        self, contents: Contents, num_ranks: int, num_drawn: int, generator: np.random.Generator
     ) -> np.ndarray:
-        drawn = UniformSampling().draw(num_held, num_ranks, num_drawn, generator)
+        num_held = contents.num_held
+        drawn = UniformSampling().draw(contents, num_ranks, num_drawn, generator)
         moved = generator.random(drawn.shape) < 0.1
         drawn[moved] = num_held // 8 + generator.integers(num_held // 8, size=int(moved.sum()))
         return drawn

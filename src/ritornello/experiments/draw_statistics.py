@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from ritornello.arrays import Floats, Ints
+from ritornello.contents import Contents
 from ritornello.random_streams import Purpose, Streams
 from ritornello.sampling import SamplingPolicy, plan_draw
 from ritornello.testing import chi_square_p_value
@@ -91,14 +92,14 @@ def draw_blocks(
     steps: range,
 ) -> Iterator[Ints]:
     """The joint draws of the steps, int64 ``[block, num_ranks, r]`` at a time."""
-    num_held, num_ranks = int(sizes.sum()), len(sizes)
+    contents, num_ranks = Contents(sizes), len(sizes)
     streams = Streams(seed, Purpose.SAMPLING)
     per_block = max(1, BLOCK // (num_ranks * num_representatives))
     for first in range(steps.start, steps.stop, per_block):
         block = range(first, min(first + per_block, steps.stop))
         yield np.stack(
             [
-                policy.draw(num_held, num_ranks, num_representatives, streams.at(step))
+                policy.draw(contents, num_ranks, num_representatives, streams.at(step))
                 for step in block
             ]
         )
@@ -279,11 +280,11 @@ def check_plans(
     Raises:
         RuntimeError: a plan is not what the joint draw says.
     """
-    num_held, num_ranks = int(sizes.sum()), len(sizes)
+    contents, num_ranks = Contents(sizes), len(sizes)
     bounds = np.concatenate([[0], np.cumsum(sizes)])
     for step in steps:
         generator = Streams(seed, Purpose.SAMPLING).at(step)
-        joint = policy.draw(num_held, num_ranks, num_representatives, generator)
+        joint = policy.draw(contents, num_ranks, num_representatives, generator)
         for rank in ranks:
             generator = Streams(seed, Purpose.SAMPLING).at(step)
             plan = plan_draw(sizes, rank, num_representatives, policy, generator)

@@ -44,7 +44,7 @@ NUM_KINDS = 3
 
 DOING_ADMISSION = "admitting its candidates"
 
-GATHER_WIDTH = 8
+GATHER_WIDTH = 64
 """The most values per rank that are gathered in shared memory."""
 
 TOKEN_BYTES = 16

@@ -1,0 +1,123 @@
+"""What all ranks know of the whole buffer's representatives: how many, and of which classes.
+
+Uniform sampling needs the shards' sizes alone. Policies that look at labels need to know the
+label of every representative on every rank: a round then all-gathers what it has admitted, 16
+bytes for each, and every rank keeps the same list. No sample is among it.
+"""
+
+from __future__ import annotations
+
+from array import array
+
+import numpy as np
+
+from ritornello.arrays import Floats, Ints
+
+
+class Contents:
+    """The whole buffer as a sampling policy sees it; the same on every rank.
+
+    A *global index* counts the representatives of all shards, shard after shard. Labels are kept
+    by *place*, which counts the rows of all shards, used or not, so that nothing moves while
+    shards fill; once all are full, the two are the same.
+
+    Args:
+        sizes: int64 ``[num_ranks]``, representatives in each shard.
+        rows_per_rank: int64 ``[num_ranks]``, room in each shard, if labels are to be known.
+    """
+
+    def __init__(self, sizes: Ints, rows_per_rank: Ints | None = None) -> None:
+        self.sizes = sizes
+        self.num_held = int(sizes.sum())
+        if rows_per_rank is not None:
+            num_places = int(rows_per_rank.sum())
+            self._ends = rows_per_rank.cumsum()
+            self._starts = self._ends - rows_per_rank
+            self._labels = np.full(num_places, -1, dtype=np.int64)
+            self._distances = np.full(num_places, np.nan)
+            # Of each class the places of its representatives, in no particular order, and of
+            # each place where in that list it stands: so that taking one out is one swap.
+            self._members: dict[int, array[int]] = {}
+            self._positions = array("q", bytes(8 * num_places))
+
+    @property
+    def labels(self) -> Ints:
+        """int64 ``[num_held]``, by global index. Only for policies with ``needs_labels``."""
+        return self._labels[self._used_places()]
+
+    @property
+    def distances(self) -> Floats:
+        """float64 ``[num_held]``, by global index: how far each is from its class's mean.
+
+        NaN where not measured since the representative was admitted; see
+        ``RehearsalBuffer.measure_distances``.
+        """
+        return self._distances[self._used_places()]
+
+    @property
+    def class_labels(self) -> list[int]:
+        """The labels that some representative has, ascending."""
+        return sorted(label for label, members in self._members.items() if members)
+
+    def places(self, label: int) -> Ints:
+        """The places of a class's representatives, int64, in the same order on every rank."""
+        return np.array(self._members[label], dtype=np.int64)
+
+    def indices(self, places: Ints) -> Ints:
+        """The global indices of what lies at some places."""
+        if self.num_held == len(self._labels):
+            return places
+        owners = self._ends.searchsorted(places, side="right")
+        firsts = self.sizes.cumsum() - self.sizes
+        return places - self._starts[owners] + firsts[owners]
+
+    def resize(self, sizes: Ints) -> None:
+        """Says how many representatives each shard holds now."""
+        self.sizes = sizes
+        self.num_held = int(sizes.sum())
+
+    def admit(self, rank: int, slots: Ints, labels: Ints) -> None:
+        """Says what a rank has admitted, in that order; both int64 ``[n]``."""
+        places = slots + self._starts[rank]
+        self._distances[places] = np.nan
+        # Most replace one of their own class. Of those for one place the last one stays.
+        for place, label in zip(places.tolist(), labels.tolist(), strict=True):
+            before = int(self._labels[place])
+            if before == label:
+                continue
+            if before >= 0:
+                self._take_out(place, before)
+            members = self._members.setdefault(label, array("q"))
+            self._positions[place] = len(members)
+            members.append(place)
+            self._labels[place] = label
+
+    def distances_at(self, places: Ints) -> Floats:
+        """The distances of what lies at some places."""
+        return self._distances[places]
+
+    def set_distances(self, places: Ints, distances: Floats) -> None:
+        """Sets the distances of what lies at some places."""
+        self._distances[places] = distances
+
+    def set_rank_distances(self, rank: int, distances: Floats) -> None:
+        """Sets the distances of all that a rank holds, in the order of its slots."""
+        first = int(self._starts[rank])
+        self._distances[first : first + len(distances)] = distances
+
+    def _take_out(self, place: int, label: int) -> None:
+        members, position = self._members[label], self._positions[place]
+        last = members.pop()
+        if last != place:
+            members[position] = last
+            self._positions[last] = position
+
+    def _used_places(self) -> slice | Ints:
+        if self.num_held == len(self._labels):
+            return slice(None)
+        return np.concatenate(
+            [
+                np.arange(start, start + size)
+                for start, size in zip(self._starts, self.sizes, strict=True)
+            ]
+        )

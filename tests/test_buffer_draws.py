@@ -1,0 +1,192 @@
+"""Several draws per step, a look at what is stored, and distances: the buffer's further calls."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from ritornello import PeerLostError, RehearsalBuffer
+from ritornello.testing import chi_square_p_value, connect_collective, run_ranks
+from ritornello.transports import LocalTransport, Transport
+
+
+def batch_of(step: int, num_samples: int = 8, rank: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    numbers = step * 1000 + rank * 100 + torch.arange(num_samples)
+    return numbers, numbers % 10
+
+
+@pytest.mark.parametrize("rounds_per_exchange", [1, 3])
+@pytest.mark.parametrize("num_ranks", [1, 3])
+def test_two_draws_are_each_without_repetition_over_the_ranks(
+    num_ranks: int, rounds_per_exchange: int
+) -> None:
+    def rank_main(transport: Transport) -> list[list[list[int]]]:
+        drawn = []
+        with RehearsalBuffer(
+            40,
+            num_representatives=5,
+            num_draws=2,
+            rounds_per_exchange=rounds_per_exchange,
+            transport=transport,
+        ) as buffer:
+            for step in range(60):
+                draws = buffer.draw()
+                buffer.offer(batch_of(step, rank=transport.rank))
+                if draws is not None and step >= 12:
+                    assert len(draws) == 2
+                    for numbers, labels in draws:
+                        assert torch.equal(labels, numbers % 10)
+                    drawn.append([numbers.tolist() for numbers, _ in draws])
+        return drawn
+
+    everyone = run_ranks(LocalTransport.connect(num_ranks), rank_main)
+    overlaps = 0
+    for of_ranks in zip(*everyone, strict=True):
+        first, second = ([number for draws in of_ranks for number in draws[i]] for i in range(2))
+        assert len(set(first)) == len(set(second)) == 5 * num_ranks
+        overlaps += len(set(first) & set(second))
+    # Independent of each other: two samples of n out of 40 share n * n / 40 on average.
+    expected = len(everyone[0]) * (5 * num_ranks) ** 2 / 40
+    assert 0.6 * expected < overlaps < 1.5 * expected
+
+
+def test_each_of_two_draws_is_uniform() -> None:
+    counts = np.zeros((2, 20))
+    with RehearsalBuffer(
+        20, num_representatives=3, num_draws=2, label=None, selection="fifo", asynchronous=False
+    ) as buffer:
+        buffer.offer((torch.arange(20),))
+        for _ in range(3000):
+            for number, (drawn,) in enumerate(buffer.draw()):
+                counts[number, drawn.numpy()] += 1
+            buffer.offer((torch.arange(0),))
+    for row in counts:
+        assert chi_square_p_value(row, 3000 * 3 / 20) > 0.001
+
+
+def test_while_the_buffer_fills_each_draw_gets_what_there_is() -> None:
+    with RehearsalBuffer(20, num_representatives=4, num_draws=2) as buffer:
+        assert buffer.draw() is None
+        buffer.offer(batch_of(0, 3))
+        first, second = buffer.draw()
+        assert sorted(first[0].tolist()) == sorted(second[0].tolist()) == [0, 1, 2]
+        buffer.offer(batch_of(1, 8))
+        assert [len(labels) for _, labels in buffer.draw()] == [4, 4]
+
+
+def test_update_joins_all_draws() -> None:
+    with RehearsalBuffer(20, num_representatives=4, num_draws=3) as buffer:
+        buffer.update(batch_of(0))
+        numbers, labels = buffer.update(batch_of(1))
+        assert len(numbers) == len(labels) == 8 + 3 * 4
+        assert numbers[:8].tolist() == batch_of(1)[0].tolist()
+        assert set(numbers[8:].tolist()) <= set(batch_of(0)[0].tolist())
+
+
+def test_representatives_are_the_shard() -> None:
+    def rank_main(transport: Transport) -> list[int]:
+        with RehearsalBuffer(31, num_representatives=2, transport=transport) as buffer:
+            assert list(buffer.representatives()) == []
+            for step in range(10):
+                buffer.update(batch_of(step, rank=transport.rank))
+            numbers: list[int] = []
+            for images, labels in buffer.representatives(batch_size=4):
+                assert len(images) <= 4
+                assert torch.equal(labels, images % 10)
+                numbers += images.tolist()
+                images.zero_()  # copies: the shard does not change
+            again = [n for images, _ in buffer.representatives() for n in images.tolist()]
+            assert numbers == again
+            assert len(numbers) == buffer.stats().held_per_rank[transport.rank]
+            # One may go on afterwards.
+            buffer.update(batch_of(11, rank=transport.rank))
+        return numbers
+
+    everyone = run_ranks(LocalTransport.connect(2), rank_main)
+    assert sum(map(len, everyone)) == 31
+    for rank, numbers in enumerate(everyone):
+        assert {number // 100 % 10 for number in numbers} == {rank}
+
+
+def test_representatives_of_a_buffer_that_goes_on() -> None:
+    with RehearsalBuffer(20, num_representatives=2) as buffer:
+        buffer.update(batch_of(0))
+        batches = buffer.representatives(batch_size=3)
+        next(batches)
+        buffer.update(batch_of(1))
+        len(buffer)
+        with pytest.raises(RuntimeError, match="the buffer has changed meanwhile"):
+            next(batches)
+
+
+def test_distances_steer_what_grasp_draws() -> None:
+    """Half of each class is a prototype: at first, nothing else comes."""
+    with RehearsalBuffer(40, num_representatives=10, sampling="grasp", seed=2) as buffer:
+        buffer.update(batch_of(0, 40))
+        is_prototype = lambda numbers: numbers < 20  # noqa: E731
+
+        def embed(batch: Any) -> torch.Tensor:
+            numbers, _ = batch
+            angle = torch.where(is_prototype(numbers), 0.0, (numbers - 30.0) / 10)
+            return torch.stack([angle.cos(), angle.sin()], dim=1)
+
+        buffer.measure_distances(embed)
+        buffer.update(batch_of(1, 0))  # these were drawn before
+        numbers, _ = buffer.update(batch_of(1, 0))
+        assert is_prototype(numbers).double().mean() >= 0.8
+
+
+def test_distances_without_a_policy_that_looks_at_them() -> None:
+    with (
+        RehearsalBuffer(20, num_representatives=2) as buffer,
+        pytest.raises(ValueError, match="use sampling='grasp'"),
+    ):
+        buffer.measure_distances(lambda batch: batch[0])
+
+
+def test_bad_features_leave_the_buffer_usable() -> None:
+    with RehearsalBuffer(20, num_representatives=2, sampling="grasp") as buffer:
+        buffer.update(batch_of(0))
+        with pytest.raises(ValueError, match="must be finite"):
+            buffer.measure_distances(lambda batch: torch.full((len(batch[0]), 3), torch.nan))
+        buffer.update(batch_of(1))
+
+
+def test_a_rank_that_does_not_measure_is_named() -> None:
+    def rank_main(transport: Transport) -> None:
+        buffer = RehearsalBuffer(
+            20, num_representatives=2, sampling="grasp", transport=transport, timeout_seconds=1.0
+        )
+        buffer.update(batch_of(0, rank=transport.rank))
+        len(buffer)
+        if transport.rank == 0:
+            with pytest.raises(PeerLostError, match="measure_distances failed"):
+                buffer.measure_distances(lambda batch: torch.ones(len(batch[0]), 2))
+            with pytest.raises(PeerLostError):
+                buffer.update(batch_of(1))
+        buffer.close()
+
+    run_ranks(connect_collective(2, timeout_seconds=1.0), rank_main)
+
+
+def test_arguments() -> None:
+    with pytest.raises(ValueError, match="num_draws=0: it must be at least 1"):
+        RehearsalBuffer(20, num_representatives=2, num_draws=0)
+    with pytest.raises(ValueError, match="label=None: the policy class-balanced needs the class"):
+        RehearsalBuffer(
+            20, num_representatives=2, selection="fifo", sampling="class-balanced", label=None
+        )
+    with pytest.raises(ValueError, match="sampling='best': there are"):
+        RehearsalBuffer(20, num_representatives=2, sampling="best")
+
+
+def test_a_sampling_policy_that_needs_labels_has_them_checked() -> None:
+    with RehearsalBuffer(
+        20, num_representatives=2, selection="fifo", sampling="class-balanced"
+    ) as buffer:
+        with pytest.raises(ValueError, match="label -1 is out of range"):
+            buffer.update((torch.arange(3), torch.tensor([0, -1, 2])))
+        buffer.update((torch.arange(3), torch.tensor([0, 1, 2])))
