@@ -49,7 +49,7 @@ def test_importing_the_library_loads_no_experiments_and_no_mpi() -> None:
     code = (
         "import sys, ritornello; "
         "assert not [m for m in sys.modules if m.startswith('ritornello.experiments')]; "
-        "extras = {'matplotlib', 'torchvision', 'timm', 'rich', 'sklearn', 'mpi4py'}; "
+        "extras = {'matplotlib', 'torchvision', 'timm', 'rich', 'sklearn', 'mpi4py', 'kornia'}; "
         "assert not extras & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

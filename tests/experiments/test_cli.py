@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from ritornello.experiments import cli
+from ritornello.experiments.config import Recipe
+from ritornello.experiments.recipes import RECIPES
 
 
 def run(*arguments: str) -> int:
@@ -33,6 +35,7 @@ def test_run_then_report(capsys: pytest.CaptureFixture[str]) -> None:
     folder = Path("runs/digits-rehearsal")
     results = json.loads((folder / "results.json").read_text())
     assert results["config"]["num_tasks"] == 2
+    assert results["command"] == "ritornello run digits --epochs 1 --tasks 2 --seed 3"
     assert (folder / "report.html").exists()
     assert run("run", "digits", "--epochs", "1", "--tasks", "2", "--strategy", "incremental") == 0
     assert run("report", str(folder), "runs/digits-incremental", "--output", "both.html") == 0
@@ -51,10 +54,118 @@ def test_a_second_run_goes_to_a_folder_of_its_own() -> None:
     ]
 
 
+def test_compare_runs_every_combination_and_the_page_is_made_of_them(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments = (
+        "compare", "digits", "--epochs", "1", "--tasks", "2", "--device", "cpu",
+        "--strategies", "incremental", "rehearsal", "--capacities", "20", "0.1",
+        "--seeds", "0", "1",
+    )  # fmt: skip
+    assert run(*arguments, "--output", "out/a b") == 0
+    printed = capsys.readouterr().out
+    assert "incremental, rehearsal on 1 rank, seeds 0, 1: 6 runs" in printed
+    comparison = json.loads(Path("out/a b/comparison.json").read_text())
+    assert list(comparison) == [
+        "incremental, seed 0",
+        "incremental, seed 1",
+        "rehearsal, capacity 20, seed 0",
+        "rehearsal, capacity 20, seed 1",
+        "rehearsal, capacity 0.1, seed 0",
+        "rehearsal, capacity 0.1, seed 1",
+    ]
+    command = f"ritornello {' '.join(arguments)} --output 'out/a b'"
+    assert {each["command"] for each in comparison.values()} == {command}
+    assert Path("out/a b/rehearsal-capacity-20-seed-1/results.json").exists()
+    rows = [line.split() for line in printed.splitlines() if line.startswith("rehearsal")]
+    assert [row[:4] for row in rows] == [
+        ["rehearsal,", "capacity", "20", "2"],
+        ["rehearsal,", "capacity", "0.1", "2"],
+    ]
+    assert run("results", "out", "--output", "page.md", "--archive", "docs/kept.json") == 0
+    assert "6 runs:" in capsys.readouterr().out
+    page = Path("page.md").read_text()
+    assert command in page
+    assert "`ritornello results docs/kept.json --output page.md`" in page
+    assert run("results", "docs/kept.json", "--output", "page.md") == 0
+    assert Path("page.md").read_text() == page
+
+
+def test_several_seeds_of_one_strategy(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ("--epochs", "1", "--tasks", "2", "--strategy", "incremental", "--seeds", "4", "6")
+    assert run("run", "digits", *arguments) == 0
+    assert "incremental on 1 rank, seeds 4, 6: 2 runs" in capsys.readouterr().out
+    comparison = json.loads(Path("runs/digits-incremental/comparison.json").read_text())
+    assert [each["seed"] for each in comparison.values()] == [4, 6]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "labels"),
+    [
+        (["compare", "mnist"], ["incremental", "rehearsal", "from-scratch"]),
+        (["compare", "buzzega-mnist-der-200"], ["incremental", "der", "from-scratch"]),
+        (["compare", "mnist", "--capacity", "9", "--strategy", "der"], ["der"]),
+        (
+            ["compare", "mnist", "--strategies", "der", "--representatives", "1", "2", "--seed", "3"],
+            ["der, r 1", "der, r 2"],
+        ),
+        (
+            ["compare", "mnist", "--strategies", "joint", "er-ace", "--candidates", "1"],
+            ["joint", "er-ace"],
+        ),
+        (
+            ["compare", "mnist", "--strategies", "der", "--selections", "fifo", "reservoir",
+             "--samplings", "uniform", "grasp"],
+            [f"der, selection {selection}, sampling {sampling}"
+             for selection in ("fifo", "reservoir") for sampling in ("uniform", "grasp")],
+        ),
+        (["run", "buzzega-mnist-er-500"], ["rehearsal"]),
+        (["run", "mnist", "--strategy", "joint", "--seeds", "1", "2"],
+         ["joint, seed 1", "joint, seed 2"]),
+        (["demo"], ["incremental", "rehearsal", "from-scratch"]),
+    ],
+)  # fmt: skip
+def test_what_runs(
+    arguments: list[str], labels: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = {}
+
+    def train(recipes: dict[str, Recipe], *further: object) -> None:
+        asked.update(recipes)
+
+    monkeypatch.setattr(cli, "_train", train)
+    assert run(*arguments) == 0
+    assert list(asked) == labels
+    if "--capacity" in arguments:
+        assert asked["der"].capacity == 9
+    if "--seed" in arguments:
+        assert {each.seed for each in asked.values()} == {3}
+
+
+def test_a_recipe_as_published_keeps_its_figure(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Recipe] = []
+    monkeypatch.setattr(cli, "_train", lambda recipes, *_: asked.extend(recipes.values()))
+    name = "buzzega-mnist-er-500"
+    run("run", name, "--seeds", "1", "2", "--device", "cpu", "--data", "mnist.npz")
+    run("run", name, "--epochs", "2")
+    run("compare", name, "--capacities", "500", "501", "--strategies", "rehearsal")
+    assert [each.published is not None for each in asked] == [True, True, False, True, False]
+
+
 def test_recipes(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("recipes") == 0
     printed = capsys.readouterr().out
-    assert all(name in printed for name in ("digits", "mnist", "cifar10", "folder"))
+    assert all(name in printed for name in RECIPES)
+    assert max(len(line.rstrip()) for line in printed.splitlines()) <= 100
+
+
+def test_one_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("recipes", "mnist") == 0
+    settings = dict(
+        line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()[2:] if line
+    )
+    assert settings["num_tasks"].strip() == "5"
+    assert settings["global_batch_size"].strip() == "16"
 
 
 @pytest.mark.parametrize(
@@ -69,6 +180,15 @@ def test_recipes(capsys: pytest.CaptureFixture[str]) -> None:
         (("run", "digits", "--capacity", "0"), "capacity=0: it must be at least 1"),
         (("run", "digits", "--selection", "best"), "selection='best': there are"),
         (("run", "digits", "--model", "restnet18"), "model='restnet18'"),
+        (("recipes", "minst"), "there is no recipe 'minst'"),
+        (
+            ("run", "digits", "--epochs", "1", "--iterations", "2"),
+            "--epochs and --iterations: a task has one of the two; leave one out",
+        ),
+        (("run", "digits", "--capacity", "1.5"), "capacity=1.5: it must be at least 1, or a"),
+        (("run", "digits", "--remembers", "x"), "remembers='x': there are stream, random"),
+        (("results",), "results: give output folders of 'run' or 'compare', or an archive"),
+        (("results", "nowhere"), "nowhere: neither a file, nor a folder with a results.json"),
         (("report",), "report: give one or more output folders"),
         (("report", "nowhere"), "nowhere holds neither results.json nor comparison.json"),
     ],
@@ -142,3 +262,4 @@ def test_help_is_quick_and_imports_nothing_heavy() -> None:
     )
     assert ran.returncode == 0, ran.stderr
     assert "compare" in ran.stdout
+    assert "results" in ran.stdout

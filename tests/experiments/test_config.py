@@ -19,13 +19,37 @@ def test_the_schedule_of_the_learning_rate() -> None:
         ({"amp": "int8"}, "amp='int8': there are off"),
         ({"epochs": 0}, "epochs=0: it must be at least 1"),
         ({"learning_rate": -1.0}, "learning_rate=-1.0: it must be above 0"),
-        (
-            {"global_batch_size": 10},
-            "global_batch_size=10 does not divide evenly over 4 ranks; take 8",
-        ),
+        ({"optimiser": "lion"}, "optimiser='lion': there are sgd, adam"),
+        ({"pixels": "raw"}, "pixels='raw': there are standardised, unit"),
+        ({"loss_weights": "even"}, "loss_weights='even': there are by-sample, by-task"),
+        ({"logits_dtype": "int8"}, "logits_dtype='int8': there are float32, float16"),
+        ({"iterations": 0}, "iterations=0: it must be at least 1"),
+        ({"capacity": 0.0}, "capacity=0.0: it must be at least 1, or a fraction"),
+        ({"capacity": 1.5}, "capacity=1.5: it must be at least 1, or a fraction"),
+        ({"alpha": -0.1}, "alpha=-0.1: it must not be negative"),
+        ({"blur": 1.0}, "blur=1.0: it must be from 0 to below 1"),
+        ({"global_batch_size": 3}, "global_batch_size=3: it must be at least the number of ranks"),
         ({"global_num_candidates": 2}, "global_num_candidates=2 does not .*; take 4, or another"),
     ],
 )
 def test_settings_out_of_range(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         recipe_named("digits", **changes).check(4)
+
+
+def test_sizes_of_one_rank() -> None:
+    recipe = recipe_named("digits", scales_with_ranks=True)
+    scaled = recipe.on(4)
+    assert scaled.global_batch_size == 64
+    assert scaled.global_num_representatives == 64
+    assert scaled.global_num_candidates == 32
+    assert scaled.learning_rate == pytest.approx(0.2)
+    assert scaled.capacity == recipe.capacity
+    assert recipe_named("digits").on(4) == recipe_named("digits")
+    assert recipe_named("digits", scales_with_ranks=True, global_num_candidates=None).on(3)
+
+
+def test_the_capacity_may_be_a_fraction() -> None:
+    assert recipe_named("digits", capacity=0.25).num_stored(1000) == 250
+    assert recipe_named("digits", capacity=0.25).num_stored(1) == 1
+    assert recipe_named("digits", capacity=70).num_stored(1000) == 70

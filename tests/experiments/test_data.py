@@ -132,13 +132,178 @@ def test_folders_that_do_not_fit(tmp_path: Path) -> None:
     save_folder(tmp_path, ("cat",), ("test",))
     with pytest.raises(ValueError, match=r"differ in classes: \['dog'\]"):
         data.load("folder", str(tmp_path))
+    with pytest.raises(ValueError, match="image_size=0: it must be at least 1"):
+        data.load("folder", str(tmp_path), image_size=0)
+    (tmp_path / "test" / "dog").mkdir()
+    with pytest.raises(ValueError, match=r"test: Found no valid file for the classes dog"):
+        data.load("folder", str(tmp_path))
+    (tmp_path / "empty" / "train").mkdir(parents=True)
+    (tmp_path / "empty" / "val").mkdir()
+    with pytest.raises(ValueError, match=r"train: Couldn't find any class folder"):
+        data.load("folder", str(tmp_path / "empty"))
+
+
+@pytest.mark.parametrize("content", [b"no image", None], ids=["text", "cut off"])
+def test_a_file_that_cannot_be_read(tmp_path: Path, content: bytes | None) -> None:
+    save_folder(tmp_path, ("cat",), ("train", "val"))
+    broken = tmp_path / "train" / "cat" / "1.png"
+    broken.write_bytes(content or broken.read_bytes()[:60])
+    folder = data.load("folder", str(tmp_path), image_size=8)
+    folder.train.__getitems__([0, 2])
+    with pytest.raises(ValueError, match=r"data: .*train/cat/1.png cannot be read as an image: "):
+        folder.train.__getitems__([0, 1])
+
+
+def test_imagenet_is_a_folder_stored_larger(tmp_path: Path) -> None:
+    save_folder(tmp_path, ("n01440764", "n01443537"), ("train", "val"))
+    assert data.load("imagenet", str(tmp_path)).image_shape == (3, 256, 256)
+    assert data.load("folder", str(tmp_path)).image_shape == (3, 224, 224)
+    small = data.load("imagenet", str(tmp_path), image_size=32)
+    assert small.image_shape == (3, 32, 32)
+    assert small.num_classes == 2
+    assert small.arrivals is None
+
+
+def save_images(folder: Path, *files: str, red: int = 0) -> None:
+    for file in files:
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 16), (red, 0, 0)).save(folder / file, "PNG")
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    """Tiny ImageNet, tinier: two classes, whose order is not that of their names."""
+    for name, red in (("n01", 100), ("n02", 200)):
+        save_images(tmp_path / "train" / name / "images", *(f"{i}.JPEG" for i in "012"), red=red)
+    (tmp_path / "train" / "n01" / "n01_boxes.txt").write_text("0.JPEG\t0\t0\t62\t62\n")
+    save_images(tmp_path / "val" / "images", "val_0.JPEG", "val_1.JPEG", red=200)
+    save_images(tmp_path / "val" / "images", "val_2.JPEG", red=100)
+    lines = "val_0.JPEG\tn02\t0\t32\t44\t62\nval_1.JPEG\tn02\nval_2.JPEG\tn01\t0\t0\t1\t1\n"
+    (tmp_path / "val" / "val_annotations.txt").write_text(lines)
+    (tmp_path / "wnids.txt").write_text("n02\nn01\n")
+    return tmp_path
+
+
+def test_tiny_imagenet_as_published(tiny: Path) -> None:
+    for image_size, shape in ((None, (3, 64, 64)), (8, (3, 8, 8))):
+        loaded = data.load("tiny-imagenet", str(tiny), image_size)
+        assert loaded.image_shape == shape
+    assert loaded.class_names == ("n02", "n01")
+    for part, expected in ((loaded.train, [0] * 3 + [1] * 3), (loaded.test, [0, 0, 1])):
+        assert part.labels.tolist() == expected
+        images, labels = part.__getitems__(range(len(part)))
+        assert images[:, 0, 4, 4].tolist() == [(200, 100)[label] for label in labels]
+    (tiny / "wnids.txt").unlink()
+    by_name = data.load("tiny-imagenet", str(tiny))
+    assert by_name.class_names == ("n01", "n02")
+    assert by_name.test.labels.tolist() == [1, 1, 0]
+
+
+def test_tiny_imagenet_that_does_not_fit(tiny: Path) -> None:
+    def load() -> None:
+        data.load("tiny-imagenet", str(tiny))
+
+    annotations = tiny / "val" / "val_annotations.txt"
+    lines = annotations.read_text()
+    annotations.write_text(lines.partition("\n")[2])
+    with pytest.raises(ValueError, match=r"one line for each image .* one of them has val_0.JPEG"):
+        load()
+    annotations.write_text(lines + "val_3.JPEG\tn01\n")
+    with pytest.raises(ValueError, match=r"one line for each image .* one of them has val_3.JPEG"):
+        load()
+    for line in ("val_3.JPEG n01", "val_3.JPEG\tn03\t0", ""):
+        annotations.write_text(f"{lines}{line}\n")
+        with pytest.raises(ValueError, match="txt: line 4 is .*: it must be a file, a tab, and "):
+            load()
+    annotations.write_text("")
+    for image in (tiny / "val" / "images").iterdir():
+        image.unlink()
+    with pytest.raises(ValueError, match="one line for each image of .*; both are empty"):
+        load()
+    annotations.unlink()
+    with pytest.raises(FileNotFoundError, match=r"no file .*val_annotations.txt.*data='folder'"):
+        load()
+    for image in (tiny / "train" / "n01" / "images").iterdir():
+        image.unlink()
+    with pytest.raises(ValueError, match="train has no image to train on of n01"):
+        load()
+    (tiny / "wnids.txt").write_text("n02\nn03\n")
+    with pytest.raises(ValueError, match=r"wnids.txt and .* differ in classes: \['n01', 'n03'\]"):
+        load()
+    with pytest.raises(FileNotFoundError, match="must hold a folder 'train' with CLASS/images"):
+        data.load("tiny-imagenet", str(tiny / "val"))
+    (tiny / "empty" / "train").mkdir(parents=True)
+    with pytest.raises(ValueError, match="train has no class folders"):
+        data.load("tiny-imagenet", str(tiny / "empty"))
+
+
+def test_folders_that_arrived_over_time(tmp_path: Path) -> None:
+    # With a split of its own; classes that are seen for the first time; a hidden folder.
+    save_images(tmp_path / "2024-02", "train/dog/0.png", "train/dog/1.png", "val/dog/2.png")
+    save_images(tmp_path / "2024-10", *(f"cat/{i:02}.png" for i in range(25)), "dog/0.png")
+    save_images(tmp_path / "2024-09", "emu/0.png", "emu/1.png", "train/0.png", "train/1.png")
+    save_images(tmp_path / ".trash", "dog/0.png")
+    (tmp_path / "readme.txt").write_text("not an arrival")
+    loaded = data.load("arrivals", str(tmp_path), image_size=8)
+    assert loaded.class_names == ("cat", "dog", "emu", "train")
+    assert loaded.image_shape == (3, 8, 8)
+    assert loaded.arrivals is not None
+    names, trained, tested = [], [], []
+    for arrival in loaded.arrivals:
+        names.append(arrival.name)
+        trained.append(loaded.train.labels[arrival.train_indices].tolist())
+        tested.append(loaded.test.labels[arrival.test_indices].tolist())
+    assert names == ["2024-02", "2024-09", "2024-10"]
+    assert trained == [[1, 1], [2, 3], [0] * 23 + [1]]
+    assert tested == [[1], [2, 3], [0, 0]]
+    for part, indices in ((loaded.train, "train_indices"), (loaded.test, "test_indices")):
+        each_once = np.concatenate([getattr(arrival, indices) for arrival in loaded.arrivals])
+        assert each_once.tolist() == list(range(len(part)))
+    assert [Path(file).name for file in loaded.test.files] == [  # type: ignore[attr-defined]
+        "2.png",
+        "1.png",
+        "1.png",
+        "09.png",
+        "19.png",
+    ]
+
+
+def test_arrivals_that_do_not_fit(tmp_path: Path) -> None:
+    def load() -> None:
+        data.load("arrivals", str(tmp_path))
+
+    with pytest.raises(FileNotFoundError, match="there is no folder .*nowhere"):
+        data.load("arrivals", str(tmp_path / "nowhere"))
+    with pytest.raises(FileNotFoundError, match="must hold one folder per arrival"):
+        load()
+    day = tmp_path / "monday"
+    day.mkdir()
+    with pytest.raises(ValueError, match="monday has no images to train on"):
+        load()
+    save_images(day, "cat/0.png", "dog/0.png")
+    with pytest.raises(ValueError, match="monday has no image to test with: a class must have two"):
+        load()
+    save_images(day, "cat/1.png")
+    load()
+    (day / "emu").mkdir()
+    with pytest.raises(ValueError, match="has no image to train on of emu"):
+        load()
+    (day / "emu").rmdir()
+    save_images(tmp_path / "tuesday", "train/cat/0.png")
+    with pytest.raises(ValueError, match="tuesday has a folder 'train', but neither 'val' nor"):
+        load()
+    save_images(tmp_path / "tuesday", "val/dog/0.png")
+    load()
 
 
 def test_names_that_do_not_exist() -> None:
-    with pytest.raises(ValueError, match="data='svhn': there are 'digits'"):
+    with pytest.raises(ValueError, match="data='svhn': there are 'digits', .*'arrivals'"):
         data.load("svhn")
-    with pytest.raises(ValueError, match="data='npz' needs a path: --data"):
-        data.load("npz")
+    for name in ("npz", *data.FOLDERS):
+        with pytest.raises(ValueError, match=f"data='{name}' needs a path: --data"):
+            data.load(name)
+    with pytest.raises(ValueError, match=r"data='npz': mine.zip does not end with .npz"):
+        data.load("npz", "mine.zip")
     with pytest.raises(FileNotFoundError, match="there is no file"):
         data.load("mnist", "nowhere.npz")
 

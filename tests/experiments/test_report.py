@@ -1,51 +1,67 @@
 from __future__ import annotations
 
-import json
+import dataclasses
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from rich.console import Console
+from synthetic_results import results_of, results_of_variant
 
-from ritornello.experiments import metrics, report
+from ritornello.experiments import figures, report, trade_offs
+from ritornello.experiments.config import Published, Recipe
+from ritornello.experiments.sweep import Results, summarise, variants
 
-
-def results_of(strategy: str, **changes: Any) -> dict[str, Any]:
-    remembered = {"incremental": 0.0, "rehearsal": 0.9, "from-scratch": 0.95}[strategy]
-    matrix = (
-        np.triu(np.zeros((3, 3)), 1) + np.tril(np.full((3, 3), remembered), -1) + np.eye(3) * 0.98
-    )
-    return {
-        "format": 1, "recipe": "digits", "strategy": strategy, "seed": 0, "world_size": 2,
-        "config": {"capacity": 100}, "versions": {"torch": "2"}, "machine": {}, "date": "today",
-        "tasks": [
-            {"name": f"<{i}>", "classes": [i], "train_samples": 100, "test_samples": 10}
-            for i in range(3)
-        ],
-        "top1": matrix.tolist(), "top5": np.ones((3, 3)).tolist(),
-        "average_top1": metrics.average_accuracy(matrix), "average_top5": 1.0,
-        "forgetting": metrics.forgetting(matrix), "backward_transfer": -0.1, "forward_transfer": 0.0,
-        "seconds": 10.0 if strategy == "incremental" else 12.5, "seconds_per_task": [4.0] * 3,
-        "steps_per_task": [9] * 3, "step_seconds": {"load": 1e-4, "wait": 2e-4, "train": 2e-3},
-        "buffer": None, "weights_sha256": "0", **changes,
-    }  # fmt: skip
+COMPARISON = ("incremental", "rehearsal", "from-scratch")
+RECIPE = Recipe(
+    name="digits",
+    description="digits",
+    data="digits",
+    capacity=100,
+    published=Published(top1=85.6, spread=1.4, num_runs=10, source="Somebody <et al.>, Table 2"),
+)
 
 
 @pytest.fixture
-def comparison(tmp_path: Path) -> Path:
-    content = {name: results_of(name) for name in ("incremental", "rehearsal", "from-scratch")}
-    (tmp_path / "comparison.json").write_text(json.dumps(content))
-    return tmp_path
+def comparison() -> dict[str, Results]:
+    return {name: results_of(name) for name in COMPARISON}
 
 
-def test_the_page_is_complete_and_self_contained(comparison: Path) -> None:
-    path = comparison / "deep" / "report.html"
-    report.write_report(report.load_results([comparison]), path)
-    page = path.read_text()
-    assert page.count("<svg ") == 3 + 2 * 3
-    assert page.count("aria-label=") == 9
+def sweep(*strategies: str, **lists: Any) -> dict[str, Results]:
+    made = variants(RECIPE, strategies, **lists)
+    return {label: results_of_variant(recipe) for label, recipe in made.items()}
+
+
+def page_of(results: Mapping[str, Results], folder: Path) -> str:
+    path = folder / "deep" / "report.html"
+    report.write_report(results, path)
+    return path.read_text()
+
+
+def lines_of(results: Mapping[str, Results], width: int = 80) -> list[str]:
+    console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    with console.file:
+        console.print(report.table_of(results))
+    return console.export_text().splitlines()
+
+
+def drawn(drawing: figures.Drawing | None) -> Any:
+    assert drawing is not None
+    axes = Figure(layout="constrained").add_subplot()
+    drawing[1](axes)
+    return axes
+
+
+def test_the_page_is_complete_and_self_contained(
+    comparison: dict[str, Results], tmp_path: Path
+) -> None:
+    page = page_of(comparison, tmp_path)
+    assert page.count("<svg ") == 4 + 2 * 3
+    assert page.count("aria-label=") == 10
     assert not re.search(r"<script|<link|@import|<img", page)
     assert "32.7 %" in page  # incremental: (0 + 0 + 98) / 3
     assert "&lt;0&gt;" in page
@@ -53,41 +69,215 @@ def test_the_page_is_complete_and_self_contained(comparison: Path) -> None:
     ids = re.findall(r'\bid="([^"]+)"', page)
     assert len(ids) == len(set(ids))
     assert {each[1:] for each in re.findall(r'href="(#[^"]+)"', page)} <= set(ids)
+    assert "<th>seeds</th>" not in page
+    assert "<th>published</th>" not in page
+    assert "How large a buffer" not in page
 
 
-def test_the_summary_says_what_happened(comparison: Path) -> None:
-    summary = report.summary_of(report.load_results([comparison]))
+def test_the_summary_says_what_happened(comparison: dict[str, Results]) -> None:
+    summary = report.summary_of(comparison)
     assert "ends at 32.7 % over all tasks: it has forgotten 98.0 %" in summary
     assert "rehearsal from 100 representatives (33.3 % of the data) it ends at 92.7 %" in summary
     assert "in 1.2 times the time" in summary
+    assert "at every task reaches 96.0 %, in 3.5 times the time." in summary
 
 
-def test_the_table(comparison: Path) -> None:
-    console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    with console.file:
-        console.print(report.table_of(report.load_results([comparison])))
-    lines = console.export_text().splitlines()
+def test_the_summary_of_several_seeds_and_settings() -> None:
+    results = sweep("incremental", "rehearsal", "joint", capacities=[30, 0.5], seeds=[0, 1])
+    groups = {group.label: group for group in summarise(results)}
+    summary = report.summary_of(results)
+    best = groups["rehearsal, capacity 0.5"]
+    assert best.average_top1.mean > groups["rehearsal, capacity 30"].average_top1.mean
+    assert (
+        f"With rehearsal from 150 representatives (50.0 % of the data) it ends at "
+        f"{best.average_top1.in_percent()} (mean of 2 seeds), the best of 2 settings "
+        "(rehearsal, capacity 0.5), in " in summary
+    )
+    assert f"at once reaches {groups['joint'].average_top1.in_percent()}" in summary
+
+
+def test_the_summary_of_several_recipes() -> None:
+    results = {"a": results_of("rehearsal"), "b": results_of("rehearsal", recipe="mnist")}
+    text = "With rehearsal from 100 representatives (33.3 % of the data) it ends at 92.7 %."
+    assert report.summary_of(results) == f"digits: {text} mnist: {text}"
+
+
+def test_the_table(comparison: dict[str, Results]) -> None:
+    lines = lines_of(comparison)
     assert len(lines) == 4
     assert "12.5 s (1.2x)" in lines[2]
     assert "0.10/0.20/2.00 ms" in lines[2]
 
 
-def test_runs_of_one_strategy_are_told_apart_by_their_folders(tmp_path: Path) -> None:
-    for name, seed in (("a", 1), ("b", 2)):
-        (tmp_path / name).mkdir()
-        content = results_of("rehearsal", seed=seed)
-        (tmp_path / name / "results.json").write_text(json.dumps(content))
-    loaded = report.load_results([tmp_path / "a", tmp_path / "b"])
-    assert list(loaded) == [f"rehearsal ({tmp_path / 'a'})", f"rehearsal ({tmp_path / 'b'})"]
-    report.write_report(loaded, tmp_path / "report.html")
+def test_the_table_of_several_seeds_has_means_and_deviations() -> None:
+    results = sweep("incremental", "rehearsal", seeds=range(3))
+    [_, group] = summarise(results)
+    header, _, row = lines_of(results, 100)
+    assert header.split()[:2] == ["strategy", "seeds"]
+    assert row.split()[:2] == ["rehearsal", "3"]
+    assert re.search(r" \d\d\.\d ± \d\.\d % ", row)
+    assert group.average_top1.in_percent() in row
+    assert row.rstrip().endswith("85.6 ± 1.4 %")
 
 
-def test_what_cannot_be_read(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="holds neither results.json nor comparison.json"):
-        report.load_results([tmp_path])
-    (tmp_path / "results.json").write_text("{}")
-    with pytest.raises(ValueError, match="no results of format 1"):
-        report.load_results([tmp_path])
-    (tmp_path / "results.json").write_text("{")
-    with pytest.raises(ValueError, match=r"results.json is no JSON file"):
-        report.load_results([tmp_path])
+def test_long_labels_fit_the_terminal() -> None:
+    results = sweep(
+        "rehearsal", capacities=[10, 20], representatives=[1, 2], selections=["fifo", "reservoir"],
+        samplings=["uniform", "grasp"], seeds=[0, 1],
+    )  # fmt: skip
+    lines = lines_of(results)
+    assert max(map(len, lines)) <= 80
+    assert "…" not in "".join(lines)
+
+
+def test_the_published_figure_stands_in_the_row_that_reproduces_it(tmp_path: Path) -> None:
+    results = sweep("incremental", "rehearsal", capacities=[100, 200])
+    page = page_of(results, tmp_path)
+    assert page.count(">85.6 ± 1.4 %</td>") == 1
+    assert "Published: Somebody &lt;et al.&gt;, Table 2." in page
+    assert "<th>seeds</th>" not in page
+
+
+def test_only_top5_was_published(tmp_path: Path) -> None:
+    top5 = dataclasses.replace(RECIPE, published=Published(None, None, None, "Somebody", 91.0))
+    assert ">top-5 91.0 %</td>" in page_of({"any": results_of_variant(top5)}, tmp_path)
+
+
+def test_a_page_of_many_groups_folds_their_plots(tmp_path: Path) -> None:
+    results = sweep(*COMPARISON, capacities=[10, 20, 40, 80], representatives=[8, 16], seeds=[0, 1])
+    page = page_of(results, tmp_path)
+    assert page.count("<svg ") == 5 + 2 * 10  # Per group, not per run.
+    assert page.count("<summary>10 plots</summary>") == 2
+    assert "<th>seeds</th>" in page
+    assert "2 ranks, 2 seeds" in page
+    assert "ritornello compare digits --seeds 0 1 2" in page
+    ids = re.findall(r'\bid="([^"]+)"', page)
+    assert len(ids) == len(set(ids))
+
+
+def test_results_of_before_there_were_commands_make_a_page(tmp_path: Path) -> None:
+    page = page_of({"only": results_of("rehearsal")}, tmp_path)
+    assert page.count("<svg ") == 3 + 2
+    assert "2 ranks, seed 0" in page
+
+
+def test_lines_have_bands_of_one_deviation() -> None:
+    groups = summarise(sweep("rehearsal", seeds=range(4)))
+    axes = drawn(figures.average_over_time(groups))
+    ends = 100 * np.array([run["average_top1"] for run in groups[0].runs])
+    assert axes.lines[0].get_ydata()[-1] == pytest.approx(ends.mean())
+    band = axes.collections[0].get_paths()[0].vertices
+    at_the_end = band[np.isclose(band[:, 0], 3), 1]
+    assert at_the_end.max() == pytest.approx(ends.mean() + ends.std(ddof=1))
+    assert at_the_end.min() == pytest.approx(ends.mean() - ends.std(ddof=1))
+
+
+def test_tasks_have_their_names_where_all_seeds_agree() -> None:
+    def names(*runs: dict[str, Any]) -> list[str]:
+        [group] = summarise({str(number): run for number, run in enumerate(runs)})
+        legend = drawn(figures.tasks_over_time(group)).get_legend()
+        return [text.get_text() for text in legend.get_texts()]
+
+    other = results_of("rehearsal", seed=1)
+    other["tasks"] = other["tasks"][::-1]
+    assert names(results_of("rehearsal")) == ["<0>", "<1>", "<2>"]
+    assert names(results_of("rehearsal"), other) == ["task 1", "task 2", "task 3"]
+
+
+def test_bars_of_runtimes_are_means() -> None:
+    groups = summarise(sweep("incremental", "rehearsal", seeds=[0, 1]))
+    axes = drawn(figures.runtimes(groups))
+    widths = [bar.get_width() for bar in axes.patches]
+    assert widths == pytest.approx([group.seconds.mean for group in groups])
+
+
+def test_accuracy_against_the_size_of_the_buffer() -> None:
+    results = sweep(*COMPARISON, capacities=[0.1, 60, 200], representatives=[8, 16], seeds=[0, 1])
+    groups = summarise(results)
+    axes = drawn(trade_offs.accuracy_by_capacity(groups))
+    assert axes.get_xscale() == "log"
+    lines = [container for container in axes.containers if container.get_label()]
+    assert [line.get_label() for line in lines] == ["rehearsal, r 8", "rehearsal, r 16"]
+    assert list(lines[0].lines[0].get_xdata()) == [30, 60, 200]
+    accuracies = {group.label: 100 * group.average_top1.mean for group in groups}
+    assert list(lines[0].lines[0].get_ydata()) == pytest.approx(
+        [accuracies[f"rehearsal, capacity {size}, r 8"] for size in ("0.1", "60", "200")]
+    )
+    levels = {line.get_label(): line.get_ydata()[0] for line in axes.lines}
+    for strategy in ("incremental", "from-scratch"):
+        assert levels[strategy] == pytest.approx(accuracies[strategy])
+
+
+def test_recipes_of_one_family_make_lines_of_their_strategies() -> None:
+    def of(strategy: str, capacity: int, **changes: Any) -> Results:
+        name = f"a-{strategy}-{capacity}"
+        recipe = dataclasses.replace(
+            RECIPE, name=name, strategy=strategy, capacity=capacity, **changes
+        )
+        return results_of_variant(recipe)
+
+    results = {
+        "1": of("der", 200, learning_rate=0.1),
+        "2": of("der", 500, learning_rate=0.2),
+        "3": of("er-ace", 500),
+    }
+    axes = drawn(trade_offs.accuracy_by_capacity(summarise(results)))
+    assert [line.get_label() for line in axes.containers] == ["der", "er-ace"]
+    assert list(axes.containers[0].lines[0].get_xdata()) == [200, 500]
+    assert report.summary_of(results).count("With ") == 2
+
+
+@pytest.mark.parametrize(
+    "lists", [{"representatives": [8, 16]}, {"capacities": [100]}, {"seeds": [0, 1]}]
+)
+def test_one_size_of_the_buffer_makes_no_picture(lists: dict[str, Any]) -> None:
+    assert trade_offs.accuracy_by_capacity(summarise(sweep(*COMPARISON, **lists))) is None
+
+
+def test_sizes_that_are_close_have_no_texts_over_each_other() -> None:
+    groups = summarise(sweep("rehearsal", capacities=[10, 11, 100, 1000]))
+    axes = drawn(trade_offs.accuracy_by_capacity(groups))
+    assert list(axes.get_xticks()) == [10, 100, 1000]
+    assert axes.xaxis.get_major_formatter()(1000) == "1,000"
+
+
+def test_accuracy_against_runtime(comparison: dict[str, Results]) -> None:
+    axes = drawn(trade_offs.accuracy_by_runtime(summarise(comparison)))
+    assert axes.get_xlabel() == "training time (multiples of incremental training)"
+    points = [container.lines[0] for container in axes.containers]
+    assert [point.get_xdata()[0] for point in points] == pytest.approx([1.0, 1.25, 3.5])
+    assert [point.get_ydata()[0] for point in points] == pytest.approx([32.67, 92.67, 96], abs=0.01)
+    assert [text.get_text() for text in axes.texts] == list(COMPARISON)
+
+
+def test_without_incremental_training_runtimes_are_in_seconds() -> None:
+    groups = summarise({"a": results_of("rehearsal"), "b": results_of("from-scratch")})
+    axes = drawn(trade_offs.accuracy_by_runtime(groups))
+    assert axes.get_xlabel() == "training time (s)"
+    assert axes.containers[1].lines[0].get_xdata()[0] == 35.0
+    assert trade_offs.accuracy_by_runtime(groups[:1]) is None
+
+
+def test_names_of_points_do_not_overlap() -> None:
+    groups = summarise(sweep(*COMPARISON, capacities=[100, 102, 104, 106, 108, 110]))
+    axes = drawn(trade_offs.accuracy_by_runtime(groups))
+    axes.figure.draw_without_rendering()
+    boxes = [text.get_window_extent() for text in axes.texts]
+    assert len(boxes) == 8
+    for number, box in enumerate(boxes):
+        assert not any(box.shrunk(0.95, 0.8).overlaps(other) for other in boxes[:number])
+
+
+def test_many_points_are_named_in_a_legend() -> None:
+    groups = summarise(sweep(*COMPARISON, capacities=range(10, 20)))
+    axes = drawn(trade_offs.accuracy_by_runtime(groups))
+    assert not axes.texts
+    assert len(axes.figure.legends[0].get_texts()) == 12
+
+
+def test_a_strategy_has_its_colour_where_it_appears_once() -> None:
+    groups = summarise(sweep(*COMPARISON, capacities=range(10, 14)))
+    colours = figures.colours_of(groups)
+    assert colours[0] == figures.COLOURS["incremental"]
+    assert colours[-1] == figures.COLOURS["from-scratch"]
+    assert len(set(colours)) == 6

@@ -3,84 +3,44 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from contextvars import ContextVar
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 try:
     import tyro
     from rich.console import Console
-    from rich.table import Table
+    from rich.markup import escape
 except ImportError as error:  # pragma: no cover - the extra is installed in tests
     raise SystemExit(
         f"ritornello: error: the command needs the extra 'experiments' ({error}): "
         "pip install 'ritornello[experiments]'"
     ) from None
 
+from ritornello.experiments.changes import BufferChanges, Changes, Sweep
 from ritornello.experiments.config import Recipe
 from ritornello.experiments.recipes import RECIPES, recipe_named
 from ritornello.experiments.simulate import Simulation
 from ritornello.experiments.step_time import MachineChanges
-
-if TYPE_CHECKING:
-    from ritornello.experiments.report import Results
+from ritornello.experiments.sweep import Results, variants
 
 ALL_STRATEGIES = ("incremental", "rehearsal", "from-scratch")
 
-
-@dataclass
-class Changes:
-    """Settings to change; what is not given is as in the recipe. Sizes are of all ranks."""
-
-    seed: int | None = None
-    """Of everything random."""
-    epochs: int | None = None
-    """Per task."""
-    tasks: int | None = None
-    """How many tasks the classes are split into."""
-    batch_size: int | None = None
-    """New samples per step."""
-    representatives: int | None = None
-    """Past samples added per step."""
-    candidates: int | None = None
-    """Samples offered to the buffer per step, expected."""
-    capacity: int | None = None
-    """Representatives in the whole buffer."""
-    selection: str | None = None
-    """class-balanced, per-class-random, reservoir or fifo."""
-    model: str | None = None
-    """mlp, small-cnn, or a model of timm."""
-    data: str | None = None
-    """An npz file, a folder of images, or where torchvision keeps the data set."""
-    learning_rate: float | None = None
-    amp: str | None = None
-    """Mixed precision: off, bfloat16 or float16."""
-    device: str | None = None
-    """auto, cpu or cuda."""
-    workers: int | None = None
-    """Loader processes per rank."""
-
-    def applied_to(self, recipe: str) -> Recipe:
-        """The recipe with that name and these changes."""
-        names = {
-            "tasks": "num_tasks",
-            "batch_size": "global_batch_size",
-            "representatives": "global_num_representatives",
-            "candidates": "global_num_candidates",
-            "data": "data_path",
-            "workers": "num_workers",
-        }
-        given = {names.get(name, name): value for name, value in vars(self).items()}
-        return recipe_named(recipe, **{k: v for k, v in given.items() if v is not None})
-
+COMMAND: ContextVar[str] = ContextVar("COMMAND", default="ritornello")
+"""The command line, for the results to say how they were made."""
 
 RecipeName = Annotated[
     str, tyro.conf.Positional, tyro.conf.arg(metavar="RECIPE", help="See 'ritornello recipes'.")
 ]
 Folders = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
+Seeds = Annotated[tuple[int, ...], tyro.conf.arg(aliases=("--seed",))]
 Settings = Annotated[Changes, tyro.conf.arg(name="")]
+BufferSettings = Annotated[BufferChanges, tyro.conf.arg(name="")]
+SweepSettings = Annotated[Sweep, tyro.conf.arg(name="")]
 SimulationSettings = Annotated[Simulation, tyro.conf.arg(name="")]
 MachineSettings = Annotated[MachineChanges, tyro.conf.arg(name="")]
 
@@ -89,7 +49,9 @@ def run(
     recipe: RecipeName,
     /,
     changes: Settings,
-    strategy: str = "rehearsal",
+    buffer: BufferSettings,
+    strategy: str | None = None,
+    seeds: Seeds = (),
     ranks: int | None = None,
     output: str | None = None,
 ) -> None:
@@ -98,31 +60,41 @@ def run(
     Args:
         recipe: Which recipe.
         changes: Settings to change.
-        strategy: incremental, rehearsal or from-scratch.
+        buffer: Settings of the buffer to change.
+        strategy: incremental, rehearsal, from-scratch, ...; if not given, the recipe's own.
+        seeds: Of everything random. Several: one run each, and means of them.
         ranks: Local processes to start. Leave it out under torchrun, srun or mpirun.
         output: Folder for results.json, model.pt and report.html; runs/... if not given.
     """
-    _train(changes.applied_to(recipe), [strategy], ranks, output, f"{recipe}-{strategy}")
+    changed = changes.applied_to(recipe, **buffer.as_changes())
+    chosen = strategy or changed.strategy
+    _train(variants(changed, [chosen], seeds=seeds), ranks, output, f"{recipe}-{chosen}")
 
 
 def compare(
     recipe: RecipeName,
     /,
     changes: Settings,
-    strategies: tuple[str, ...] = ALL_STRATEGIES,
+    sweep: SweepSettings,
+    seeds: Seeds = (),
     ranks: int | None = None,
     output: str | None = None,
 ) -> None:
-    """Run one recipe with several strategies and compare them.
+    """Run one recipe with several strategies, buffers and seeds, and compare them.
 
     Args:
         recipe: Which recipe.
         changes: Settings to change.
-        strategies: Some of incremental, rehearsal, from-scratch.
+        sweep: What to compare.
+        seeds: Of everything random. Several: every combination runs with each, for means of them.
         ranks: Local processes to start. Leave it out under torchrun, srun or mpirun.
         output: Folder for comparison.json and report.html; runs/... if not given.
     """
-    _train(changes.applied_to(recipe), strategies, ranks, output, f"{recipe}-compare")
+    changed = changes.applied_to(recipe)
+    settings = vars(sweep) | {
+        "strategies": sweep.strategies or ("incremental", changed.strategy, "from-scratch")
+    }
+    _train(variants(changed, **settings, seeds=seeds), ranks, output, f"{recipe}-compare")
 
 
 def demo(ranks: int = 2, output: str | None = None) -> None:
@@ -132,7 +104,7 @@ def demo(ranks: int = 2, output: str | None = None) -> None:
         ranks: Local processes to start.
         output: Folder for comparison.json and report.html; runs/demo if not given.
     """
-    _train(recipe_named("digits"), ALL_STRATEGIES, ranks, output, "demo")
+    _train(variants(recipe_named("digits"), ALL_STRATEGIES), ranks, output, "demo")
 
 
 def report(folders: Folders, /, output: str = "report.html") -> None:
@@ -142,11 +114,35 @@ def report(folders: Folders, /, output: str = "report.html") -> None:
         folders: Output folders of run or compare.
         output: The HTML file to write.
     """
-    from ritornello.experiments.report import load_results
+    from ritornello.experiments.saved_results import load_results
 
     if not folders:
         raise ValueError("report: give one or more output folders of 'run' or 'compare'")
     _show(load_results(folders), Path(output))
+
+
+def results(folders: Folders, /, output: str = "results.md", archive: str | None = None) -> None:
+    """Write a Markdown page of saved results beside the published figures.
+
+    Args:
+        folders: Output folders of run or compare, or folders of those; or archives.
+        output: The Markdown file to write.
+        archive: A JSON file to keep the results in; the page can be written from it again.
+    """
+    from ritornello.experiments import results_page, saved_results
+
+    if not folders:
+        raise ValueError("results: give output folders of 'run' or 'compare', or an archive")
+    runs = saved_results.find_results(folders)
+    sources = list(folders)
+    if archive is not None:
+        saved_results.archive(runs, Path(archive))
+        sources = [archive]
+    command = shlex.join(["ritornello", "results", *sources, "--output", output])
+    results_page.write_results_page(runs, Path(output), command)
+    console = Console()
+    console.print(f"{len(runs)} run{'s' if len(runs) > 1 else ''}:", style="bold", end=" ")
+    console.print(str(Path(output).resolve()), highlight=False, soft_wrap=True)
 
 
 def simulate(
@@ -224,27 +220,36 @@ def bench(
         console.print(str((folder / "bench.png").resolve()), highlight=False, soft_wrap=True)
 
 
-def recipes() -> None:
-    """List the recipes."""
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    table.add_column("recipe")
-    table.add_column("what it is")
-    for make in RECIPES.values():
-        each = make()
-        table.add_row(each.name, each.description)
-    Console().print(table)
+def recipes(
+    name: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="RECIPE")] = None,
+) -> None:
+    """List the recipes, or show all settings of one.
+
+    Args:
+        name: The one to show.
+    """
+    from ritornello.experiments.recipe_tables import all_recipes, one_recipe
+
+    console = Console()
+    if name is None:
+        for part in all_recipes([make() for make in RECIPES.values()]):
+            console.print(part)
+        console.print("\nAll settings of one: ritornello recipes RECIPE", highlight=False)
+    else:
+        for part in one_recipe(recipe_named(name)):
+            console.print(part, highlight=False)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parses the command line and runs the command; errors end with one line and status 2."""
     from ritornello.experiments.launch import LaunchError
 
-    commands = {
-        each.__name__: each for each in (demo, run, compare, report, bench, simulate, recipes)
-    }
+    arguments = sys.argv[1:] if arguments is None else arguments
+    COMMAND.set(shlex.join(["ritornello", *arguments]))
+    functions = (demo, run, compare, report, results, bench, simulate, recipes)
     try:
         tyro.extras.subcommand_cli_from_dict(
-            commands,
+            {each.__name__: each for each in functions},
             prog="ritornello",
             description="Continual learning with a distributed rehearsal buffer.",
             args=arguments,
@@ -260,51 +265,52 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _train(
-    recipe: Recipe,
-    strategies: Sequence[str],
-    ranks: int | None,
-    output: str | None,
-    default_name: str,
+    recipes: dict[str, Recipe], ranks: int | None, output: str | None, default_name: str
 ) -> None:
-    """Trains with one strategy or several on all ranks; the main one shows what came out."""
+    """Trains one variant or several on all ranks; the main one shows what came out."""
+    from ritornello.experiments import train
     from ritornello.experiments.launch import launch, place_in_job
-    from ritornello.experiments.strategies import strategy_named
 
     place = place_in_job(os.environ)
     num_ranks = place.num_ranks if place else ranks or 1
-    for strategy in strategies:
-        strategy_named(strategy)
-    recipe.check(num_ranks)
+    for each in recipes.values():
+        train.check(each, num_ranks)
     is_main = place is None or place.rank == 0
     folder = _output_folder(output, default_name) if is_main else None
-    Console(quiet=not is_main).print(
-        f"[bold]{recipe.name}[/bold]: {recipe.description}\n"
-        f"{', '.join(strategies)} on {num_ranks} rank{'s' if num_ranks > 1 else ''}, "
-        f"seed {recipe.seed}",
-        highlight=False,
-    )
-    from ritornello.experiments import train
-
+    Console(quiet=not is_main).print(_announcement(recipes, num_ranks), highlight=False)
     path = None if folder is None else str(folder)
-    if len(strategies) == 1:
-        launch(ranks, train.run, replace(recipe, strategy=strategies[0]), path)
+    command = COMMAND.get()
+    if len(recipes) == 1:
+        launch(ranks, partial(train.run, command=command), *recipes.values(), path)
     else:
-        launch(ranks, train.compare, recipe, tuple(strategies), path)
+        launch(ranks, partial(train.compare, command=command), recipes, path)
     if folder is not None:
-        from ritornello.experiments.report import load_results
+        from ritornello.experiments.saved_results import load_results
 
         _show(load_results([folder]), folder / "report.html")
 
 
-def _show(results: dict[str, Results], path: Path) -> None:
+def _announcement(recipes: dict[str, Recipe], num_ranks: int) -> str:
+    """What is about to run."""
+    first = next(iter(recipes.values()))
+    strategies = dict.fromkeys(each.strategy for each in recipes.values())
+    seeds = list(dict.fromkeys(each.seed for each in recipes.values()))
+    text = f"{', '.join(strategies)} on {num_ranks} rank{'s' if num_ranks > 1 else ''}, "
+    text += f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
+    if len(recipes) > len(strategies):
+        text += f": {len(recipes)} runs"
+    return f"[bold]{first.name}[/bold]: {escape(first.description)}\n{text}"
+
+
+def _show(saved: dict[str, Results], path: Path) -> None:
     from ritornello.experiments.report import summary_of, table_of, write_report
 
     console = Console()
     console.print()
-    console.print(table_of(results))
-    if summary := summary_of(results):
+    console.print(table_of(saved))
+    if summary := summary_of(saved):
         console.print(f"\n{summary}", highlight=False)
-    write_report(results, path)
+    write_report(saved, path)
     console.print("\nReport:", style="bold", end=" ")
     console.print(str(path.resolve()), highlight=False, soft_wrap=True)
 

@@ -1,134 +1,73 @@
-"""Data sets by name or path: digits, MNIST, CIFAR, npz files and folders of images.
-
-Images stay uint8 ``[C, H, W]`` everywhere; they become normalised floats on the device, after
-the mini-batch was joined with representatives (``train.py``).
-"""
+"""Data sets by name or path: digits, MNIST, CIFAR, npz files and folders of images."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
-from torch.utils.data import Dataset
 
-Batch = tuple[Tensor, Tensor]
+from ritornello.experiments.data_set import (
+    Arrival,
+    Batch,
+    DataSet,
+    InMemoryImages,
+    LabelledImages,
+)
+from ritornello.experiments.folders import (
+    FileImages,
+    FolderImages,
+    arrivals,
+    class_folders,
+    tiny_imagenet,
+)
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+__all__ = [
+    "Arrival",
+    "Batch",
+    "DataSet",
+    "FileImages",
+    "FolderImages",
+    "InMemoryImages",
+    "LabelledImages",
+    "load",
+]
 
+FOLDERS: dict[str, tuple[Callable[[Path, int], DataSet], int]] = {
+    "folder": (class_folders, 224),
+    "imagenet": (class_folders, 256),
+    "tiny-imagenet": (tiny_imagenet, 64),
+    "arrivals": (arrivals, 224),
+}
+"""Data sets whose images are decoded from files: how to read them, and their image_size if none
+is given. ImageNet's is above the usual 224, so that random crops have something to choose from."""
 
-class LabelledImages(Dataset[Batch]):
-    """A data set that gives whole mini-batches: images ``[b, C, H, W]`` uint8, labels ``[b]``.
-
-    Attributes:
-        labels: int64 ``[n]``, known without reading an image.
-    """
-
-    labels: NDArray[np.int64]
-
-    def __len__(self) -> int:
-        """The number of samples."""
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> Batch:
-        """One sample: image ``[C, H, W]`` and label."""
-        images, labels = self.__getitems__([index])
-        return images[0], labels[0]
-
-    def __getitems__(self, indices: Sequence[int]) -> Batch:
-        """The samples at ``indices``; torch's loaders ask for whole mini-batches by this."""
-        raise TypeError(f"{type(self).__name__} must define __getitems__")
-
-
-class InMemoryImages(LabelledImages):
-    """Images in one array.
-
-    Args:
-        images: uint8 ``[n, C, H, W]``.
-        labels: int64 ``[n]``.
-    """
-
-    def __init__(self, images: NDArray[np.uint8], labels: NDArray[np.int64]) -> None:
-        self.images = torch.from_numpy(np.ascontiguousarray(images))
-        self.labels = labels
-        self._labels = torch.from_numpy(labels)
-
-    def __getitems__(self, indices: Sequence[int]) -> Batch:
-        """See ``LabelledImages``."""
-        index = torch.as_tensor(indices)
-        return self.images[index], self._labels[index]
-
-
-class FolderImages(LabelledImages):
-    """A folder with one folder of image files per class; decoded when asked for.
-
-    Args:
-        folder: as for ``torchvision.datasets.ImageFolder``.
-        image_size: images are resized to it and cropped at the centre.
-    """
-
-    def __init__(self, folder: Path, image_size: int) -> None:
-        from torchvision.datasets import ImageFolder
-        from torchvision.transforms import v2
-
-        transform = v2.Compose([v2.Resize(image_size), v2.CenterCrop(image_size), v2.PILToTensor()])
-        try:
-            self._folder = ImageFolder(str(folder), transform)
-        except FileNotFoundError as error:
-            raise ValueError(f"data: {folder}: {error}") from None
-        self.class_names = tuple(self._folder.classes)
-        self.labels = np.array(self._folder.targets, dtype=np.int64)
-
-    def __getitems__(self, indices: Sequence[int]) -> Batch:
-        """See ``LabelledImages``."""
-        images = torch.stack([self._folder[int(index)][0] for index in indices])
-        return images, torch.from_numpy(self.labels[np.asarray(indices)])
-
-
-@dataclass(frozen=True)
-class DataSet:
-    """A data set for classification."""
-
-    name: str
-    train: LabelledImages
-    test: LabelledImages
-    class_names: tuple[str, ...]
-    mean: tuple[float, ...]
-    """Per channel, of pixels scaled to [0, 1]."""
-    std: tuple[float, ...]
-
-    @property
-    def num_classes(self) -> int:
-        """How many classes there are."""
-        return len(self.class_names)
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """``(C, H, W)``."""
-        channels, height, width = self.train[0][0].shape
-        return channels, height, width
+NAMES = ("digits", "mnist", "cifar10", "cifar100", "npz", *FOLDERS)
 
 
 def load(name: str, path: str | None = None, image_size: int | None = None) -> DataSet:
     """Loads a data set.
 
     Args:
-        name: "digits" (embedded in scikit-learn), "mnist", "cifar10", "cifar100" (torchvision;
-            downloaded if need be), "npz" or "folder".
-        path: an npz file, which then takes the place of a download; a folder with ``train``
-            and ``val`` or ``test`` for "folder"; else where torchvision keeps its files
-            (``data`` if not given).
-        image_size: for "folder" only; 224 if not given.
+        name: one of ``NAMES``:
+            "digits" is embedded in scikit-learn;
+            "mnist", "cifar10", "cifar100" are torchvision's, downloaded if need be;
+            "npz" is a file with the arrays of all images;
+            "folder" holds ``train/CLASS`` and ``val/CLASS`` or ``test/CLASS``;
+            "imagenet" is the same, stored somewhat larger than models take it;
+            "tiny-imagenet" is the folder as it was published;
+            "arrivals" is a folder of folders that arrived over time (``folders.arrivals``).
+        path: an npz file, which then takes the place of a download; the folder; else where
+            torchvision keeps its files (``data`` if not given).
+        image_size: of folders only: what is decoded is resized (its shorter side) and cropped at
+            the centre to it; None: see ``FOLDERS``.
 
     Raises:
-        ValueError: unknown name, or content that does not fit; names file and key.
+        ValueError: unknown name, or content that does not fit; names file and rule.
         FileNotFoundError: no such file or folder.
         ConnectionError: a download failed; says what to do instead.
     """
@@ -138,15 +77,14 @@ def load(name: str, path: str | None = None, image_size: int | None = None) -> D
         return _digits()
     if name in ("mnist", "cifar10", "cifar100"):
         return _torchvision(name, path or "data")
-    if name in ("npz", "folder") and path is None:
+    if name not in NAMES:
+        raise ValueError(f"data={name!r}: there are {', '.join(map(repr, NAMES))}")
+    if path is None:
         raise ValueError(f"data={name!r} needs a path: --data PATH")
     if name == "npz":
         raise ValueError(f"data='npz': {path} does not end with .npz")
-    if name == "folder":
-        return _folder(Path(str(path)), image_size or 224)
-    raise ValueError(
-        f"data={name!r}: there are 'digits', 'mnist', 'cifar10', 'cifar100', 'npz', 'folder'"
-    )
+    read, usual_size = FOLDERS[name]
+    return read(Path(path), usual_size if image_size is None else image_size)
 
 
 def _digits() -> DataSet:
@@ -249,22 +187,6 @@ def _decode_jpegs(stream: NDArray[np.uint8], offsets: NDArray[np.int64]) -> NDAr
 
     with ThreadPoolExecutor() as pool:
         return np.stack(list(pool.map(decode, range(len(offsets) - 1), chunksize=256)))
-
-
-def _folder(path: Path, image_size: int) -> DataSet:
-    test = next((path / part for part in ("val", "test") if (path / part).is_dir()), None)
-    if not (path / "train").is_dir() or test is None:
-        raise FileNotFoundError(
-            f"data: {path} must hold a folder 'train' and a folder 'val' or 'test', each with "
-            "one folder of images per class"
-        )
-    train_images, test_images = (FolderImages(each, image_size) for each in (path / "train", test))
-    if train_images.class_names != test_images.class_names:
-        odd = set(train_images.class_names) ^ set(test_images.class_names)
-        raise ValueError(f"data: {path / 'train'} and {test} differ in classes: {sorted(odd)}")
-    return DataSet(
-        path.name, train_images, test_images, train_images.class_names, IMAGENET_MEAN, IMAGENET_STD
-    )
 
 
 def _in_memory(

@@ -8,6 +8,8 @@ from dataclasses import replace
 from typing import Any
 
 from ritornello.experiments.config import Recipe
+from ritornello.experiments.published import PUBLISHED
+from ritornello.experiments.sweep import with_changes
 
 
 def digits() -> Recipe:
@@ -55,9 +57,21 @@ def cifar10() -> Recipe:
         momentum=0.9,
         weight_decay=5e-4,
         milestones=((1, 0.3), (2, 0.1)),
-        capacity=10_000,
+        capacity=0.2,
         global_num_representatives=64,
         global_num_candidates=32,
+    )
+
+
+def cifar10_quick() -> Recipe:
+    """Split CIFAR-10 with a network whose steps take 15 ms on one core of a CPU."""
+    return replace(
+        cifar10(),
+        name="cifar10-quick",
+        description="Split CIFAR-10, 5 tasks of 2 classes, strided CNN, buffer of 20 % of the data",
+        model="strided-cnn",
+        learning_rate=0.02,
+        global_num_representatives=16,
     )
 
 
@@ -67,7 +81,9 @@ def folder() -> Recipe:
         name="folder",
         description="your own images (--data FOLDER with train/CLASS and val/CLASS), ResNet-18",
         data="folder",
-        image_size=224,
+        image_size=256,
+        augmentation="resized-crop-flip",
+        crop_size=224,
         num_tasks=4,
         model="resnet18",
         epochs=30,
@@ -84,8 +100,23 @@ def folder() -> Recipe:
     )
 
 
+def arrivals() -> Recipe:
+    """Your own stream: a folder of folders, one for each day on which data arrived."""
+    return replace(
+        folder(),
+        name="arrivals",
+        description="your own stream (--data FOLDER with DAY/CLASS/*.jpg), ResNet-18",
+        data="arrivals",
+        scenario="arrivals",
+    )
+
+
 RECIPES: dict[str, Callable[[], Recipe]] = {
-    recipe.__name__: recipe for recipe in (digits, mnist, cifar10, folder)
+    **{
+        recipe.__name__.replace("_", "-"): recipe
+        for recipe in (digits, mnist, cifar10, cifar10_quick, folder, arrivals)
+    },
+    **PUBLISHED,
 }
 
 
@@ -98,5 +129,7 @@ def recipe_named(name: str, **changes: Any) -> Recipe:
     if name not in RECIPES:
         close = difflib.get_close_matches(name, RECIPES, n=1)
         hint = f" (did you mean {close[0]!r}?)" if close else ""
-        raise ValueError(f"there is no recipe {name!r}{hint}; there are {', '.join(RECIPES)}")
-    return replace(RECIPES[name](), **changes)
+        raise ValueError(
+            f"there is no recipe {name!r}{hint}; 'ritornello recipes' lists all {len(RECIPES)}"
+        )
+    return with_changes(RECIPES[name](), **changes)

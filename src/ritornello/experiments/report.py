@@ -2,342 +2,229 @@
 
 from __future__ import annotations
 
-import io
 import json
-import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
-from matplotlib import rc_context
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from rich.table import Table
 
-from ritornello.experiments.metrics import average_after_each_task
+from ritornello.experiments import figures, trade_offs
+from ritornello.experiments.figures import COLOURS, Drawing, svg
+from ritornello.experiments.sweep import (
+    WITHOUT_BUFFER,
+    Group,
+    Results,
+    family_of,
+    reference_for,
+    summarise,
+)
 
-Results = Mapping[str, Any]
+__all__ = ["COLOURS", "summary_of", "table_of", "write_report"]
 
-COLOURS = {"incremental": "#d9662b", "rehearsal": "#2a85d0", "from-scratch": "#2e9e6b"}
-"""Told apart also by colour-blind readers, on light and on dark."""
-PALETTE = (*COLOURS.values(), "#a06fc4", "#b08a1e", "#5c8a94", "#c2577f")
-MARKERS = "osD^vP*"
-INK = "#123456"
-"""Drawn in the page's text colour: replaced in the SVG."""
-PARTS = {"load": "#b08a1e", "wait": "#d9662b", "train": "#5c8a94"}
+MAX_OPEN = 8
+"""With more groups, the plots of single groups are folded away."""
 
 
-def load_results(folders: Sequence[str | Path]) -> dict[str, Results]:
-    """Reads what ``ritornello run`` and ``compare`` have written.
+@dataclass(frozen=True)
+class Row:
+    """A row of the tables, as texts with units."""
 
-    Returns:
-        A label for each run to its results; the label is the strategy where that is enough.
-
-    Raises:
-        FileNotFoundError: a folder holds no results.
-        ValueError: a file that is no results of this format.
-    """
-    found: list[tuple[str, Results]] = []
-    for folder in map(Path, folders):
-        comparison, single = folder / "comparison.json", folder / "results.json"
-        if comparison.exists():
-            found += [(str(folder), each) for each in _read(comparison).values()]
-        elif single.exists():
-            found.append((str(folder), _read(single)))
-        else:
-            raise FileNotFoundError(
-                f"{folder} holds neither results.json nor comparison.json: give the output "
-                "folder of 'ritornello run' or 'ritornello compare'"
-            )
-    results: dict[str, Results] = {}
-    for folder_name, each in found:
-        _check_format(folder_name, each)
-        strategies = [other["strategy"] for _, other in found]
-        alone = strategies.count(each["strategy"]) == 1
-        results[each["strategy"] if alone else f"{each['strategy']} ({folder_name})"] = each
-    return results
+    label: str
+    strategy: str
+    seeds: str
+    top1: str
+    top5: str
+    forgetting: str
+    backward: str
+    forward: str
+    runtime: str
+    step: str
+    published: str
+    source: str
+    emphasised: bool
 
 
 def table_of(results: Mapping[str, Results]) -> Table:
     """The table that a run ends with."""
+    rows = _rows(summarise(results))
+    columns = {"avg top-1": "top1", "top-5": "top5", "forgetting": "forgetting"}
+    if any(row.seeds != "1" for row in rows):
+        columns = {"seeds": "seeds", **columns, "runtime": "runtime"}
+    else:
+        # Where deviations take the room, the report alone shows the parts of a step.
+        columns |= {"runtime": "runtime", "step: load/wait/train": "step"}
+    if any(row.published for row in rows):
+        columns["published"] = "published"
     table = Table(box=None, padding=(0, 1, 0, 0))
-    table.add_column("strategy", no_wrap=True)
-    for name in ("avg top-1", "top-5", "forgetting", "runtime", "step: load/wait/train"):
+    table.add_column("strategy", no_wrap=max(len(row.label) for row in rows) < 24)
+    for name in columns:
         table.add_column(name, justify="right", no_wrap=True)
-    for row in _rows(results):
-        style = "bold" if row["strategy"] == "rehearsal" else None
-        table.add_row(
-            row["label"],
-            row["top1"],
-            row["top5"],
-            row["forgetting"],
-            row["runtime"],
-            row["step"],
-            style=style,
-        )
+    for row in rows:
+        texts = [getattr(row, name) for name in columns.values()]
+        table.add_row(row.label, *texts, style="bold" if row.emphasised else None)
     return table
 
 
 def summary_of(results: Mapping[str, Results]) -> str:
-    """One or two sentences that say what happened."""
-    by_strategy = {each["strategy"]: each for each in results.values()}
-    parts = []
-    if incremental := by_strategy.get("incremental"):
-        parts.append(
-            f"Trained on new data alone, the model ends at {_percent(incremental['average_top1'])} "
-            f"over all tasks: it has forgotten {_percent(incremental['forgetting'])} of what it "
-            "had learnt."
-        )
-    if rehearsal := by_strategy.get("rehearsal"):
-        share = _buffer_share(rehearsal)
-        text = f"With rehearsal{share} it ends at {_percent(rehearsal['average_top1'])}"
-        if incremental:
-            text += f", in {rehearsal['seconds'] / incremental['seconds']:.1f} times the time"
-        parts.append(text + ".")
-    if scratch := by_strategy.get("from-scratch"):
-        text = f"Retraining on everything at every task reaches {_percent(scratch['average_top1'])}"
-        if incremental:
-            text += f", in {scratch['seconds'] / incremental['seconds']:.1f} times the time"
-        parts.append(text + ".")
-    return " ".join(parts)
+    """A few sentences that say what happened, for each recipe or family of recipes."""
+    families: dict[str, list[Group]] = {}
+    for group in summarise(results):
+        families.setdefault(family_of(group.recipe), []).append(group)
+    summaries = {family: _summary(groups) for family, groups in families.items()}
+    if len(summaries) == 1:
+        return next(iter(summaries.values()))
+    return " ".join(f"{family}: {text}" for family, text in summaries.items() if text)
 
 
 def write_report(results: Mapping[str, Results], path: Path) -> None:
     """Writes the report, one HTML file with everything in it.
 
     Args:
-        results: from ``load_results``.
+        results: from ``saved_results.load_results``.
         path: of the file; its folder is made if need be.
     """
     environment = Environment(
-        loader=PackageLoader("ritornello.experiments"), autoescape=True, trim_blocks=True
+        loader=PackageLoader("ritornello.experiments"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-    first = next(iter(results.values()))
+    groups = summarise(results)
+    rows = _rows(groups)
     page = environment.get_template("report.html.j2").render(
-        title=_title(first),
+        title=_title(groups),
         summary=summary_of(results),
-        rows=_rows(results),
-        runs=[
+        rows=rows,
+        several_seeds=any(group.num_runs > 1 for group in groups),
+        any_published=any(row.published for row in rows),
+        from_scratch=any(group.strategy == "from-scratch" for group in groups),
+        folded=len(groups) > MAX_OPEN,
+        groups=[
             {
-                "label": label,
-                "over_time": _svg(_tasks_over_time(each), f"Accuracy per task, {label}"),
-                "matrix": _svg(_heat_map(each), f"Accuracy matrix, {label}"),
-                "json": json.dumps(
-                    {k: each[k] for k in ("config", "versions", "machine", "date", "buffer")},
-                    indent=1,
+                "label": group.label,
+                "over_time": svg(
+                    figures.tasks_over_time(group), f"Accuracy per task, {group.label}"
                 ),
+                "matrix": svg(figures.heat_map(group), f"Accuracy matrix, {group.label}"),
+                "json": json.dumps(_provenance(group), indent=1),
             }
-            for label, each in results.items()
+            for group in groups
         ],
-        average=_svg(_average_over_time(results), "Mean accuracy over the tasks seen so far"),
-        runtime=_svg(_runtime(results), "Runtime and final accuracy"),
-        steps=_svg(_step_times(results), "Time of a step"),
+        average=svg(figures.average_over_time(groups), "Mean accuracy over the tasks seen so far"),
+        capacity=_svg_if_any(trade_offs.accuracy_by_capacity(groups), "Accuracy and buffer size"),
+        frontier=_svg_if_any(trade_offs.accuracy_by_runtime(groups), "Accuracy and runtime"),
+        runtime=svg(figures.runtimes(groups), "Runtime and final accuracy"),
+        steps=svg(figures.step_times(groups), "Time of a step"),
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page)
 
 
-def _title(each: Results) -> str:
-    ranks = each["world_size"]
-    return f"{each['recipe']}: {ranks} rank{'s' if ranks > 1 else ''}, seed {each['seed']}"
+def _svg_if_any(drawing: Drawing | None, title: str) -> Markup | None:
+    return None if drawing is None else svg(drawing, title)
 
 
-def _read(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is no JSON file: {error}") from error
+def _title(groups: Sequence[Group]) -> str:
+    names = list(dict.fromkeys(group.recipe for group in groups))
+    if len(names) > 1:
+        names = list(dict.fromkeys(family_of(name) for name in names))
+    sizes = sorted({group.first["world_size"] for group in groups})
+    seeds = sorted({seed for group in groups for seed in group.seeds})
+    ranks = f"{' and '.join(map(str, sizes))} rank{'s' if sizes != [1] else ''}"
+    seed = f"seed {seeds[0]}" if len(seeds) == 1 else f"{len(seeds)} seeds"
+    return f"{', '.join(names)}: {ranks}, {seed}"
 
 
-def _check_format(folder: str, results: Any) -> None:
-    if not isinstance(results, dict) or results.get("format") != 1:
-        raise ValueError(f"{folder} holds no results of format 1, as 'ritornello run' writes them")
+def _summary(groups: Sequence[Group]) -> str:
+    by_strategy: dict[str, list[Group]] = {}
+    for group in groups:
+        by_strategy.setdefault(group.strategy, []).append(group)
+    parts = []
+    if incremental := by_strategy.get("incremental"):
+        group = incremental[0]
+        parts.append(
+            f"Trained on new data alone, the model ends at {_final(group)} over all tasks: it has "
+            f"forgotten {group.forgetting.in_percent()} of what it had learnt."
+        )
+    for strategy, alike in by_strategy.items():
+        if strategy in WITHOUT_BUFFER:
+            continue
+        best = max(alike, key=lambda group: group.average_top1.mean)
+        text = f"With {strategy}{_buffer_share(best)} it ends at {_final(best)}"
+        if len(alike) > 1:
+            text += f", the best of {len(alike)} settings ({best.label})"
+        parts.append(text + _times_incremental(best, groups) + ".")
+    for strategy, text in (
+        ("from-scratch", "Retraining on everything at every task reaches"),
+        ("joint", "Training on everything at once reaches"),
+    ):
+        if reference := by_strategy.get(strategy):
+            group = reference[0]
+            parts.append(f"{text} {_final(group)}{_times_incremental(group, groups)}.")
+    return " ".join(parts)
 
 
-def _rows(results: Mapping[str, Results]) -> list[dict[str, str]]:
-    """The table's rows as texts with units."""
-    incremental = next((r for r in results.values() if r["strategy"] == "incremental"), None)
+def _final(group: Group) -> str:
+    seeds = f" (mean of {group.num_runs} seeds)" if group.num_runs > 1 else ""
+    return group.average_top1.in_percent() + seeds
+
+
+def _times_incremental(group: Group, groups: Sequence[Group]) -> str:
+    reference = reference_for(group, groups, "incremental")
+    if reference is None:
+        return ""
+    return f", in {group.seconds.mean / reference.seconds.mean:.1f} times the time"
+
+
+def _buffer_share(group: Group) -> str:
+    total = sum(task["train_samples"] for task in group.first["tasks"])
+    capacity = group.capacity or 0
+    return f" from {capacity:,} representatives ({100 * capacity / total:.1f} % of the data)"
+
+
+def _rows(groups: Sequence[Group]) -> list[Row]:
+    """A row for each group."""
+    with_buffer = sum(group.strategy not in WITHOUT_BUFFER for group in groups)
     rows = []
-    for label, each in results.items():
-        runtime = f"{each['seconds']:.1f} s"
-        if incremental:
-            runtime += f" ({each['seconds'] / incremental['seconds']:.1f}x)"
-        seconds = each["step_seconds"]
+    for group in groups:
+        runtime = f"{group.seconds.mean:.1f} s"
+        if reference := reference_for(group, groups, "incremental"):
+            runtime += f" ({group.seconds.mean / reference.seconds.mean:.1f}x)"
+        steps = group.step_seconds
+        published = group.published
         rows.append(
-            {
-                "label": label,
-                "strategy": each["strategy"],
-                "top1": _percent(each["average_top1"]),
-                "top5": _percent(each["average_top5"]),
-                "forgetting": _percent(each["forgetting"]),
-                "backward": f"{100 * each['backward_transfer']:+.1f} %",
-                "forward": f"{100 * each['forward_transfer']:+.1f} %",
-                "runtime": runtime,
-                "step": "/".join(f"{1000 * seconds[part]:.2f}" for part in PARTS) + " ms",
-            }
+            Row(
+                label=group.label,
+                strategy=group.strategy,
+                seeds=str(group.num_runs),
+                top1=group.average_top1.in_percent(),
+                top5=group.average_top5.in_percent(),
+                forgetting=group.forgetting.in_percent(),
+                backward=group.backward_transfer.in_percent("+"),
+                forward=group.forward_transfer.in_percent("+"),
+                runtime=runtime,
+                step="/".join(f"{1000 * steps[part]:.2f}" for part in figures.PARTS) + " ms",
+                published=_published_text(group),
+                source=published.source if published else "",
+                emphasised=with_buffer == 1 and group.strategy not in WITHOUT_BUFFER,
+            )
         )
     return rows
 
 
-def _percent(fraction: float) -> str:
-    return f"{100 * fraction:.1f} %"
+def _published_text(group: Group) -> str:
+    figure, published = group.published_figure, group.published
+    if figure is None or published is None:
+        return ""
+    return ("top-5 " if published.top1 is None else "") + figure.in_percent()
 
 
-def _buffer_share(rehearsal: Results) -> str:
-    total = sum(task["train_samples"] for task in rehearsal["tasks"])
-    capacity = rehearsal["config"]["capacity"]
-    return f" from {capacity:,} representatives ({_percent(capacity / total)} of the data)"
-
-
-def _colour(results: Mapping[str, Results], label: str) -> str:
-    strategies = [each["strategy"] for each in results.values()]
-    strategy = results[label]["strategy"]
-    if strategy in COLOURS and strategies.count(strategy) == 1:
-        return COLOURS[strategy]
-    return PALETTE[list(results).index(label) % len(PALETTE)]
-
-
-Drawing = tuple[tuple[float, float], Callable[[Axes], None]]
-"""Size in inches, and what draws."""
-
-
-def _average_over_time(results: Mapping[str, Results]) -> Drawing:
-    def draw(axes: Axes) -> None:
-        for number, (label, each) in enumerate(results.items()):
-            values = 100 * np.array(average_after_each_task(np.array(each["top1"])))
-            axes.plot(
-                range(1, len(values) + 1),
-                values,
-                marker=MARKERS[number % len(MARKERS)],
-                color=_colour(results, label),
-                label=label,
-            )
-        _accuracy_axes(axes, len(values))
-        axes.legend(frameon=False, labelcolor=INK)
-
-    return (6.4, 3.2), draw
-
-
-def _tasks_over_time(each: Results) -> Drawing:
-    def draw(axes: Axes) -> None:
-        matrix = 100 * np.array(each["top1"])
-        num_tasks = len(matrix)
-        for task in range(num_tasks):
-            name = each["tasks"][task]["name"]
-            axes.plot(
-                range(task + 1, num_tasks + 1),
-                matrix[task:, task],
-                marker=MARKERS[task % len(MARKERS)],
-                color=PALETTE[task % len(PALETTE)],
-                label=name if len(name) < 24 else f"task {task + 1}",
-            )
-        _accuracy_axes(axes, num_tasks)
-        if num_tasks <= 10:
-            axes.legend(frameon=False, labelcolor=INK, fontsize=8, loc="lower left")
-
-    return (4.6, 3.2), draw
-
-
-def _heat_map(each: Results) -> Drawing:
-    def draw(axes: Axes) -> None:
-        matrix = 100 * np.array(each["top1"])
-        num_tasks = len(matrix)
-        axes.imshow(matrix, cmap="viridis", vmin=0, vmax=100, aspect="auto")
-        axes.set_xlabel("accuracy on task (%)")
-        axes.set_ylabel("after task")
-        axes.set_xticks(range(num_tasks), [str(i + 1) for i in range(num_tasks)])
-        axes.set_yticks(range(num_tasks), [str(i + 1) for i in range(num_tasks)])
-        axes.spines[:].set_visible(False)
-        if num_tasks <= 12:
-            for (row, column), value in np.ndenumerate(matrix):
-                colour = "black" if value > 55 else "white"
-                axes.text(column, row, f"{value:.0f}", ha="center", va="center", color=colour)
-
-    return (4.6, 3.2), draw
-
-
-def _runtime(results: Mapping[str, Results]) -> Drawing:
-    def draw(axes: Axes) -> None:
-        labels = [_wrapped(label) for label in results]
-        seconds = [each["seconds"] for each in results.values()]
-        axes.barh(labels, seconds, color=[_colour(results, label) for label in results], height=0.6)
-        for place, each in enumerate(results.values()):
-            text = f"{each['seconds']:.1f} s, {_percent(each['average_top1'])}"
-            _beside_bar(axes, each["seconds"], place, text)
-        axes.set_xlim(0, 1.6 * max(seconds))
-        axes.invert_yaxis()
-        axes.set_xlabel("training time (s), and average top-1 at the end")
-
-    return (5.2, 0.9 + 0.5 * len(results)), draw
-
-
-def _step_times(results: Mapping[str, Results]) -> Drawing:
-    def draw(axes: Axes) -> None:
-        labels, left = [_wrapped(label) for label in results], np.zeros(len(results))
-        for part, colour in PARTS.items():
-            values = np.array([1000 * each["step_seconds"][part] for each in results.values()])
-            axes.barh(labels, values, left=left, color=colour, height=0.6, label=part)
-            left += values
-        for place, (each, total) in enumerate(zip(results.values(), left, strict=True)):
-            share = 1000 * each["step_seconds"]["wait"] / total
-            axes.text(
-                total, place, f" {total:.2f} ms, wait {_percent(share)}", va="center", color=INK
-            )
-        axes.set_xlim(0, 1.7 * max(left))
-        axes.invert_yaxis()
-        axes.set_xlabel("mean time of a step (ms)")
-        axes.legend(
-            frameon=False, labelcolor=INK, ncols=3, loc="lower right", bbox_to_anchor=(1, 1)
-        )
-
-    return (5.2, 1.2 + 0.5 * len(results)), draw
-
-
-def _wrapped(label: str) -> str:
-    """A label that leaves room for the bars."""
-    return textwrap.fill(label, 18)
-
-
-def _beside_bar(axes: Axes, length: float, place: int, text: str) -> None:
-    axes.annotate(text, (length, place), (5, 0), textcoords="offset points", va="center", color=INK)
-
-
-def _accuracy_axes(axes: Axes, num_tasks: int) -> None:
-    axes.set_ylim(-3, 103)
-    axes.set_xticks(range(1, num_tasks + 1))
-    axes.set_xlabel("after task")
-    axes.set_ylabel("top-1 accuracy (%)")
-    axes.grid(axis="y", alpha=0.25)
-
-
-def _svg(drawing: Drawing, title: str) -> Markup:
-    """Draws a figure as inline SVG whose text and axes have the page's text colour."""
-    size, draw = drawing
-    settings: Any = {
-        "axes.edgecolor": INK,
-        "axes.labelcolor": INK,
-        "axes.spines.right": False,
-        "axes.spines.top": False,
-        "font.size": 10,
-        "svg.fonttype": "none",
-        "svg.hashsalt": title,
-        "text.color": INK,
-        "xtick.color": INK,
-        "ytick.color": INK,
-    }
-    with rc_context(settings):
-        figure = Figure(figsize=size, layout="constrained")
-        draw(figure.add_subplot())
-        stream = io.StringIO()
-        figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
-    svg = stream.getvalue()
-    svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
-    # Ids are per document, and the page holds several.
-    prefix = "".join(letter for letter in title.lower() if letter.isalnum())
-    for mark in ('id="', 'href="#', "url(#"):
-        svg = svg.replace(mark, f"{mark}{prefix}-")
-    label = Markup.escape(title)
-    return Markup(svg.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1))
+def _provenance(group: Group) -> dict[str, Any]:
+    """Where a group's figures come from."""
+    runs = [{k: run.get(k) for k in ("seed", "date", "command", "machine")} for run in group.runs]
+    first = {k: group.first[k] for k in ("config", "versions", "buffer")}
+    return {"runs": runs, **first}

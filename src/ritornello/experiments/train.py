@@ -5,15 +5,10 @@ Every rank calls ``run``; with a default process group the model is trained data
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import platform
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field, replace
-from datetime import UTC, datetime
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,68 +16,110 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
+from torch import Tensor
 
-import ritornello
-from ritornello.experiments import metrics, models
+from ritornello.experiments import exemplars, metrics
 from ritornello.experiments.config import Recipe
-from ritornello.experiments.data import Batch, DataSet, LabelledImages, load
+from ritornello.experiments.data import Batch, DataSet, load
+from ritornello.experiments.network import Network
 from ritornello.experiments.progress import ProgressBar
-from ritornello.experiments.scenarios import class_incremental
-from ritornello.experiments.strategies import Strategy, strategy_named
-
-Results = dict[str, Any]
+from ritornello.experiments.results import Results, TaskLog, results_of
+from ritornello.experiments.scenarios import scenario_of, task_mask
+from ritornello.experiments.strategies import GDumb, RehearsalStrategy, strategy_named, strategy_of
+from ritornello.experiments.strategies.base import Criterion, cross_entropy
+from ritornello.experiments.stream import (
+    TaskImages,
+    load_batches,
+    positions_of_pass,
+    steps_per_pass,
+)
+from ritornello.experiments.sweep import folder_name
 
 EVALUATION_BATCH_SIZE = 500
 
+EXEMPLARS = 1_000_005
+"""What the random choice of exemplars is keyed by, beside the seed and the task."""
 
-def compare(recipe: Recipe, strategies: Sequence[str], output: str | None) -> dict[str, Results]:
-    """Runs a recipe with several strategies, one after another, on the same data.
+
+def compare(
+    variants: Mapping[str, Recipe], output: str | None, command: str = ""
+) -> dict[str, Results]:
+    """Runs several recipes, one after another; data sets that they share are loaded once.
+
+    Args:
+        variants: label to recipe.
+        output: where the main rank writes a folder for each and ``comparison.json``.
+        command: what was typed, for the results.
 
     Returns:
-        Strategy to results; the main rank also writes ``comparison.json``.
+        Label to results.
     """
-    for strategy in strategies:
-        strategy_named(strategy)
-    recipe.check(_num_ranks())
-    data = load(recipe.data, recipe.data_path, recipe.image_size)
+    for recipe in variants.values():
+        check(recipe, _num_ranks())
+    loaded: dict[tuple[Any, ...], DataSet] = {}
     comparison = {}
-    for strategy in strategies:
-        folder = None if output is None else f"{output}/{strategy}"
-        comparison[strategy] = run(replace(recipe, strategy=strategy), folder, data)
-    if output is not None and _rank() == 0:
-        _write_json(Path(output) / "comparison.json", comparison)
+    for label, recipe in variants.items():
+        key = (recipe.data, recipe.data_path, recipe.image_size)
+        if key not in loaded:
+            loaded.clear()  # two at a time might not fit
+            loaded[key] = load(*key)
+        folder = None if output is None else f"{output}/{folder_name(label)}"
+        comparison[label] = run(recipe, folder, loaded[key], command)
+        if output is not None and _rank() == 0:
+            _write_json(Path(output) / "comparison.json", comparison)
     return comparison
 
 
-def run(recipe: Recipe, output: str | None = None, data: DataSet | None = None) -> Results:
+def run(
+    recipe: Recipe, output: str | None = None, data: DataSet | None = None, command: str = ""
+) -> Results:
     """Runs a recipe.
 
     Args:
         recipe: what to run.
         output: where the main rank writes ``results.json`` and ``model.pt``; None: nowhere.
         data: the data set, if it is loaded already.
+        command: what was typed, for the results.
 
     Returns:
         The results, the same on every rank but for times and the buffer's statistics.
     """
-    recipe.check(_num_ranks())
+    check(recipe, _num_ranks())
     data = data or load(recipe.data, recipe.data_path, recipe.image_size)
     device = _device(recipe.device)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         trainer = Trainer(recipe, data, device)
         try:
             # As JSON would give it back: what is returned is what is written.
-            results: Results = json.loads(json.dumps(trainer.train()))
+            results: Results = json.loads(json.dumps({**trainer.train(), "command": command}))
         finally:
             trainer.close()
     if output is not None and _rank() == 0:
         Path(output).mkdir(parents=True, exist_ok=True)
-        torch.save(trainer.model.state_dict(), Path(output) / "model.pt")
+        torch.save(trainer.network.model.state_dict(), Path(output) / "model.pt")
         _write_json(Path(output) / "results.json", results)
     return results
+
+
+def check(recipe: Recipe, num_ranks: int) -> None:
+    """Checks what can be checked of a recipe before anything is loaded.
+
+    Raises:
+        ValueError: names the setting, its value and the rule.
+    """
+    kind = strategy_named(recipe.strategy)
+    recipe.check(num_ranks)
+    if recipe.remembers == "stream":
+        return
+    if recipe.remembers not in exemplars.CHOICES:
+        raise ValueError(
+            f"remembers={recipe.remembers!r}: there are stream, {', '.join(exemplars.CHOICES)}"
+        )
+    if issubclass(kind, RehearsalStrategy) and (kind.stores_logits or kind is GDumb):
+        raise ValueError(
+            f"remembers={recipe.remembers!r}: the strategy {recipe.strategy!r} fills its buffer "
+            "from the stream; use remembers='stream'"
+        )
 
 
 @dataclass
@@ -91,26 +128,17 @@ class StepSeconds:
 
     load: float = 0.0
     """Waiting for the loader."""
-    wait: float = 0.0
-    """In the strategy: the exposed time of rehearsal."""
-    train: float = 0.0
-    """Forward, backward, all-reduce, optimiser."""
+    step: float = 0.0
+    """Everything else."""
     num_steps: int = 0
-
-    def means(self) -> dict[str, float]:
-        """Per step."""
-        steps = max(1, self.num_steps)
-        return {"load": self.load / steps, "wait": self.wait / steps, "train": self.train / steps}
 
 
 @dataclass
-class TaskLog:
-    """What is written down task by task."""
+class _Accuracies:
+    """Top-1 and top-5 accuracies on every task."""
 
-    top1: list[list[float]] = field(default_factory=list)
-    top5: list[list[float]] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
-    steps: list[int] = field(default_factory=list)
+    top1: list[float] = field(default_factory=list)
+    top5: list[float] = field(default_factory=list)
 
 
 class Trainer:
@@ -123,224 +151,228 @@ class Trainer:
     """
 
     def __init__(self, recipe: Recipe, data: DataSet, device: torch.device) -> None:
-        self.recipe, self.data, self.device = recipe, data, device
         self.rank, self.num_ranks = _rank(), _num_ranks()
-        self.tasks = class_incremental(data, recipe.num_tasks, recipe.class_order)
-        self.strategy: Strategy = strategy_named(recipe.strategy)(recipe, self.num_ranks)
-        self.step_seconds = StepSeconds()
+        self.recipe, self.data, self.device = recipe.on(self.num_ranks), data, device
+        self.tasks = scenario_of(data, recipe)
+        self.seconds = StepSeconds()
         self.log = TaskLog()
-        self.mean, self.std = (
-            torch.tensor(values, device=device).view(-1, 1, 1) * 255
-            for values in (data.mean, data.std)
-        )
+        self.optimiser: torch.optim.Optimizer | None = None
+        self.scaler = torch.amp.GradScaler(device.type, enabled=recipe.amp == "float16")
         self.start_afresh()
+        self.strategy = strategy_of(
+            self.recipe,
+            self.rank,
+            self.num_ranks,
+            num_train_samples=len(data.train),
+            num_classes=data.num_classes,
+            criterion=self._criterion(),
+        )
 
     def train(self) -> Results:
         """Trains on all tasks, one after another."""
         at_start = self.evaluate()
-        num_steps = sum(
-            self.recipe.epochs * self.steps_per_epoch(self.training_indices(number))
-            for number in range(len(self.tasks))
-        )
+        num_steps = sum(self.num_steps(number) for number in range(len(self.tasks)))
         with ProgressBar(self.recipe.strategy, num_steps, visible=self.rank == 0) as bar:
             for number, task in enumerate(self.tasks):
                 bar.describe(f"task {number + 1} of {len(self.tasks)}: {task.name}")
-                if self.strategy.restarts:
-                    self.start_afresh()
-                began, steps_before = time.perf_counter(), self.step_seconds.num_steps
+                began, steps_before = time.perf_counter(), self.seconds.num_steps
                 self.train_task(number, bar)
                 self.log.seconds.append(time.perf_counter() - began)
-                self.log.steps.append(self.step_seconds.num_steps - steps_before)
+                self.log.steps.append(self.seconds.num_steps - steps_before)
                 bar.describe("evaluating")
-                for rows, row in zip((self.log.top1, self.log.top5), self.evaluate(), strict=True):
-                    rows.append(row)
-        return self.results(*at_start)
+                accuracies = self.evaluate()
+                self.log.top1.append(accuracies.top1)
+                self.log.top5.append(accuracies.top5)
+        return results_of(
+            self.recipe,
+            self.tasks,
+            self.log,
+            at_start=(at_start.top1, at_start.top5),
+            load_seconds=self.seconds.load,
+            step_seconds=self.seconds.step,
+            num_steps=self.seconds.num_steps,
+            buffer=self.strategy.stats(),
+            model=self.network.model,
+            device=self.device,
+            num_ranks=self.num_ranks,
+        )
 
     def start_afresh(self) -> None:
         """Makes the untrained model, the same on every rank."""
         torch.manual_seed(self.recipe.seed)
-        self.model = models.build(
-            self.recipe.model, self.data.num_classes, self.data.image_shape
-        ).to(self.device)
-        self.parallel = (
-            DistributedDataParallel(
-                self.model, device_ids=[self.device] if self.device.type == "cuda" else None
-            )
-            if self.num_ranks > 1
-            else self.model
+        self.network = Network(self.recipe, self.data, self.device, self.num_ranks)
+        # Augmentation and dropout shall differ between ranks.
+        torch.manual_seed(
+            int(np.random.SeedSequence([self.recipe.seed, self.rank]).generate_state(1)[0])
         )
+        self.optimiser = None
 
     def train_task(self, number: int, bar: ProgressBar) -> None:
-        """Trains on one task, for all its epochs."""
-        recipe = self.recipe
-        indices = self.training_indices(number)
-        optimiser = torch.optim.SGD(
-            self.model.parameters(),
+        """Trains on one task, for all its epochs; then remembers it."""
+        self.strategy.begin_task(number, self.tasks[number].classes)
+        if isinstance(self.strategy, GDumb):
+            for images, labels in self.batches(number, 1):
+                self.strategy.observe(images, labels)
+        if self.strategy.restarts:
+            self.start_afresh()
+        if self.optimiser is None or not self.recipe.keeps_optimiser:
+            self.optimiser = self.new_optimiser()
+        self.network.train()
+        num_steps = self.num_steps(number)
+        steps_per_epoch = self.steps_per_epoch(number)
+        batches = self.batches(number, -(-num_steps // max(1, steps_per_epoch)))
+        for step in range(num_steps):
+            if step % steps_per_epoch == 0:
+                self.begin_epoch()
+            factor = self.recipe.learning_rate_factor(step / steps_per_epoch, 1 / steps_per_epoch)
+            for group in self.optimiser.param_groups:
+                group["lr"] = self.recipe.learning_rate * factor
+            began = time.perf_counter()
+            images, labels = next(batches)
+            loaded = time.perf_counter()
+            self.optimiser.zero_grad(set_to_none=True)
+            self.strategy.backward(self.network, images, labels, self._backward)
+            self.scaler.step(self.optimiser)
+            self.scaler.update()
+            self.seconds.load += loaded - began
+            self.seconds.step += time.perf_counter() - loaded
+            self.seconds.num_steps += 1
+            bar.advance()
+        if self.recipe.remembers != "stream" and isinstance(self.strategy, RehearsalStrategy):
+            self.remember(number, self.strategy)
+
+    def begin_epoch(self) -> None:
+        """Measures what the sampling policy goes by, if it goes by anything."""
+        if self.recipe.sampling == "grasp" and isinstance(self.strategy, RehearsalStrategy):
+            self.strategy.buffer.measure_distances(lambda batch: self.network.features(batch[0]))
+
+    def new_optimiser(self) -> torch.optim.Optimizer:
+        """The recipe's optimiser for the model as it is."""
+        recipe, parameters = self.recipe, self.network.model.parameters()
+        if recipe.optimiser == "adam":
+            return torch.optim.Adam(
+                parameters, lr=recipe.learning_rate, weight_decay=recipe.weight_decay
+            )
+        return torch.optim.SGD(
+            parameters,
             lr=recipe.learning_rate,
             momentum=recipe.momentum,
             weight_decay=recipe.weight_decay,
         )
-        steps_per_epoch = self.steps_per_epoch(indices)
-        scaler = torch.amp.GradScaler(self.device.type, enabled=recipe.amp == "float16")
-        self.parallel.train()
-        for epoch in range(recipe.epochs):
-            batches = self.batches(indices, number, epoch)
-            for step in range(steps_per_epoch):
-                factor = recipe.learning_rate_factor(epoch + (step + 1) / steps_per_epoch)
-                for group in optimiser.param_groups:
-                    group["lr"] = recipe.learning_rate * factor
-                began = time.perf_counter()
-                batch = next(batches)
-                images, labels = (leaf.to(self.device, non_blocking=True) for leaf in batch)
-                loaded = time.perf_counter()
-                images, labels = self.strategy.augment(images, labels)
-                augmented = time.perf_counter()
-                optimiser.zero_grad(set_to_none=True)
-                with self.autocast():
-                    loss = nn.functional.cross_entropy(self.parallel(self.normal(images)), labels)
-                scaler.scale(loss).backward()
-                scaler.step(optimiser)
-                scaler.update()
-                self.step_seconds.load += loaded - began
-                self.step_seconds.wait += augmented - loaded
-                self.step_seconds.train += time.perf_counter() - augmented
-                self.step_seconds.num_steps += 1
-                bar.advance()
 
-    def evaluate(self) -> tuple[list[float], list[float]]:
-        """Top-1 and top-5 accuracy on every task, each sample counted once over all ranks."""
+    def training_images(self, number: int) -> TaskImages | None:
+        """The samples that the strategy trains on when a task has come; None: no training yet."""
+        tasks = self.strategy.training_tasks(self.tasks, number)
+        return TaskImages(self.data.train, tasks) if tasks else None
+
+    def num_steps(self, number: int) -> int:
+        """The steps that the strategy trains for when a task has come."""
+        if self.recipe.iterations is not None:
+            return self.recipe.iterations * len(self.strategy.training_tasks(self.tasks, number))
+        return self.recipe.epochs * self.steps_per_epoch(number)
+
+    def steps_per_epoch(self, number: int) -> int:
+        """Full global mini-batches in one pass; what is left over comes another epoch."""
+        if isinstance(self.strategy, GDumb):  # a pass over what the buffer can hold by then
+            num_seen = sum(len(task.train_indices) for task in self.tasks[: number + 1])
+            num_held = min(num_seen, self.recipe.num_stored(len(self.data.train)))
+            return max(1, num_held // self.recipe.global_num_representatives)
+        images = self.training_images(number)
+        return 0 if images is None else steps_per_pass(len(images), self.recipe.global_batch_size)
+
+    def batches(self, number: int, num_passes: int) -> Iterator[Batch]:
+        """This rank's mini-batches in some passes over the training samples of a task."""
+        images = self.training_images(number)
+        if images is None:
+            return
+        size, seed = self.recipe.global_batch_size, self.recipe.seed
+        positions = (
+            positions
+            for each in range(num_passes)
+            for positions in positions_of_pass(
+                len(images), size, (seed, number, each), self.rank, self.num_ranks
+            )
+        )
+        yield from load_batches(images, positions, self.recipe.num_workers, self.device)
+
+    def remember(self, number: int, strategy: RehearsalStrategy) -> None:
+        """Fills the buffer with exemplars of the task that has ended."""
+        recipe, device = self.recipe, self.device
+        images = TaskImages(self.data.train, self.tasks[number : number + 1])
+        seen = {label for task in self.tasks[: number + 1] for label in task.classes}
+        num_sharing = self.data.num_classes if recipe.fixed_shares else len(seen)
+        hands = exemplars.deal(
+            exemplars.choose(
+                recipe.remembers,
+                images.labels,
+                recipe.num_stored(len(self.data.train)) // num_sharing,
+                np.random.default_rng([recipe.seed, number, EXEMPLARS]),
+                lambda positions: exemplars.features_over_ranks(
+                    positions,
+                    images,
+                    self.network.features,
+                    self.rank,
+                    self.num_ranks,
+                    recipe.num_workers,
+                    device,
+                ),
+            ),
+            self.num_ranks,
+        )
+        exemplars.store(strategy, images, hands, self.rank, recipe.num_workers, device)
+
+    @torch.no_grad()
+    def evaluate(self) -> _Accuracies:
+        """Accuracy on every task, each sample counted once over all ranks."""
         correct = torch.zeros(len(self.tasks), 2, dtype=torch.int64)
-        self.parallel.eval()
-        with torch.no_grad(), self.autocast():
-            for number, task in enumerate(self.tasks):
-                mine = task.test_indices[self.rank :: self.num_ranks]
-                batches = np.array_split(mine, -(-len(mine) // EVALUATION_BATCH_SIZE) or 1)
-                for batch in self.loader(self.data.test, [b for b in batches if len(b)]):
-                    images, labels = (leaf.to(self.device) for leaf in batch)
-                    logits = self.model(self.normal(images))
-                    correct[number] += metrics.top_k_correct(logits, labels, (1, 5)).cpu()
+        mask = self._task_mask()
+        self.network.eval()
+        images_of_tasks = TaskImages(self.data.test, self.tasks, testing=True)
+        parts = self._positions_for_evaluation()
+        batches = load_batches(
+            images_of_tasks, (part for _, part in parts), self.recipe.num_workers, self.device
+        )
+        for (number, _), (images, labels) in zip(parts, batches, strict=True):
+            logits = self.network(images)
+            if mask is not None:
+                logits = logits.masked_fill(~mask[labels], -torch.inf)
+            correct[number] += metrics.top_k_correct(logits, labels, (1, 5)).cpu()
         if self.num_ranks > 1:
             dist.all_reduce(correct)
         sizes = torch.tensor([[max(1, len(task.test_indices))] for task in self.tasks])
-        top1, top5 = (correct / sizes).T.tolist()
-        return top1, top5
+        return _Accuracies(*(correct / sizes).T.tolist())
 
-    def training_indices(self, number: int) -> NDArray[np.int64]:
-        """The samples that the strategy trains on in a task."""
-        tasks = self.strategy.training_tasks(self.tasks[: number + 1])
-        return np.concatenate([task.train_indices for task in tasks])
-
-    def steps_per_epoch(self, indices: NDArray[np.int64]) -> int:
-        """Full global mini-batches; what is left over comes another epoch.
-
-        Raises:
-            ValueError: not even one.
-        """
-        if len(indices) < self.recipe.global_batch_size:
-            raise ValueError(
-                f"a task has {len(indices)} training samples, fewer than "
-                f"global_batch_size={self.recipe.global_batch_size}: take a smaller one"
-            )
-        return len(indices) // self.recipe.global_batch_size
-
-    def batches(self, indices: NDArray[np.int64], task: int, epoch: int) -> Iterator[Batch]:
-        """This rank's mini-batches of one epoch.
-
-        The global mini-batches do not depend on the number of ranks.
-        """
-        order = np.random.default_rng([self.recipe.seed, task, epoch]).permutation(indices)
-        shape = (self.steps_per_epoch(indices), self.num_ranks, -1)
-        size = self.recipe.global_batch_size
-        mine = order[: shape[0] * size].reshape(shape)[:, self.rank]
-        return iter(self.loader(self.data.train, list(mine)))
-
-    def loader(self, images: LabelledImages, batches: list[NDArray[np.int64]]) -> DataLoader[Batch]:
-        """A loader of given mini-batches."""
-        return DataLoader(
-            images,
-            batch_sampler=[batch.tolist() for batch in batches],
-            collate_fn=_as_it_is,
-            num_workers=self.recipe.num_workers,
-            pin_memory=self.device.type == "cuda",
-        )
-
-    def normal(self, images: Tensor) -> Tensor:
-        """uint8 images to normalised floats."""
-        return (images.float() - self.mean) / self.std
-
-    def autocast(self) -> AbstractContextManager[object]:
-        """Mixed precision, if the recipe asks for it."""
-        if self.recipe.amp == "off":
-            return nullcontext()
-        return torch.autocast(self.device.type, getattr(torch, self.recipe.amp))
-
-    def results(self, top1_at_start: list[float], top5_at_start: list[float]) -> Results:
-        """Everything that ``results.json`` holds."""
-        top1, top5 = np.array(self.log.top1), np.array(self.log.top5)
-        return {
-            "format": 1,
-            "recipe": self.recipe.name,
-            "strategy": self.recipe.strategy,
-            "seed": self.recipe.seed,
-            "world_size": self.num_ranks,
-            "config": asdict(self.recipe),
-            "versions": {
-                "ritornello": ritornello.__version__,
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "numpy": np.__version__,
-            },
-            "machine": {
-                "processor": platform.processor() or platform.machine(),
-                "cores": os.cpu_count(),
-                "device": torch.cuda.get_device_name(self.device)
-                if self.device.type == "cuda"
-                else "CPU",
-            },
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "tasks": [
-                {
-                    "name": task.name,
-                    "classes": list(task.classes),
-                    "train_samples": len(task.train_indices),
-                    "test_samples": len(task.test_indices),
-                }
-                for task in self.tasks
-            ],
-            "top1": self.log.top1,
-            "top5": self.log.top5,
-            "top1_at_start": top1_at_start,
-            "top5_at_start": top5_at_start,
-            "average_top1": metrics.average_accuracy(top1),
-            "average_top5": metrics.average_accuracy(top5),
-            "forgetting": metrics.forgetting(top1),
-            "backward_transfer": metrics.backward_transfer(top1),
-            "forward_transfer": metrics.forward_transfer(top1, np.array(top1_at_start)),
-            "seconds": sum(self.log.seconds),
-            "seconds_per_task": self.log.seconds,
-            "steps_per_task": self.log.steps,
-            "step_seconds": self.step_seconds.means(),
-            "buffer": self.strategy.stats(),
-            "weights_sha256": weights_digest(self.model),
-        }
+    def _positions_for_evaluation(self) -> list[tuple[int, NDArray[np.int64]]]:
+        """This rank's part of each task's test samples, in mini-batches: task, positions."""
+        parts, first = [], 0
+        for number, task in enumerate(self.tasks):
+            end = first + len(task.test_indices)
+            mine = np.arange(first + self.rank, end, self.num_ranks)
+            batches = np.array_split(mine, -(-len(mine) // EVALUATION_BATCH_SIZE) or 1)
+            parts += [(number, batch) for batch in batches if len(batch)]
+            first = end
+        return parts
 
     def close(self) -> None:
         """Gives back what the strategy holds."""
         self.strategy.close()
 
+    def _backward(self, loss: Tensor) -> None:
+        self.scaler.scale(loss).backward()
 
-def weights_digest(model: nn.Module) -> str:
-    """SHA-256 of all weights: equal only if the models are bit-identical."""
-    digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
+    def _criterion(self) -> Criterion:
+        """The loss of a sample; if its task is known, only that task's classes compete."""
+        mask = self._task_mask()
+        if mask is None:
+            return cross_entropy
+        return lambda logits, labels: cross_entropy(
+            logits.masked_fill(~mask[labels], torch.finfo(logits.dtype).min), labels
+        )
 
-
-def _as_it_is(batch: Any) -> Any:
-    """The data sets give whole mini-batches: nothing is left to collate."""
-    return batch
+    def _task_mask(self) -> Tensor | None:
+        if self.recipe.scenario != "task-incremental":
+            return None
+        return task_mask(self.tasks, self.data.num_classes).to(self.device)
 
 
 def _rank() -> int:

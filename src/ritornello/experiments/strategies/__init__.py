@@ -1,17 +1,55 @@
 """Strategies: how the model learns from a stream of tasks. One file, one screen each."""
 
-from ritornello.experiments.strategies.base import Strategy
+from __future__ import annotations
+
+from ritornello import PerClassRandom, RehearsalBuffer, SelectionPolicy
+from ritornello.experiments.config import Recipe
+from ritornello.experiments.strategies.a_gem import AGEM
+from ritornello.experiments.strategies.base import (
+    Criterion,
+    GlobalSizes,
+    RehearsalStrategy,
+    Strategy,
+    cross_entropy,
+)
+from ritornello.experiments.strategies.der import DER
+from ritornello.experiments.strategies.der_plus_plus import DERPlusPlus
+from ritornello.experiments.strategies.er_ace import ERACE
 from ritornello.experiments.strategies.from_scratch import FromScratch
+from ritornello.experiments.strategies.gdumb import GDumb
 from ritornello.experiments.strategies.incremental import Incremental
+from ritornello.experiments.strategies.joint import Joint
 from ritornello.experiments.strategies.rehearsal import Rehearsal
 
 STRATEGIES: dict[str, type[Strategy]] = {
     "incremental": Incremental,
     "rehearsal": Rehearsal,
+    "er-ace": ERACE,
+    "der": DER,
+    "der++": DERPlusPlus,
+    "a-gem": AGEM,
+    "gdumb": GDumb,
     "from-scratch": FromScratch,
+    "joint": Joint,
 }
 
-__all__ = ["STRATEGIES", "FromScratch", "Incremental", "Rehearsal", "Strategy", "strategy_named"]
+__all__ = [
+    "AGEM",
+    "DER",
+    "ERACE",
+    "STRATEGIES",
+    "DERPlusPlus",
+    "FromScratch",
+    "GDumb",
+    "GlobalSizes",
+    "Incremental",
+    "Joint",
+    "Rehearsal",
+    "RehearsalStrategy",
+    "Strategy",
+    "strategy_named",
+    "strategy_of",
+]
 
 
 def strategy_named(name: str) -> type[Strategy]:
@@ -23,3 +61,55 @@ def strategy_named(name: str) -> type[Strategy]:
     if name not in STRATEGIES:
         raise ValueError(f"strategy={name!r}: there are {', '.join(STRATEGIES)}")
     return STRATEGIES[name]
+
+
+def strategy_of(
+    recipe: Recipe,
+    rank: int,
+    num_ranks: int,
+    *,
+    num_train_samples: int,
+    num_classes: int,
+    criterion: Criterion = cross_entropy,
+) -> Strategy:
+    """A recipe's strategy on one rank, with its buffer. Blocks until all ranks have theirs.
+
+    Args:
+        recipe: with sizes of all ranks (``Recipe.on``).
+        rank: this rank.
+        num_ranks: how many there are.
+        num_train_samples: of the whole data set.
+        num_classes: of the whole data set.
+        criterion: the loss of each sample.
+    """
+    kind = strategy_named(recipe.strategy)
+    sizes = GlobalSizes(
+        rank, num_ranks, recipe.global_batch_size, recipe.global_num_representatives
+    )
+    if not issubclass(kind, RehearsalStrategy):
+        return kind(criterion=criterion, sizes=sizes)
+    # Exemplars were chosen already; of a stream, every c-th may do.
+    candidates = recipe.global_num_candidates if recipe.remembers == "stream" else None
+    buffer = RehearsalBuffer(
+        recipe.num_stored(num_train_samples),
+        # The largest part; ranks whose part is smaller leave one out.
+        num_representatives=-(-recipe.global_num_representatives // num_ranks),
+        num_candidates=None if candidates is None else candidates // num_ranks,
+        selection=_selection_of(recipe, num_classes),
+        sampling=recipe.sampling,
+        num_draws=kind.num_draws,
+        seed=recipe.seed,
+    )
+    return kind(
+        buffer,
+        criterion=criterion,
+        sizes=sizes,
+        offers_stream=recipe.remembers == "stream",
+        **kind.options(recipe),
+    )
+
+
+def _selection_of(recipe: Recipe, num_classes: int) -> str | SelectionPolicy:
+    if recipe.selection == "per-class-random" and recipe.fixed_shares:
+        return PerClassRandom(num_classes, shares="fixed")
+    return recipe.selection

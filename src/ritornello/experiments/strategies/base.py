@@ -1,44 +1,133 @@
-"""What the training loop asks of a strategy."""
+"""What all strategies have in common, and what the training loop asks of them."""
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
-from torch import Tensor
+import numpy as np
+import torch
+from torch import Tensor, nn
 
+from ritornello import RehearsalBuffer
 from ritornello.experiments.config import Recipe
-from ritornello.experiments.scenarios import Task
+from ritornello.rounds import rows_of_rank
+
+Criterion = Callable[[Tensor, Tensor], Tensor]
+"""Logits ``[n, num_classes]`` and labels ``[n]`` to one loss per sample, ``[n]``."""
+
+Backward = Callable[[Tensor], None]
+
+Task = TypeVar("Task")
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """The cross-entropy of each sample."""
+    return nn.functional.cross_entropy(logits, labels, reduction="none")
+
+
+@dataclass(frozen=True)
+class GlobalSizes:
+    """The sizes of the global mini-batch, split over the ranks as evenly as possible.
+
+    ``DistributedDataParallel`` averages the ranks' gradients. That is the gradient of the global
+    mini-batch if all ranks have equally many samples, as in most users' loops; with these sizes
+    it is also where they have not, such as 10 samples on 4 ranks.
+    """
+
+    rank: int
+    num_ranks: int
+    num_new: int
+    """``N * b``."""
+    num_past: int
+    """``N * r``; each rank draws as many as the first one, and leaves out what is too much."""
+
+    def own_past(self, num_drawn: int) -> int:
+        """How many of ``num_drawn`` representatives this rank keeps."""
+        return min(num_drawn, rows_of_rank(self.num_past, self.rank, self.num_ranks))
+
+    def global_past(self, num_drawn: int) -> int:
+        """How many all ranks together keep, if each has drawn ``num_drawn``."""
+        parts = (rows_of_rank(self.num_past, i, self.num_ranks) for i in range(self.num_ranks))
+        return sum(min(num_drawn, part) for part in parts)
+
+
+class Past(NamedTuple):
+    """Representatives, as a strategy gets them."""
+
+    images: Tensor
+    labels: Tensor
+    logits: Tensor | None = None
 
 
 class Strategy:
-    """How the model learns.
+    """How the model learns from a stream of tasks.
 
-    The loop asks, task by task and step by step::
+    In any loop, under ``DistributedDataParallel`` or on one process::
 
-        for task in stream:
-            if strategy.restarts: re-initialise the model
-            for images, labels in mini-batches of strategy.training_tasks(tasks so far):
-                images, labels = strategy.augment(images, labels)
-                loss(model(images), labels).backward(); step
+        for images, labels in loader:
+            optimiser.zero_grad()
+            loss = strategy.backward(model, images, labels)  # the gradients are there
+            optimiser.step()
+
+    Loss and gradients are those of the global mini-batch. What is stored are the images as they
+    come: let ``model`` normalise and augment them.
 
     Args:
-        recipe: the settings.
-        num_ranks: over which the recipe's global sizes are split.
+        criterion: the loss of each sample.
+        sizes: of the global mini-batch; None: all ranks have equally many samples.
     """
 
     restarts: ClassVar[bool] = False
     """Whether the model is re-initialised at each task."""
+    rehearses: ClassVar[bool] = False
+    """Whether there is a rehearsal buffer."""
 
-    def __init__(self, recipe: Recipe, num_ranks: int) -> None:
-        """Every rank makes its own."""
+    def __init__(
+        self, *, criterion: Criterion = cross_entropy, sizes: GlobalSizes | None = None
+    ) -> None:
+        self.criterion, self.sizes = criterion, sizes
+        self.task_number = 0
+        self.task_classes: tuple[int, ...] = ()
 
-    def training_tasks(self, tasks_so_far: list[Task]) -> list[Task]:
-        """The tasks whose samples are trained on now; the newest one is last."""
-        return tasks_so_far[-1:]
+    def training_tasks(self, tasks: Sequence[Task], number: int) -> Sequence[Task]:
+        """Of all tasks, those whose samples are trained on when task ``number`` has come."""
+        return tasks[number : number + 1]
 
-    def augment(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """The mini-batch to train on, in place of the given one."""
-        return images, labels
+    def begin_task(self, number: int, classes: Sequence[int] = ()) -> None:
+        """Says that task ``number`` (from 0) begins, and which classes it brings, if known."""
+        self.task_number, self.task_classes = number, tuple(classes)
+
+    def backward(
+        self,
+        model: nn.Module,
+        images: Tensor,
+        labels: Tensor,
+        backward: Backward = Tensor.backward,
+    ) -> Tensor:
+        """Computes the gradients of one step.
+
+        Args:
+            model: maps images to logits.
+            images: ``[b, ...]``.
+            labels: int64 ``[b]``.
+            backward: what is done with a loss to get gradients, such as scaling it before.
+
+        Returns:
+            The loss (of this rank), without gradient.
+        """
+        loss = self.loss(model, images, labels)
+        backward(loss)
+        return loss.detach()
+
+    def loss(self, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+        """The loss of one step; by default that of the new samples alone."""
+        return self.mean_new(self.criterion(model(images), labels))
+
+    def mean_new(self, losses: Tensor) -> Tensor:
+        """The mean over the new samples of all ranks, where DDP averages over the ranks."""
+        return self._mean(losses, self.sizes.num_new if self.sizes else None)
 
     def stats(self) -> dict[str, Any] | None:
         """What the results say about the buffer, if there is one."""
@@ -46,3 +135,103 @@ class Strategy:
 
     def close(self) -> None:
         """Gives back what the strategy holds."""
+
+    def _mean(self, losses: Tensor, num_global: int | None) -> Tensor:
+        if self.sizes is None or num_global is None:
+            return losses.mean() if len(losses) else losses.sum()
+        return losses.sum() * (self.sizes.num_ranks / max(1, num_global))
+
+
+class RehearsalStrategy(Strategy):
+    """A strategy with a rehearsal buffer; each step draws once and offers once.
+
+    Args:
+        buffer: made with the class's ``num_draws``; its samples are (images, labels), or
+            (images, labels, logits) where ``stores_logits``. Closed by ``close``.
+        criterion: the loss of each sample.
+        sizes: see ``Strategy``.
+        offers_stream: whether candidates come from the mini-batches; else the buffer is filled
+            by others, such as with exemplars at a task's end.
+    """
+
+    rehearses: ClassVar[bool] = True
+    num_draws: ClassVar[int] = 1
+    stores_logits: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        buffer: RehearsalBuffer,
+        *,
+        criterion: Criterion = cross_entropy,
+        sizes: GlobalSizes | None = None,
+        offers_stream: bool = True,
+    ) -> None:
+        super().__init__(criterion=criterion, sizes=sizes)
+        self.buffer, self.offers_stream = buffer, offers_stream
+        self._num_past: int | None = None
+        self._dice = np.random.default_rng(sizes.rank if sizes else 0)
+
+    @classmethod
+    def options(cls, recipe: Recipe) -> dict[str, Any]:
+        """The further arguments that a recipe gives."""
+        return {}
+
+    def draw(self) -> list[Past]:
+        """``num_draws`` times ``r`` representatives; an empty list while the buffer is empty."""
+        drawn = self.buffer.draw()
+        if drawn is None:
+            return []
+        return [self._kept(Past(*each)) for each in (drawn if self.num_draws > 1 else [drawn])]
+
+    def offer(self, *leaves: Tensor) -> None:
+        """Offers a mini-batch, and so starts the round that draws for the next step."""
+        self.buffer.offer(leaves if self.offers_stream else tuple(leaf[:0] for leaf in leaves))
+
+    def augment(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The augmented mini-batch: ``draw``, join, ``offer``."""
+        if self.offers_stream and not self._leaves_out:
+            joined = self.buffer.update((images, labels))
+            self._num_past = None
+            if self.sizes is not None:
+                self._num_past = self.sizes.global_past(len(joined[1]) - len(labels))
+            return joined[0], joined[1]
+        past = self.draw()
+        self.offer(images, labels)
+        if not past:
+            self._num_past = 0
+            return images, labels
+        return torch.cat((images, past[0].images)), torch.cat((labels, past[0].labels))
+
+    def mean_past(self, losses: Tensor) -> Tensor:
+        """The mean over the representatives that all ranks have just drawn."""
+        return self._mean(losses, self._num_past)
+
+    def mean_all(self, losses: Tensor) -> Tensor:
+        """The mean over the augmented mini-batches of all ranks."""
+        if self.sizes is None or self._num_past is None:
+            return losses.mean()
+        return self._mean(losses, self.sizes.num_new + self._num_past)
+
+    def stats(self) -> dict[str, Any]:
+        """The buffer's own."""
+        return vars(self.buffer.stats())
+
+    def close(self) -> None:
+        """Closes the buffer."""
+        self.buffer.close()
+
+    @property
+    def _leaves_out(self) -> bool:
+        return self.sizes is not None and self.sizes.num_past % self.sizes.num_ranks != 0
+
+    def _kept(self, past: Past) -> Past:
+        """Without what this rank has drawn too much; at random, as draws come sorted."""
+        if self.sizes is None:
+            return past
+        num_drawn = len(past.labels)
+        self._num_past = self.sizes.global_past(num_drawn)
+        num_kept = self.sizes.own_past(num_drawn)
+        if num_kept == num_drawn:
+            return past
+        kept = torch.from_numpy(self._dice.permutation(num_drawn)[:num_kept])
+        return Past(*(None if leaf is None else leaf[kept.to(leaf.device)] for leaf in past))  # type: ignore[arg-type]

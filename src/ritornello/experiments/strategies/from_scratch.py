@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
-from ritornello.experiments.scenarios import Task
-from ritornello.experiments.strategies.base import Strategy
+from ritornello.experiments.strategies.base import Strategy, Task
 
 
 class FromScratch(Strategy):
@@ -13,6 +13,6 @@ class FromScratch(Strategy):
 
     restarts: ClassVar[bool] = True
 
-    def training_tasks(self, tasks_so_far: list[Task]) -> list[Task]:
+    def training_tasks(self, tasks: Sequence[Task], number: int) -> Sequence[Task]:
         """All tasks so far."""
-        return tasks_so_far
+        return tasks[: number + 1]

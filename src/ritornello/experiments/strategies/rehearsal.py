@@ -1,43 +1,49 @@
 """Experience replay (ER) from the distributed rehearsal buffer.
 
 Source: Bouvier et al., "Efficient Data-Parallel Continual Learning with Asynchronous
-Distributed Rehearsal Buffers" (CCGrid 2024).
+Distributed Rehearsal Buffers" (CCGrid 2024); for one process Chaudhry et al., "On Tiny Episodic
+Memories in Continual Learning" (2019).
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ritornello import RehearsalBuffer
 from ritornello.experiments.config import Recipe
-from ritornello.experiments.strategies.base import Strategy
+from ritornello.experiments.strategies.base import RehearsalStrategy
 
 
-class Rehearsal(Strategy):
-    """Every mini-batch of ``b`` new samples is joined with ``r`` representatives."""
+class Rehearsal(RehearsalStrategy):
+    """Every mini-batch of ``b`` new samples is joined with ``r`` representatives.
 
-    def __init__(self, recipe: Recipe, num_ranks: int) -> None:
-        num_candidates = recipe.global_num_candidates
-        self.buffer = RehearsalBuffer(
-            recipe.capacity,
-            num_representatives=recipe.global_num_representatives // num_ranks,
-            num_candidates=None if num_candidates is None else num_candidates // num_ranks,
-            selection=recipe.selection,
-            seed=recipe.seed,
-        )
+    Args:
+        buffer: of (images, labels).
+        loss_weights: "by-sample": all ``b + r`` count the same; "by-task": in task k the new
+            ones count 1/k and the past ones 1 - 1/k, each together (van de Ven et al. 2022).
+        others: see ``RehearsalStrategy``.
+    """
 
-    def augment(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """The augmented mini-batch; waits only if the last round is still running."""
-        images, labels = self.buffer.update((images, labels))
-        return images, labels
+    def __init__(
+        self, buffer: RehearsalBuffer, *, loss_weights: str = "by-sample", **others: Any
+    ) -> None:
+        super().__init__(buffer, **others)
+        self.loss_weights = loss_weights
 
-    def stats(self) -> dict[str, Any]:
-        """The buffer's own."""
-        return asdict(self.buffer.stats())
+    @classmethod
+    def options(cls, recipe: Recipe) -> dict[str, Any]:
+        """See ``RehearsalStrategy.options``."""
+        return {"loss_weights": recipe.loss_weights}
 
-    def close(self) -> None:
-        """Closes the buffer."""
-        self.buffer.close()
+    def loss(self, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+        """The mean over the augmented mini-batch."""
+        num_new = len(labels)
+        images, labels = self.augment(images, labels)
+        losses = self.criterion(model(images), labels)
+        if self.loss_weights == "by-sample" or len(labels) == num_new:
+            return self.mean_all(losses)
+        weight = 1 / (self.task_number + 1)
+        new, past = losses.split([num_new, len(labels) - num_new])
+        return weight * self.mean_new(new) + (1 - weight) * self.mean_past(past)

@@ -1,0 +1,156 @@
+"""What the command line can change about a recipe."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from ritornello.experiments.config import Recipe
+from ritornello.experiments.recipes import recipe_named
+from ritornello.experiments.sweep import with_changes
+
+Switch = Literal["on", "off"]
+
+
+@dataclass
+class Changes:
+    """Settings to change; what is not given is as in the recipe. Sizes are of all ranks."""
+
+    # The stream.
+    data: str | None = None
+    """An npz file, a folder of images, or where torchvision keeps the data set."""
+    image_size: int | None = None
+    """What images of a folder are resized to and cropped at the centre, in pixels."""
+    scenario: str | None = None
+    """How the data become a stream of tasks: class-incremental, task-incremental,
+    domain-incremental-permuted, domain-incremental-rotated, instance-incremental, blurry or
+    arrivals."""
+    tasks: int | None = None
+    """How many tasks there are."""
+    class_order: Literal["ascending", "by-seed"] | None = None
+    """How classes arrive: in the same order with every seed, or in one that the seed draws."""
+    blur: float | None = None
+    """With --scenario blurry: the share of a task's samples that are of other tasks' classes."""
+    augmentation: str | None = None
+    """Of training images, representatives too: none, crop-flip or resized-crop-flip."""
+
+    # The model.
+    model: str | None = None
+    """mlp, small-cnn, or a model of timm."""
+    dropout: float | None = None
+    """The share of features that each step leaves out, for models that can."""
+    amp: str | None = None
+    """Mixed precision: off, bfloat16 or float16."""
+    compile: Switch | None = None
+    """Whether torch.compile compiles the model: a slow start, then faster steps."""
+    channels_last: Switch | None = None
+    """Memory format of images: faster convolutions on GPUs, above all in mixed precision."""
+
+    # How it learns.
+    epochs: int | None = None
+    """Passes over each task."""
+    iterations: int | None = None
+    """Steps per task, in place of epochs."""
+    batch_size: int | None = None
+    """New samples per step."""
+    optimiser: str | None = None
+    """sgd or adam."""
+    keeps_optimiser: Switch | None = None
+    """Whether momentum and the like go on from task to task."""
+    learning_rate: float | None = None
+    """At its highest: warm-up and milestones are the recipe's."""
+    momentum: float | None = None
+    """Of sgd."""
+    weight_decay: float | None = None
+    """Of all weights."""
+    alpha: float | None = None
+    """DER, DER++: weight of the distance to the logits that the buffer remembers."""
+    beta: float | None = None
+    """DER++: weight of the labels of a second draw."""
+    loss_weights: str | None = None
+    """by-sample, or by-task: in task k new samples count 1/k, past ones 1 - 1/k, together."""
+    remembers: str | None = None
+    """Candidates: stream (all samples), or a task's exemplars: random, herding, closest-to-mean."""
+
+    # The machine.
+    device: str | None = None
+    """auto, cpu or cuda."""
+    workers: int | None = None
+    """Loader processes per rank."""
+
+    def applied_to(self, name: str, **further: Any) -> Recipe:
+        """The recipe with that name and these changes.
+
+        Args:
+            name: of the recipe.
+            further: changes of fields of the recipe; None: not changed.
+
+        Raises:
+            ValueError: there is no such recipe, or two settings contradict each other.
+        """
+        if self.epochs is not None and self.iterations is not None:
+            raise ValueError("--epochs and --iterations: a task has one of the two; leave one out")
+        fields = {
+            "data": "data_path",
+            "tasks": "num_tasks",
+            "batch_size": "global_batch_size",
+            "workers": "num_workers",
+        }
+        given = {fields.get(each, each): value for each, value in vars(self).items()} | further
+        changes = {each: value for each, value in given.items() if value is not None}
+        for each in ("compile", "channels_last", "keeps_optimiser"):
+            if each in changes:
+                changes[each] = changes[each] == "on"
+        if changes.get("class_order") == "ascending":
+            changes["class_order"] = None
+        if self.epochs is not None:
+            changes["iterations"] = None
+        return with_changes(recipe_named(name), **changes)
+
+
+@dataclass
+class BufferChanges:
+    """The buffer of one run."""
+
+    capacity: int | float | None = None
+    """Representatives in the whole buffer; below 1: a fraction of the training samples, as 0.2."""
+    representatives: int | None = None
+    """Past samples added per step."""
+    candidates: int | None = None
+    """Samples offered to the buffer per step, expected."""
+    selection: str | None = None
+    """Who is admitted, and who is replaced: class-balanced, per-class-random,
+    class-balanced-reservoir, grasp, greedy-balanced, first-offered, reservoir or fifo."""
+    sampling: str | None = None
+    """Who is drawn: uniform, class-balanced or grasp."""
+
+    def as_changes(self) -> dict[str, Any]:
+        """Under the names that a recipe's fields have."""
+        return {
+            "capacity": self.capacity,
+            "global_num_representatives": self.representatives,
+            "global_num_candidates": self.candidates,
+            "selection": self.selection,
+            "sampling": self.sampling,
+        }
+
+
+@dataclass
+class Sweep:
+    """What to compare: every combination runs. What is not given is as in the recipe."""
+
+    strategies: Annotated[tuple[str, ...], tyro.conf.arg(aliases=("--strategy",))] = ()
+    """If not given: incremental, the recipe's own, from-scratch."""
+    capacities: Annotated[tuple[int | float, ...], tyro.conf.arg(aliases=("--capacity",))] = ()
+    """Representatives in the whole buffer; below 1: a fraction of the training samples, as 0.2."""
+    representatives: tuple[int, ...] = ()
+    """Past samples added per step."""
+    candidates: tuple[int, ...] = ()
+    """Samples offered to the buffer per step, expected."""
+    selections: Annotated[tuple[str, ...], tyro.conf.arg(aliases=("--selection",))] = ()
+    """Who is admitted, and who is replaced: class-balanced, per-class-random,
+    class-balanced-reservoir, grasp, greedy-balanced, first-offered, reservoir or fifo."""
+    samplings: Annotated[tuple[str, ...], tyro.conf.arg(aliases=("--sampling",))] = ()
+    """Who is drawn: uniform, class-balanced or grasp."""

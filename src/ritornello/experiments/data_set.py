@@ -1,0 +1,97 @@
+"""What a data set is: labelled images for training and for testing.
+
+Images stay uint8 ``[C, H, W]`` everywhere; they become normalised floats on the device, after
+the mini-batch was joined with representatives (``augmentation.py``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset
+
+Batch = tuple[Tensor, Tensor]
+
+
+class LabelledImages(Dataset[Batch]):
+    """A data set that gives whole mini-batches: images ``[b, C, H, W]`` uint8, labels ``[b]``.
+
+    Attributes:
+        labels: int64 ``[n]``, known without reading an image.
+    """
+
+    labels: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        """The number of samples."""
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> Batch:
+        """One sample: image ``[C, H, W]`` and label."""
+        images, labels = self.__getitems__([index])
+        return images[0], labels[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> Batch:
+        """The samples at ``indices``; torch's loaders ask for whole mini-batches by this."""
+        raise TypeError(f"{type(self).__name__} must define __getitems__")
+
+
+class InMemoryImages(LabelledImages):
+    """Images in one array.
+
+    Args:
+        images: uint8 ``[n, C, H, W]``.
+        labels: int64 ``[n]``.
+    """
+
+    def __init__(self, images: NDArray[np.uint8], labels: NDArray[np.int64]) -> None:
+        self.images = torch.from_numpy(np.ascontiguousarray(images))
+        self.labels = labels
+        self._labels = torch.from_numpy(labels)
+
+    def __getitems__(self, indices: Sequence[int]) -> Batch:
+        """See ``LabelledImages``."""
+        index = torch.as_tensor(indices)
+        return self.images[index], self._labels[index]
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """The samples that arrived together, such as those of one day."""
+
+    name: str
+    train_indices: NDArray[np.int64]
+    """Into ``DataSet.train``."""
+    test_indices: NDArray[np.int64]
+    """Into ``DataSet.test``."""
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """A data set for classification."""
+
+    name: str
+    train: LabelledImages
+    test: LabelledImages
+    class_names: tuple[str, ...]
+    mean: tuple[float, ...]
+    """Per channel, of pixels scaled to [0, 1]."""
+    std: tuple[float, ...]
+    arrivals: tuple[Arrival, ...] | None = None
+    """In the order of time; None: nothing is known of when the samples arrived."""
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes there are."""
+        return len(self.class_names)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """``(C, H, W)``."""
+        channels, height, width = self.train[0][0].shape
+        return channels, height, width

@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import ast
+import inspect
+import itertools
+from collections.abc import Iterable
+
+import pytest
+
+from ritornello import sampling, selection
+from ritornello.experiments import augmentation, changes, config, exemplars, scenarios
+from ritornello.experiments.changes import BufferChanges, Changes, Sweep
+from ritornello.experiments.recipes import RECIPES, recipe_named
+
+
+def test_what_is_not_given_is_as_in_the_recipe() -> None:
+    for name, make in RECIPES.items():
+        assert Changes().applied_to(name, **BufferChanges().as_changes()) == make()
+
+
+def test_every_setting_arrives_in_the_recipe() -> None:
+    given = Changes(
+        data="here.npz", image_size=64, scenario="blurry", tasks=2, class_order="by-seed",
+        blur=0.2, augmentation="crop-flip", model="small-cnn", dropout=0.3, amp="bfloat16",
+        compile="on", channels_last="on", iterations=7, batch_size=8, optimiser="adam",
+        keeps_optimiser="on", learning_rate=0.1, momentum=0.2, weight_decay=0.3, alpha=0.4,
+        beta=0.6, loss_weights="by-task", remembers="herding", device="cpu", workers=3,
+    )  # fmt: skip
+    assert {name for name, value in vars(given).items() if value is None} == {"epochs"}
+    buffer = BufferChanges(
+        capacity=0.2, representatives=5, candidates=6, selection="fifo", sampling="grasp"
+    )
+    changed = given.applied_to("mnist", **buffer.as_changes())
+    recipe = recipe_named("mnist")
+    differing = {name for name, value in vars(changed).items() if value != getattr(recipe, name)}
+    assert len(differing) == len(vars(given)) - 1 + len(vars(buffer))
+    assert (changed.num_tasks, changed.capacity, changed.compile) == (2, 0.2, True)
+
+
+def test_epochs_take_the_place_of_iterations() -> None:
+    name = next(name for name, make in RECIPES.items() if make().iterations is not None)
+    changed = Changes(epochs=3).applied_to(name)
+    assert (changed.epochs, changed.iterations) == (3, None)
+    with pytest.raises(ValueError, match="--epochs and --iterations: a task has one of the two"):
+        Changes(epochs=3, iterations=3).applied_to(name)
+
+
+def test_switches_and_orders_can_be_taken_back() -> None:
+    changed = Changes(compile="off", class_order="ascending").applied_to("mnist")
+    assert (changed.compile, changed.class_order) == (False, None)
+
+
+def help_of(kind: type) -> dict[str, str]:
+    """Field to the text below it."""
+    [body] = [
+        node.body
+        for node in ast.parse(inspect.getsource(changes)).body
+        if isinstance(node, ast.ClassDef) and node.name == kind.__name__
+    ]
+    texts = {}
+    for field, text in itertools.pairwise(body):
+        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
+            assert isinstance(field.target, ast.Name)
+            assert isinstance(text.value, ast.Constant)
+            texts[field.target.id] = str(text.value.value)
+    return texts
+
+
+@pytest.mark.parametrize(
+    ("kind", "field", "names"),
+    [
+        (Changes, "scenario", scenarios.SCENARIOS),
+        (Changes, "augmentation", augmentation.AUGMENTATIONS),
+        (Changes, "remembers", exemplars.CHOICES),
+        (Changes, "amp", config.AMP_MODES),
+        (Changes, "optimiser", config.OPTIMISERS),
+        (BufferChanges, "selection", selection.POLICIES),
+        (BufferChanges, "sampling", sampling.POLICIES),
+        (Sweep, "selections", selection.POLICIES),
+        (Sweep, "samplings", sampling.POLICIES),
+    ],
+)
+def test_the_help_names_all_that_there_is(kind: type, field: str, names: Iterable[str]) -> None:
+    words = help_of(kind)[field].replace(",", " ").replace(".", " ").split()
+    assert [name for name in names if name not in words] == []

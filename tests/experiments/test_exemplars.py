@@ -1,0 +1,104 @@
+"""What the buffer gets at a task's end."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from ritornello import RehearsalBuffer
+from ritornello.experiments import exemplars
+from ritornello.experiments.data import load
+from ritornello.experiments.scenarios import class_incremental
+from ritornello.experiments.strategies import Rehearsal
+from ritornello.experiments.stream import TaskImages
+from ritornello.testing import run_ranks, spawn_ranks
+from ritornello.transports import LocalTransport, Transport
+
+LABELS = np.array([4, 7, 4, 4, 7, 4])
+
+
+def features_of(positions: np.ndarray) -> torch.Tensor:
+    """Class 4 has its mean direction at positions 2 and 3, class 7 at position 4."""
+    angles = torch.tensor([0.9, 0.8, 0.5, 0.5, 0.1, 0.1])[torch.from_numpy(positions)]
+    return torch.stack([angles.cos(), angles.sin()], dim=1)
+
+
+@pytest.mark.parametrize("how", exemplars.CHOICES)
+def test_exemplars_of_every_class(how: str) -> None:
+    chosen = exemplars.choose(how, LABELS, 2, np.random.default_rng(0), features_of)
+    assert sorted(chosen) == [4, 7]
+    for label, positions in chosen.items():
+        assert len(set(positions.tolist())) == 2
+        assert (LABELS[positions] == label).all()
+    if how == "closest-to-mean":
+        assert chosen[4].tolist() == [2, 3]
+    if how == "herding":
+        assert chosen[4][0] == 2
+
+
+def test_random_exemplars_need_no_features() -> None:
+    def never(positions: np.ndarray) -> torch.Tensor:
+        raise AssertionError
+
+    exemplars.choose("random", LABELS, 2, np.random.default_rng(0), never)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+def test_all_ranks_together_store_what_one_would(num_ranks: int) -> None:
+    """And keep what is most important, when classes that come later take their shares."""
+    digits = load("digits")
+    tasks = class_incremental(digits, 5)
+    kept: list[Any] = []
+
+    def rank_main(transport: Transport) -> list[bytes]:
+        buffer = RehearsalBuffer(
+            60, num_representatives=2, selection="first-offered", transport=transport
+        )
+        strategy = Rehearsal(buffer, offers_stream=False)
+        for number, task in enumerate(tasks):
+            images = TaskImages(digits.train, [task])
+            num_per_class = 60 // (2 * (number + 1))
+            chosen = exemplars.choose(
+                "random", images.labels, num_per_class, np.random.default_rng(number), features_of
+            )
+            if transport.rank == 0:
+                # By the end each class has six: its first ones.
+                kept.extend(
+                    images.__getitems__(positions[:6].tolist())[0] for positions in chosen.values()
+                )
+            hands = exemplars.deal(chosen, num_ranks)
+            exemplars.store(strategy, images, hands, transport.rank, 0, torch.device("cpu"))
+        stored = [
+            image.numpy().tobytes() for images, _ in buffer.representatives() for image in images
+        ]
+        strategy.close()
+        return stored
+
+    everyone = run_ranks(LocalTransport.connect(num_ranks), rank_main)
+    stored = [image for of_rank in everyone for image in of_rank]
+    expected = [image.numpy().tobytes() for images in kept for image in images]
+    assert sorted(stored) == sorted(expected)
+
+
+def rank_main(rank: int, num_ranks: int) -> torch.Tensor:
+    images = TaskImages(load("digits").train, class_incremental(load("digits"), 5)[:1])
+    positions = np.array([5, 1, 9, 2, 30, 31, 8])
+    return exemplars.features_over_ranks(
+        positions,
+        images,
+        lambda batch: batch.float().flatten(1)[:, :20],
+        rank,
+        num_ranks,
+        0,
+        torch.device("cpu"),
+    )
+
+
+def test_features_are_computed_in_parts_and_gathered() -> None:
+    alone = rank_main(0, 1)
+    assert alone.shape == (7, 20)
+    for gathered in spawn_ranks(3, rank_main, 3):
+        assert torch.equal(gathered, alone)  # type: ignore[arg-type]

@@ -1,0 +1,73 @@
+"""The model as strategies see it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from ritornello.experiments.config import Recipe
+from ritornello.experiments.data import DataSet, load
+from ritornello.experiments.network import Network
+from ritornello.experiments.recipes import recipe_named
+
+
+@pytest.fixture(scope="module")
+def digits() -> DataSet:
+    return load("digits")
+
+
+def network(digits: DataSet, **changes: Any) -> Network:
+    recipe: Recipe = recipe_named("digits", **changes)
+    torch.manual_seed(0)
+    return Network(recipe, digits, torch.device("cpu"), num_ranks=1)
+
+
+def test_stored_images_in_logits_out(digits: DataSet) -> None:
+    images = digits.train.__getitems__(range(7))[0]
+    made = network(digits)
+    logits = made(images)
+    mean, std = (torch.tensor(values)[:, None, None] for values in (digits.mean, digits.std))
+    torch.testing.assert_close(logits, made.model((images.float() / 255 - mean) / std))
+    assert [name for name, _ in made.named_parameters()] == [
+        f"model.{name}" for name, _ in made.model.named_parameters()
+    ]
+
+
+@pytest.mark.parametrize("amp", ["bfloat16", "float16"])
+def test_mixed_precision_gives_float32_logits(digits: DataSet, amp: str) -> None:
+    images = digits.train.__getitems__(range(7))[0]
+    exact, mixed = network(digits)(images), network(digits, amp=amp)(images)
+    assert mixed.dtype == torch.float32
+    assert not torch.equal(exact, mixed)
+    torch.testing.assert_close(exact, mixed, rtol=0.1, atol=0.05)
+
+
+def test_augmentation_in_training_only(digits: DataSet) -> None:
+    images = digits.train.__getitems__(range(7))[0]
+    made = network(digits, augmentation="crop-flip")
+    assert not torch.equal(made(images), made(images))
+    made.eval()
+    assert torch.equal(made(images), made(images))
+    torch.testing.assert_close(made(images), network(digits)(images))
+
+
+def test_features_are_what_the_last_layer_sees(digits: DataSet) -> None:
+    images = digits.train.__getitems__(range(7))[0]
+    made = network(digits, augmentation="crop-flip")
+    features = made.features(images)
+    assert features.shape == (7, 100)
+    assert not features.requires_grad
+    assert made.training
+    made.eval()
+    torch.testing.assert_close(made.model[-1](features), made(images))  # type: ignore[index,operator]
+
+
+def test_channels_last(digits: DataSet) -> None:
+    made = network(digits, model="small-cnn", channels_last=True)
+    first = next(made.model.parameters())
+    assert first.is_contiguous(memory_format=torch.channels_last)
+    images = digits.train.__getitems__(range(7))[0]
+    plain = network(digits, model="small-cnn")(images)
+    torch.testing.assert_close(made(images), plain, rtol=1e-3, atol=1e-4)

@@ -1,0 +1,397 @@
+"""Strategies: what they compute, and that several ranks compute what one would."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ritornello import RehearsalBuffer
+from ritornello.experiments.recipes import recipe_named
+from ritornello.experiments.strategies import (
+    AGEM,
+    DER,
+    ERACE,
+    STRATEGIES,
+    DERPlusPlus,
+    FromScratch,
+    GDumb,
+    GlobalSizes,
+    Incremental,
+    Joint,
+    Rehearsal,
+    RehearsalStrategy,
+    strategy_named,
+    strategy_of,
+)
+from ritornello.experiments.strategies.a_gem import project
+from ritornello.testing import spawn_ranks
+
+
+class Step(NamedTuple):
+    """What one rank trains on in one step."""
+
+    images: Tensor
+    labels: Tensor
+    draws: list[tuple[Tensor, ...]]
+
+
+class ScriptedBuffer:
+    """Gives the draws that a test has written down, and keeps what it is offered."""
+
+    def __init__(self, draws: list[tuple[Tensor, ...]]) -> None:
+        self.draws, self.offered = draws, None
+
+    def draw(self) -> Any:
+        if not self.draws:
+            return None
+        return self.draws if len(self.draws) > 1 else self.draws[0]
+
+    def offer(self, batch: Any) -> None:
+        self.offered = batch
+
+    def update(self, batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        self.offer(batch)
+        if not self.draws:
+            return batch
+        return tuple(torch.cat(pair) for pair in zip(batch, self.draws[0], strict=True))
+
+
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 7), nn.Tanh(), nn.Linear(7, 6)).double()
+
+
+def step_of(kind: type[RehearsalStrategy], num_new: int, num_past: int, seed: int) -> Step:
+    generator = torch.Generator().manual_seed(seed)
+
+    def samples(count: int, with_logits: bool) -> tuple[Tensor, ...]:
+        images = torch.randn(count, 4, generator=generator, dtype=torch.float64)
+        labels = torch.randint(6, (count,), generator=generator)
+        logits = torch.randn(count, 6, generator=generator, dtype=torch.float64)
+        return (images, labels, logits) if with_logits else (images, labels)
+
+    draws = (
+        [samples(num_past, kind.stores_logits) for _ in range(kind.num_draws)] if num_past else []
+    )
+    images, labels = samples(num_new, False)
+    return Step(images, labels, draws)
+
+
+OPTIONS: dict[type[RehearsalStrategy], dict[str, Any]] = {
+    Rehearsal: {},
+    ERACE: {},
+    DER: {"alpha": 0.3, "logits_dtype": torch.float64},
+    DERPlusPlus: {"alpha": 0.3, "beta": 0.7, "logits_dtype": torch.float64},
+    AGEM: {},
+    GDumb: {},
+}
+
+
+def gradients(
+    kind: type[RehearsalStrategy],
+    network: nn.Module,
+    step: Step,
+    sizes: GlobalSizes | None,
+    **options: Any,
+) -> list[Tensor]:
+    """The gradients of one step in the second task."""
+    buffer: Any = ScriptedBuffer(step.draws)
+    strategy = kind(buffer, sizes=sizes, **(OPTIONS[kind] | options))
+    # Of what is drawn too much, the last ones are left out.
+    strategy._dice = SimpleNamespace(permutation=np.arange)  # type: ignore[assignment]
+    strategy.begin_task(0, (0, 1, 2))
+    strategy.begin_task(1, (3, 4, 5))
+    network.zero_grad()
+    strategy.backward(network, step.images, step.labels)
+    return [parameter.grad.clone() for parameter in network.parameters()]
+
+
+def joined(parts: list[Step], kept: list[int]) -> Step:
+    """The global mini-batch of several ranks' steps, of whose draws each keeps so many."""
+    draws = [
+        tuple(
+            torch.cat([leaf[:count] for leaf, count in zip(leaves, kept, strict=True)])
+            for leaves in zip(*draw, strict=True)
+        )
+        for draw in zip(*(part.draws for part in parts), strict=True)
+    ]
+    return Step(
+        torch.cat([part.images for part in parts]),
+        torch.cat([part.labels for part in parts]),
+        draws,
+    )
+
+
+CASES: list[tuple[type[RehearsalStrategy], dict[str, Any]]] = [
+    (Rehearsal, {}),
+    (Rehearsal, {"loss_weights": "by-task"}),
+    (ERACE, {}),
+    (DER, {}),
+    (DERPlusPlus, {}),
+    (AGEM, {}),
+]
+
+SPLITS = {"even": ([4, 4, 4], [3, 3, 3]), "uneven": ([4, 3, 3], [3, 2, 2])}
+"""New samples, and representatives, of each of three ranks; each draws three."""
+
+
+def steps_and_sizes(
+    kind: type[RehearsalStrategy], split: str
+) -> tuple[list[Step], list[GlobalSizes | None]]:
+    new, kept = SPLITS[split]
+    return [step_of(kind, new[rank], 3, rank) for rank in range(3)], [
+        None if split == "even" else GlobalSizes(rank, 3, sum(new), sum(kept)) for rank in range(3)
+    ]
+
+
+def rank_main(rank: int) -> list[list[Tensor]]:
+    """The gradients of every case and split, under DistributedDataParallel."""
+    found = []
+    for kind, options in CASES:
+        for split in SPLITS:
+            steps, sizes = steps_and_sizes(kind, split)
+            network = DistributedDataParallel(model())
+            found.append(gradients(kind, network, steps[rank], sizes[rank], **options))
+    return found
+
+
+@pytest.fixture(scope="module")
+def gradients_of_three_ranks() -> list[list[list[Tensor]]]:
+    everyone: Any = spawn_ranks(3, rank_main)
+    assert all(isinstance(each, list) for each in everyone), everyone
+    return everyone
+
+
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("case", range(len(CASES)), ids=lambda case: CASES[case][0].__name__)
+def test_three_ranks_compute_the_gradients_of_the_global_mini_batch(
+    case: int, split: str, gradients_of_three_ranks: list[list[list[Tensor]]]
+) -> None:
+    """Also where 10 samples and 7 representatives have to be split over 3 ranks."""
+    kind, options = CASES[case]
+    steps, _ = steps_and_sizes(kind, split)
+    expected = gradients(kind, model(), joined(steps, SPLITS[split][1]), None, **options)
+    number = 2 * case + list(SPLITS).index(split)
+    everyone = [of_rank[number] for of_rank in gradients_of_three_ranks]
+    for own in everyone:
+        assert all(torch.equal(a, b) for a, b in zip(own, everyone[0], strict=True))
+        for mine, whole in zip(own, expected, strict=True):
+            torch.testing.assert_close(mine, whole, rtol=1e-12, atol=1e-14)
+
+
+def test_the_mean_of_unequal_means_would_not_be_the_global_mean() -> None:
+    """So the test above can fail."""
+    steps = [step_of(DER, new, past, new) for new, past in ((4, 3), (3, 2))]
+    alone = [gradients(DER, model(), each, None) for each in steps]
+    expected = gradients(DER, model(), joined(steps, [3, 2]), None)
+    assert not torch.allclose((alone[0][0] + alone[1][0]) / 2, expected[0], rtol=1e-3)
+
+
+def reference_loss(kind: type[RehearsalStrategy], step: Step) -> Tensor:
+    """The losses as the papers write them."""
+    network, cross_entropy = model(), nn.functional.cross_entropy
+    new = network(step.images)
+    if kind is Rehearsal:
+        images, labels = (torch.cat((a, b)) for a, b in zip(step[:2], step.draws[0], strict=True))
+        return cross_entropy(network(images), labels)
+    if kind is ERACE:
+        new = torch.cat((torch.full_like(new[:, :3], -1e300), new[:, 3:]), dim=1)
+        past_images, past_labels = step.draws[0]
+        return cross_entropy(new, step.labels) + cross_entropy(network(past_images), past_labels)
+    loss = cross_entropy(new, step.labels)
+    loss = loss + 0.3 * nn.functional.mse_loss(network(step.draws[0][0]), step.draws[0][2])
+    if kind is DERPlusPlus:
+        images, labels, _ = step.draws[1]
+        loss = loss + 0.7 * cross_entropy(network(images), labels)
+    return loss
+
+
+@pytest.mark.parametrize("kind", [Rehearsal, ERACE, DER, DERPlusPlus])
+def test_losses_are_those_of_the_papers(kind: type[RehearsalStrategy]) -> None:
+    step = step_of(kind, 5, 4, 1)
+    if kind is ERACE:
+        step = step._replace(labels=step.labels % 3 + 3)
+    buffer: Any = ScriptedBuffer(step.draws)
+    strategy = kind(buffer, **OPTIONS[kind])
+    strategy.begin_task(0, (0, 1, 2))
+    strategy.begin_task(1, (3, 4, 5))
+    loss = strategy.loss(model(), step.images, step.labels)
+    torch.testing.assert_close(loss, reference_loss(kind, step))
+    offered = buffer.offered
+    assert torch.equal(offered[0], step.images)
+    assert torch.equal(offered[1], step.labels)
+    if kind.stores_logits:
+        torch.testing.assert_close(offered[2], model()(step.images).detach())
+        assert not offered[2].requires_grad
+
+
+@pytest.mark.parametrize("kind", [Rehearsal, ERACE, DER, DERPlusPlus, AGEM])
+def test_while_the_buffer_is_empty_only_new_samples_count(kind: type[RehearsalStrategy]) -> None:
+    step = step_of(kind, 5, 0, 1)
+    buffer: Any = ScriptedBuffer([])
+    strategy = kind(buffer, **OPTIONS[kind])
+    strategy.begin_task(0, (0, 1, 2, 3, 4, 5))
+    network = model()
+    loss = strategy.backward(network, step.images, step.labels)
+    plain = nn.functional.cross_entropy(model()(step.images), step.labels)
+    torch.testing.assert_close(loss, plain.detach())
+
+
+def test_rehearsal_by_task_weighs_new_and_past() -> None:
+    step = step_of(Rehearsal, 6, 3, 4)
+    buffer: Any = ScriptedBuffer(step.draws)
+    strategy = Rehearsal(buffer, loss_weights="by-task")
+    strategy.begin_task(3)  # the fourth
+    loss = strategy.loss(model(), step.images, step.labels)
+    new = nn.functional.cross_entropy(model()(step.images), step.labels)
+    past = nn.functional.cross_entropy(model()(step.draws[0][0]), step.draws[0][1])
+    torch.testing.assert_close(loss, new / 4 + past * 3 / 4)
+
+
+def test_a_gem_takes_out_what_points_against_the_past() -> None:
+    gradient, past = torch.tensor([[3.0, -1.0]]), torch.tensor([[0.0, 2.0]])
+    missing: list[Tensor | None] = [None]
+    gradients = [gradient.clone(), *missing]
+    project(gradients, [past, *missing])
+    assert gradients[0].tolist() == [[3.0, 0.0]]
+    gradients = [-gradient]
+    project(gradients, [past])  # does not point against it
+    assert gradients[0].tolist() == [[-3.0, 1.0]]
+    project([None], [None])
+
+
+def test_a_gem_step_does_not_raise_the_loss_on_the_past() -> None:
+    for seed in range(20):
+        step = step_of(AGEM, 5, 4, seed)
+        network = model()
+        own = gradients(AGEM, network, step, None)
+        images, labels = step.draws[0]
+        past = nn.functional.cross_entropy(network(images), labels)
+        reference = torch.autograd.grad(past, list(network.parameters()))
+        along = sum((a * b).sum() for a, b in zip(own, reference, strict=True))
+        assert along > -1e-12
+
+
+def test_gdumb_learns_from_draws_alone() -> None:
+    step = step_of(GDumb, 5, 4, 2)
+    buffer: Any = ScriptedBuffer(step.draws)
+    strategy = GDumb(buffer)
+    strategy.observe(step.images, step.labels)
+    assert torch.equal(buffer.offered[0], step.images)
+    loss = strategy.backward(model(), step.images, step.labels)
+    assert len(buffer.offered[0]) == 0
+    images, labels = step.draws[0]
+    torch.testing.assert_close(loss, nn.functional.cross_entropy(model()(images), labels).detach())
+    empty: Any = ScriptedBuffer([])
+    with pytest.raises(RuntimeError, match="GDumb: the buffer is empty: let it observe a task"):
+        GDumb(empty).loss(model(), step.images, step.labels)
+
+
+def test_er_ace_needs_classes() -> None:
+    buffer: Any = ScriptedBuffer([])
+    with pytest.raises(ValueError, match="ER-ACE: begin_task needs the classes"):
+        ERACE(buffer).begin_task(0)
+
+
+def test_which_tasks_are_trained_on() -> None:
+    tasks = ["a", "b", "c"]
+    seen = [
+        ["".join(kind().training_tasks(tasks, number)) for number in range(3)]
+        for kind in (Incremental, FromScratch, Joint)
+    ]
+    assert seen == [["a", "b", "c"], ["a", "ab", "abc"], ["", "", "abc"]]
+    assert FromScratch.restarts
+    assert GDumb.restarts
+    assert not Incremental.restarts
+
+
+def test_what_a_rank_keeps_of_an_uneven_draw_is_random_and_adds_up() -> None:
+    sizes = [GlobalSizes(rank, 4, 10, 10) for rank in range(4)]
+    assert [each.own_past(3) for each in sizes] == [3, 3, 2, 2]
+    assert [each.global_past(3) for each in sizes] == [10] * 4
+    assert [each.own_past(1) for each in sizes] == [1] * 4
+    assert sizes[0].global_past(1) == 4
+    counts = np.zeros(3)
+    buffer: Any = ScriptedBuffer([(torch.arange(3.0), torch.arange(3))])
+    strategy = Rehearsal(buffer, sizes=sizes[3])
+    for _ in range(600):
+        kept = strategy.draw()[0].labels
+        assert len(kept) == 2
+        counts[kept.numpy()] += 1
+    assert np.all(np.abs(counts - 400) < 60)
+
+
+def batches(num_steps: int) -> Iterator[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(3)
+    for _ in range(num_steps):
+        labels = torch.randint(6, (8,), generator=generator)
+        images = (
+            torch.randn(8, 4, generator=generator) + 2 * nn.functional.one_hot(labels, 6)[:, :4]
+        )
+        yield images, labels
+
+
+@pytest.mark.parametrize("name", ["rehearsal", "er-ace", "der", "der++", "a-gem"])
+def test_in_a_loop_of_ones_own(name: str) -> None:
+    """With a real buffer, as the documentation shows it."""
+    kind: Any = strategy_named(name)
+    options = {key: value for key, value in OPTIONS[kind].items() if key != "logits_dtype"}
+    torch.manual_seed(0)
+    network = nn.Linear(4, 6)
+    optimiser = torch.optim.SGD(network.parameters(), lr=0.3)
+    buffer = RehearsalBuffer(50, num_representatives=4, num_draws=kind.num_draws)
+    strategy = kind(buffer, **options)
+    strategy.begin_task(0, range(6))
+    losses = []
+    for images, labels in batches(120):
+        optimiser.zero_grad()
+        losses.append(float(strategy.backward(network, images, labels)))
+        optimiser.step()
+    strategy.close()
+    assert np.mean(losses[-20:]) < 0.8 * np.mean(losses[:5])
+
+
+def test_half_precision_logits_are_stored_as_such() -> None:
+    buffer = RehearsalBuffer(20, num_representatives=2)
+    strategy = DER(buffer, alpha=0.5, logits_dtype=torch.float16)
+    for images, labels in batches(3):
+        strategy.backward(nn.Linear(4, 6), images, labels)
+    drawn = strategy.draw()[0].logits
+    assert drawn is not None
+    assert drawn.dtype == torch.float16
+    strategy.close()
+
+
+def test_unknown_strategies() -> None:
+    with pytest.raises(ValueError, match="strategy='magic': there are incremental, rehearsal"):
+        strategy_named("magic")
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_every_strategy_is_made_from_a_recipe(name: str) -> None:
+    recipe = recipe_named("digits", strategy=name, alpha=0.25, beta=0.75)
+    strategy = strategy_of(recipe, 0, 1, num_train_samples=1000, num_classes=10)
+    assert type(strategy) is STRATEGIES[name]
+    assert (strategy.stats() is not None) == strategy.rehearses
+    if isinstance(strategy, DERPlusPlus):
+        assert (strategy.alpha, strategy.beta) == (0.25, 0.75)
+    strategy.close()
+
+
+def test_a_copy_of_the_model_is_left_alone() -> None:
+    """A strategy changes gradients, never weights."""
+    step = step_of(DERPlusPlus, 5, 4, 2)
+    network = model()
+    before = copy.deepcopy(network.state_dict())
+    gradients(DERPlusPlus, network, step, None)
+    assert all(torch.equal(before[name], value) for name, value in network.state_dict().items())
+    assert not dist.is_initialized()
