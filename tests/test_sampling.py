@@ -136,6 +136,24 @@ def test_load_is_spread_at_many_ranks() -> None:
     assert 0 < len(plan.send_slots) < 30
 
 
+def test_a_sampling_policy_that_gives_no_array_of_integers() -> None:
+    class Fixed(SamplingPolicy):
+        def draw(self, *_: object) -> np.ndarray:
+            return np.array([[0.0, 1.0]])
+
+    with pytest.raises(ValueError, match="of the kind float64: it must give an array of integers"):
+        plan_draw(np.array([5]), 0, 2, Fixed(), np.random.default_rng(0))
+
+
+def test_a_sampling_policy_that_forgets_to_say_what_it_needs() -> None:
+    class Forgetful(SamplingPolicy):
+        def draw(self, contents: Contents, *_: object) -> np.ndarray:
+            return contents.labels
+
+    with pytest.raises(TypeError, match="give the class needs_labels = True"):
+        plan_draw(np.array([5]), 0, 2, Forgetful(), np.random.default_rng(0))
+
+
 @pytest.mark.parametrize(
     ("indices", "message"),
     [([[0, 1, 2]], r"shape \[1, 3\]"), ([[0, 5]], "from 0 to 5"), ([[-1, 0]], "from -1 to 0")],

@@ -81,6 +81,7 @@ class RehearsalBuffer:
         num_candidates: ``c``, expected per rank and step: each sample of a mini-batch of ``b``
             is a candidate with probability ``min(1, c / b)``. None: every sample is.
         selection: who is admitted and replaced: "class-balanced", "per-class-random",
+            "class-balanced-reservoir", "grasp", "greedy-balanced", "first-offered",
             "reservoir", "fifo", or a ``SelectionPolicy``.
         label: which leaf of a sample is the class label: an index or key, or a tuple of them
             for a nested leaf; None for policies that need none. One integer per sample.
@@ -201,6 +202,11 @@ class RehearsalBuffer:
         self._failure: RoundError | None = None
         self._seconds_waited = self._seconds_joining = self._seconds_offering = 0.0
 
+    @property
+    def num_draws(self) -> int:
+        """Draws per step."""
+        return self._num_draws
+
     def update(self, batch: Batch) -> Batch:
         """Adds representatives to a mini-batch, and offers the mini-batch to the buffer.
 
@@ -301,10 +307,17 @@ class RehearsalBuffer:
             batch_size: samples at a time; the last batch may be smaller.
 
         Raises:
+            ValueError: ``batch_size`` is below 1.
+            RuntimeError: the buffer went on meanwhile.
             PeerLostError, RoundError, BufferClosedError: see ``update``.
         """
         self._check_open("representatives")
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size}: it must be at least 1")
         self._settle()
+        return self._read(batch_size)
+
+    def _read(self, batch_size: int) -> Iterator[Batch]:
         num_rounds = self._rounds.num_rounds
         for first in range(0, self._rounds.num_held, batch_size):
             if self._rounds.num_rounds != num_rounds:

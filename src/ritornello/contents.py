@@ -24,11 +24,17 @@ class Contents:
     Args:
         sizes: int64 ``[num_ranks]``, representatives in each shard.
         rows_per_rank: int64 ``[num_ranks]``, room in each shard, if labels are to be known.
+
+    Attributes:
+        sizes: int64 ``[num_ranks]``, representatives in each shard.
+        num_held: representatives in the whole buffer.
+        num_turns: what a policy that takes turns may count, as all ranks do.
     """
 
     def __init__(self, sizes: Ints, rows_per_rank: Ints | None = None) -> None:
         self.sizes = sizes
         self.num_held = int(sizes.sum())
+        self.num_turns = 0
         if rows_per_rank is not None:
             num_places = int(rows_per_rank.sum())
             self._ends = rows_per_rank.cumsum()
@@ -42,8 +48,13 @@ class Contents:
 
     @property
     def labels(self) -> Ints:
-        """int64 ``[num_held]``, by global index. Only for policies with ``needs_labels``."""
-        return self._labels[self._used_places()]
+        """int64 ``[num_held]``, by global index.
+
+        Raises:
+            TypeError: the sampling policy has not said that it needs labels.
+        """
+        used = self._used_places()
+        return self._labels[used]
 
     @property
     def distances(self) -> Floats:
@@ -52,7 +63,8 @@ class Contents:
         NaN where not measured since the representative was admitted; see
         ``RehearsalBuffer.measure_distances``.
         """
-        return self._distances[self._used_places()]
+        used = self._used_places()
+        return self._distances[used]
 
     @property
     def class_labels(self) -> list[int]:
@@ -113,6 +125,11 @@ class Contents:
             self._positions[last] = position
 
     def _used_places(self) -> slice | Ints:
+        if not hasattr(self, "_labels"):
+            raise TypeError(
+                "labels and distances are only known to sampling policies that say so: give the "
+                "class needs_labels = True"
+            )
         if self.num_held == len(self._labels):
             return slice(None)
         return np.concatenate(

@@ -1,9 +1,9 @@
 """Rounds: one step's work on the buffer. Admit, plan, exchange, stage.
 
 Round ``k`` admits the candidates of the k-th mini-batch (with ``rounds_per_exchange`` of several
-mini-batches) to this rank's shard, then draws the
-representatives for the next mini-batch out of all shards. Everything random in it comes from
-streams keyed by ``k``, so its result does not depend on when it runs.
+mini-batches) to this rank's shard, then draws the representatives for the next one out of all
+shards. Everything random in it comes from streams keyed by ``k``, so its result does not depend
+on when it runs.
 """
 
 from __future__ import annotations

@@ -128,16 +128,13 @@ class GraspSampling(SamplingPolicy):
 
     EPSILON = 1e-7
 
-    def __init__(self) -> None:
-        self._turn = 0
-
     def draw(
         self, contents: Contents, num_ranks: int, num_drawn: int, generator: np.random.Generator
     ) -> Ints:
         """See ``SamplingPolicy.draw``. Also raises the distances of what was drawn."""
         labels = contents.class_labels
-        turns = (self._turn + np.arange(num_ranks * num_drawn)) % len(labels)
-        self._turn = int(turns[-1]) + 1
+        turns = (contents.num_turns + np.arange(num_ranks * num_drawn)) % len(labels)
+        contents.num_turns = int(turns[-1]) + 1
         drawn = np.empty(len(turns), dtype=np.int64)
         for number in np.unique(turns).tolist():
             own = np.flatnonzero(turns == number)
@@ -343,6 +340,12 @@ def plans_of_draws(draws: Ints, sizes: Ints, rank: int) -> list[Plan]:
 
 
 def _check_draw(drawn: Ints, num_ranks: int, num_drawn: int, num_held: int) -> None:
+    if not isinstance(drawn, np.ndarray) or not np.issubdtype(drawn.dtype, np.integer):
+        kind = getattr(drawn, "dtype", type(drawn).__name__)
+        raise ValueError(
+            f"the sampling policy gave indices of the kind {kind}: it must give an array of "
+            "integers"
+        )
     if drawn.shape != (num_ranks, num_drawn) or drawn.min() < 0 or drawn.max() >= num_held:
         raise ValueError(
             f"the sampling policy gave indices of the shape {list(drawn.shape)}, from "

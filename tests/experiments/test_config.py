@@ -28,6 +28,7 @@ def test_the_schedule_of_the_learning_rate() -> None:
         ({"capacity": 1.5}, "capacity=1.5: it must be at least 1, or a fraction"),
         ({"alpha": -0.1}, "alpha=-0.1: it must not be negative"),
         ({"blur": 1.0}, "blur=1.0: it must be from 0 to below 1"),
+        ({"global_num_representatives": 3}, "global_num_representatives=3: it must be at least"),
         ({"global_batch_size": 3}, "global_batch_size=3: it must be at least the number of ranks"),
         ({"global_num_candidates": 2}, "global_num_candidates=2 does not .*; take 4, or another"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -20,10 +21,11 @@ from ritornello.transports import LocalTransport, Transport
 LABELS = np.array([4, 7, 4, 4, 7, 4])
 
 
-def features_of(positions: np.ndarray) -> torch.Tensor:
+def features_of(classes: list[np.ndarray]) -> Iterator[torch.Tensor]:
     """Class 4 has its mean direction at positions 2 and 3, class 7 at position 4."""
-    angles = torch.tensor([0.9, 0.8, 0.5, 0.5, 0.1, 0.1])[torch.from_numpy(positions)]
-    return torch.stack([angles.cos(), angles.sin()], dim=1)
+    for positions in classes:
+        angles = torch.tensor([0.9, 0.8, 0.5, 0.5, 0.1, 0.1])[torch.from_numpy(positions)]
+        yield torch.stack([angles.cos(), angles.sin()], dim=1)
 
 
 @pytest.mark.parametrize("how", exemplars.CHOICES)
@@ -40,7 +42,7 @@ def test_exemplars_of_every_class(how: str) -> None:
 
 
 def test_random_exemplars_need_no_features() -> None:
-    def never(positions: np.ndarray) -> torch.Tensor:
+    def never(classes: list[np.ndarray]) -> Iterator[torch.Tensor]:
         raise AssertionError
 
     exemplars.choose("random", LABELS, 2, np.random.default_rng(0), never)
@@ -83,22 +85,24 @@ def test_all_ranks_together_store_what_one_would(num_ranks: int) -> None:
     assert sorted(stored) == sorted(expected)
 
 
-def rank_main(rank: int, num_ranks: int) -> torch.Tensor:
+def rank_main(rank: int, num_ranks: int) -> list[torch.Tensor]:
     images = TaskImages(load("digits").train, class_incremental(load("digits"), 5)[:1])
-    positions = np.array([5, 1, 9, 2, 30, 31, 8])
-    return exemplars.features_over_ranks(
-        positions,
-        images,
-        lambda batch: batch.float().flatten(1)[:, :20],
-        rank,
-        num_ranks,
-        0,
-        torch.device("cpu"),
+    classes = [np.array([5, 1, 9, 2, 30, 31, 8]), np.array([3]), np.arange(40, 46)]
+    return list(
+        exemplars.features_over_ranks(
+            classes,
+            images,
+            lambda batch: batch.float().flatten(1)[:, :20],
+            rank,
+            num_ranks,
+            0,
+            torch.device("cpu"),
+        )
     )
 
 
 def test_features_are_computed_in_parts_and_gathered() -> None:
     alone = rank_main(0, 1)
-    assert alone.shape == (7, 20)
+    assert [list(each.shape) for each in alone] == [[7, 20], [1, 20], [6, 20]]
     for gathered in spawn_ranks(3, rank_main, 3):
-        assert torch.equal(gathered, alone)  # type: ignore[arg-type]
+        assert all(torch.equal(a, b) for a, b in zip(gathered, alone, strict=True))  # type: ignore[arg-type]

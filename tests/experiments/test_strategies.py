@@ -47,8 +47,9 @@ class Step(NamedTuple):
 class ScriptedBuffer:
     """Gives the draws that a test has written down, and keeps what it is offered."""
 
-    def __init__(self, draws: list[tuple[Tensor, ...]]) -> None:
+    def __init__(self, draws: list[tuple[Tensor, ...]], num_draws: int | None = None) -> None:
         self.draws, self.offered = draws, None
+        self.num_draws = num_draws or max(1, len(draws))
 
     def draw(self) -> Any:
         if not self.draws:
@@ -237,7 +238,7 @@ def test_losses_are_those_of_the_papers(kind: type[RehearsalStrategy]) -> None:
 @pytest.mark.parametrize("kind", [Rehearsal, ERACE, DER, DERPlusPlus, AGEM])
 def test_while_the_buffer_is_empty_only_new_samples_count(kind: type[RehearsalStrategy]) -> None:
     step = step_of(kind, 5, 0, 1)
-    buffer: Any = ScriptedBuffer([])
+    buffer: Any = ScriptedBuffer([], kind.num_draws)
     strategy = kind(buffer, **OPTIONS[kind])
     strategy.begin_task(0, (0, 1, 2, 3, 4, 5))
     network = model()
@@ -369,6 +370,25 @@ def test_half_precision_logits_are_stored_as_such() -> None:
     assert drawn is not None
     assert drawn.dtype == torch.float16
     strategy.close()
+
+
+def test_a_buffer_with_another_number_of_draws() -> None:
+    with (
+        RehearsalBuffer(20, num_representatives=2) as buffer,
+        pytest.raises(ValueError, match="DERPlusPlus needs a buffer with num_draws=2, not 1"),
+    ):
+        DERPlusPlus(buffer, alpha=0.5, beta=0.5)
+
+
+def test_er_ace_never_leaves_out_a_samples_own_class() -> None:
+    """As where borders are blurred, and a class of an earlier task comes again."""
+    buffer: Any = ScriptedBuffer([])
+    strategy = ERACE(buffer)
+    strategy.begin_task(0, (0, 1))
+    strategy.begin_task(1, (2, 3))
+    step = step_of(ERACE, 6, 0, 1)
+    loss = strategy.loss(model(), step.images, torch.tensor([0, 1, 2, 3, 0, 2]))
+    assert 0 < float(loss.detach()) < 10
 
 
 def test_unknown_strategies() -> None:

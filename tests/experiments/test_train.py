@@ -98,6 +98,7 @@ def test_every_strategy_learns(strategy: str) -> None:
     if strategy == "joint":
         assert results["steps_per_task"][:4] == [0, 0, 0, 0]
         assert np.mean(results["top1"][3]) < 0.3
+        assert results["forgetting"] == results["backward_transfer"] == 0.0
 
 
 @pytest.mark.parametrize(
@@ -163,13 +164,30 @@ def test_exemplars_do_not_depend_on_the_ranks() -> None:
     assert set(held["held_per_class"].values()) == {10}
 
 
+def test_gdumb_with_more_to_remember_than_a_task_brings() -> None:
+    results = train.run(quick(strategy="gdumb", capacity=1000, epochs=3))
+    assert results["average_top1"] > 0.85
+    assert min(results["step_seconds"].values()) >= 0
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"remembers": "best"}, "remembers='best': there are stream, random, herding"),
         ({"remembers": "random", "strategy": "der"}, "'der' fills its buffer from the stream"),
         ({"scenario": "none"}, "scenario='none': there are class-incremental"),
-        ({"sampling": "best"}, "sampling='best': there are 'uniform'"),
+        ({"sampling": "best"}, "sampling='best': there are uniform"),
+        ({"selection": "best"}, "selection='best': there are class-balanced"),
+        ({"remembers": "herding"}, "which only selection='first-offered' keeps"),
+        (
+            {
+                "remembers": "random",
+                "capacity": 9,
+                "fixed_shares": True,
+                "global_num_representatives": 4,
+            },
+            "capacity=9: with remembers='random' it must be at least the number of classes",
+        ),
         ({"augmentation": "best"}, "augmentation='best': there are none"),
         ({"global_batch_size": 0}, "global_batch_size=0: it must be at least 1"),
     ],

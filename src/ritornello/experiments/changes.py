@@ -16,7 +16,10 @@ Switch = Literal["on", "off"]
 
 @dataclass
 class Changes:
-    """Settings to change; what is not given is as in the recipe. Sizes are of all ranks."""
+    """Settings to change; what is not given is as in the recipe.
+
+    Sizes are of all ranks together; in recipes that scale with the ranks, of one.
+    """
 
     # The stream.
     data: str | None = None
@@ -35,10 +38,12 @@ class Changes:
     """With --scenario blurry: the share of a task's samples that are of other tasks' classes."""
     augmentation: str | None = None
     """Of training images, representatives too: none, crop-flip or resized-crop-flip."""
+    crop_size: int | None = None
+    """What the model sees, in pixels, where crops are smaller than the images."""
 
     # The model.
     model: str | None = None
-    """mlp, small-cnn, or a model of timm."""
+    """mlp, mlp-400, small-cnn, strided-cnn, cifar-resnet18, or a model of timm."""
     dropout: float | None = None
     """The share of features that each step leaves out, for models that can."""
     amp: str | None = None
@@ -72,7 +77,8 @@ class Changes:
     loss_weights: str | None = None
     """by-sample, or by-task: in task k new samples count 1/k, past ones 1 - 1/k, together."""
     remembers: str | None = None
-    """Candidates: stream (all samples), or a task's exemplars: random, herding, closest-to-mean."""
+    """What the buffer gets: stream (candidates of every step), or a task's exemplars at its end:
+    random, herding, closest-to-mean (the last two with --selection first-offered)."""
 
     # The machine.
     device: str | None = None

@@ -107,7 +107,8 @@ class Recipe:
     its end: see ``exemplars.CHOICES``."""
     selection: str = "class-balanced"
     fixed_shares: bool = False
-    """Of selection="per-class-random": equal shares for all classes that will ever come."""
+    """Equal shares for all classes that will ever come, instead of those so far; of selection
+    policies with class shares, and of exemplars."""
     sampling: str = "uniform"
     logits_dtype: str = "float32"
     """Of stored logits: "float32" or "float16"."""
@@ -183,6 +184,11 @@ class Recipe:
             raise ValueError(
                 f"global_batch_size={sizes.global_batch_size}: it must be at least the number of "
                 f"ranks ({num_ranks}), so that every rank has a sample"
+            )
+        if sizes.global_num_representatives < num_ranks:
+            raise ValueError(
+                f"global_num_representatives={sizes.global_num_representatives}: it must be at "
+                f"least the number of ranks ({num_ranks}), so that every rank draws one"
             )
         candidates = sizes.global_num_candidates
         if candidates is not None and candidates % num_ranks:

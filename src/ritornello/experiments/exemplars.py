@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ def choose(
     labels: Ints,
     num_per_class: int,
     generator: np.random.Generator,
-    features_of: Callable[[Ints], Tensor],
+    features_of: Callable[[list[Ints]], Iterable[Tensor]],
 ) -> dict[int, Ints]:
     """Chooses exemplars of every class of a task, the most important ones first.
 
@@ -39,22 +39,20 @@ def choose(
         labels: int64 ``[n]``, of the task's samples.
         num_per_class: at most so many.
         generator: the same on every rank.
-        features_of: gives the features ``[m, d]`` of ``m`` samples; only called if needed.
+        features_of: gives the features ``[m, d]`` of each class's ``m`` samples in turn; only
+            called if needed.
 
     Returns:
         Label to positions among the task's samples.
     """
-    chosen = {}
-    for label in np.unique(labels).tolist():
-        members = np.flatnonzero(labels == label)
-        if how == "random":
-            order = exemplars.at_random(len(members), num_per_class, generator)
-        elif how == "herding":
-            order = exemplars.herding(features_of(members), num_per_class)
-        else:
-            order = exemplars.closest_to_mean(features_of(members), num_per_class)
-        chosen[label] = members[order]
-    return chosen
+    classes = np.unique(labels).tolist()
+    members = [np.flatnonzero(labels == label) for label in classes]
+    if how == "random":
+        orders = [exemplars.at_random(len(own), num_per_class, generator) for own in members]
+    else:
+        choice = exemplars.herding if how == "herding" else exemplars.closest_to_mean
+        orders = [choice(features, num_per_class) for features in features_of(members)]
+    return {label: own[order] for label, own, order in zip(classes, members, orders, strict=True)}
 
 
 def deal(chosen: dict[int, Ints], num_ranks: int) -> list[Ints]:
@@ -82,7 +80,7 @@ def store(
     """Offers a rank's exemplars; all ranks take part in equally many rounds."""
     num_rounds = -(-max(len(hand) for hand in hands) // BATCH_SIZE)
     parts = [hands[rank][i * BATCH_SIZE : (i + 1) * BATCH_SIZE] for i in range(num_rounds)]
-    nothing = _nothing_like(images, device)
+    nothing = nothing_like(images, device)
     batches = load_batches(images, [part for part in parts if len(part)], num_workers, device)
     for part in parts:
         strategy.buffer.draw()
@@ -90,29 +88,35 @@ def store(
 
 
 def features_over_ranks(
-    positions: Ints,
+    classes: list[Ints],
     images: LabelledImages,
     embed: Callable[[Tensor], Tensor],
     rank: int,
     num_ranks: int,
     num_workers: int,
     device: torch.device,
-) -> Tensor:
-    """The features ``[n, d]`` of some samples, each embedded by one rank, on all ranks."""
-    parts = np.array_split(positions, num_ranks)
-    size = len(parts[0])
-    own = np.resize(parts[rank], size) if len(parts[rank]) else np.resize(positions, size)
-    batches = np.array_split(own, -(-size // BATCH_SIZE))
-    features = torch.cat(
-        [embed(images).cpu() for images, _ in load_batches(images, batches, num_workers, device)]
+) -> Iterator[Tensor]:
+    """The features ``[n, d]`` of each class's samples, on all ranks; each embeds a part of them."""
+    batches = []
+    for positions in classes:
+        # All ranks embed equally many, as they are gathered; what is too much is cut off below.
+        size = -(-len(positions) // num_ranks)
+        padded = np.resize(positions, size * num_ranks)
+        own = padded[rank * size : (rank + 1) * size]
+        batches.append(np.array_split(own, -(-size // BATCH_SIZE)))
+    loaded = load_batches(
+        images, [batch for of_class in batches for batch in of_class], num_workers, device
     )
-    if num_ranks == 1:
-        return features
-    everyone = [torch.empty_like(features) for _ in range(num_ranks)]
-    dist.all_gather(everyone, features)
-    return torch.cat([each[: len(part)] for each, part in zip(everyone, parts, strict=True)])
+    for positions, of_class in zip(classes, batches, strict=True):
+        features = torch.cat([embed(next(loaded)[0]).cpu() for _ in of_class])
+        if num_ranks > 1:
+            everyone = [torch.empty_like(features) for _ in range(num_ranks)]
+            dist.all_gather(everyone, features)
+            features = torch.cat(everyone)
+        yield features[: len(positions)]
 
 
-def _nothing_like(images: LabelledImages, device: torch.device) -> tuple[Tensor, Tensor]:
+def nothing_like(images: LabelledImages, device: torch.device) -> tuple[Tensor, Tensor]:
+    """A mini-batch without samples, of the kind that a data set gives."""
     image, labels = images.__getitems__([0])
     return image[:0].to(device), labels[:0].to(device)

@@ -19,6 +19,7 @@ from ritornello.experiments.sweep import (
     Group,
     Results,
     family_of,
+    num_train_samples,
     reference_for,
     summarise,
 )
@@ -181,7 +182,7 @@ def _times_incremental(group: Group, groups: Sequence[Group]) -> str:
 
 
 def _buffer_share(group: Group) -> str:
-    total = sum(task["train_samples"] for task in group.first["tasks"])
+    total = num_train_samples(group.first)
     capacity = group.capacity or 0
     return f" from {capacity:,} representatives ({100 * capacity / total:.1f} % of the data)"
 

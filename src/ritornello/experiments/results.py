@@ -40,11 +40,13 @@ def results_of(
     at_start: tuple[list[float], list[float]],
     load_seconds: float,
     step_seconds: float,
+    measuring_seconds: float,
     num_steps: int,
     buffer: dict[str, Any] | None,
     model: nn.Module,
     device: torch.device,
     num_ranks: int,
+    num_train_samples: int,
 ) -> Results:
     """Everything that ``results.json`` holds.
 
@@ -55,17 +57,21 @@ def results_of(
         at_start: top-1 and top-5 accuracies of the untrained model.
         load_seconds: that the steps waited for the loader.
         step_seconds: that they took besides.
+        measuring_seconds: of these, what the sampling policy took outside of the buffer's calls.
         num_steps: of all tasks.
         buffer: its statistics, if there is one.
         model: trained.
         device: it was trained on.
         num_ranks: by how many.
+        num_train_samples: of the whole data set.
     """
     top1, top5 = np.array(log.top1), np.array(log.top5)
-    in_buffer = 0.0
+    # A task that is not trained on when it comes can be neither forgotten nor transferred.
+    learnt = top1 if all(log.steps) else top1[-1:]
+    in_buffer = measuring_seconds
     if buffer is not None:
         parts = ("seconds_waited", "seconds_joining", "seconds_offering")
-        in_buffer = sum(buffer[part] for part in parts)
+        in_buffer += sum(buffer[part] for part in parts)
     steps = max(1, num_steps)
     return {
         "format": 1,
@@ -86,6 +92,7 @@ def results_of(
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
         },
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "train_samples": num_train_samples,
         "tasks": [
             {
                 "name": task.name,
@@ -101,9 +108,9 @@ def results_of(
         "top5_at_start": at_start[1],
         "average_top1": metrics.average_accuracy(top1),
         "average_top5": metrics.average_accuracy(top5),
-        "forgetting": metrics.forgetting(top1),
-        "backward_transfer": metrics.backward_transfer(top1),
-        "forward_transfer": metrics.forward_transfer(top1, np.array(at_start[0])),
+        "forgetting": metrics.forgetting(learnt),
+        "backward_transfer": metrics.backward_transfer(learnt),
+        "forward_transfer": metrics.forward_transfer(learnt, np.array(at_start[0])),
         "seconds": sum(log.seconds),
         "seconds_per_task": log.seconds,
         "steps_per_task": log.steps,

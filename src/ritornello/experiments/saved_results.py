@@ -33,6 +33,7 @@ ARCHIVED = (
     "forward_transfer",
     "seconds",
     "step_seconds",
+    "train_samples",
     "buffer",
 )
 """What an archive keeps of a run."""

@@ -94,7 +94,7 @@ def load_batches(
     """
     loader: DataLoader[Batch] = DataLoader(
         images,
-        batch_sampler=(each.tolist() for each in positions),  # type: ignore[arg-type]
+        batch_sampler=(each.tolist() for each in positions),
         collate_fn=_as_it_is,
         num_workers=num_workers,
         pin_memory=device.type == "cuda",

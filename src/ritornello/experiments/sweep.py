@@ -208,6 +208,12 @@ def _in_words(name: str, value: Any) -> str:
     return f"{SHORT_NAMES.get(name, name.replace('_', ' '))} {value}"
 
 
+def num_train_samples(run: Results) -> int:
+    """Of the whole data set; older results only tell those of each task."""
+    total = run.get("train_samples")
+    return int(total or sum(task["train_samples"] for task in run["tasks"]))
+
+
 @dataclass(frozen=True)
 class Statistic:
     """The mean of a figure over the runs of a group, and how much it varies between them."""
@@ -259,7 +265,7 @@ class Group:
             return int(counted)
         capacity: float = self.first["config"]["capacity"]
         if capacity < 1:
-            capacity *= sum(task["train_samples"] for task in self.first["tasks"])
+            capacity *= num_train_samples(self.first)
         return max(1, round(capacity))
 
     @property

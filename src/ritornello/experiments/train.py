@@ -9,6 +9,7 @@ import json
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,15 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ritornello import sampling, selection
 from ritornello.experiments import exemplars, metrics
+from ritornello.experiments.augmentation import AUGMENTATIONS
 from ritornello.experiments.config import Recipe
 from ritornello.experiments.data import Batch, DataSet, load
 from ritornello.experiments.network import Network
 from ritornello.experiments.progress import ProgressBar
 from ritornello.experiments.results import Results, TaskLog, results_of
-from ritornello.experiments.scenarios import scenario_of, task_mask
+from ritornello.experiments.scenarios import SCENARIOS, scenario_of, task_mask
 from ritornello.experiments.strategies import GDumb, RehearsalStrategy, strategy_named, strategy_of
 from ritornello.experiments.strategies.base import Criterion, cross_entropy
 from ritornello.experiments.stream import (
@@ -109,6 +112,14 @@ def check(recipe: Recipe, num_ranks: int) -> None:
     """
     kind = strategy_named(recipe.strategy)
     recipe.check(num_ranks)
+    for name, allowed in (
+        ("scenario", SCENARIOS),
+        ("augmentation", AUGMENTATIONS),
+        ("selection", selection.POLICIES),
+        ("sampling", sampling.POLICIES),
+    ):
+        if getattr(recipe, name) not in allowed:
+            raise ValueError(f"{name}={getattr(recipe, name)!r}: there are {', '.join(allowed)}")
     if recipe.remembers == "stream":
         return
     if recipe.remembers not in exemplars.CHOICES:
@@ -120,6 +131,11 @@ def check(recipe: Recipe, num_ranks: int) -> None:
             f"remembers={recipe.remembers!r}: the strategy {recipe.strategy!r} fills its buffer "
             "from the stream; use remembers='stream'"
         )
+    if recipe.remembers != "random" and recipe.selection != "first-offered":
+        raise ValueError(
+            f"remembers={recipe.remembers!r} with selection={recipe.selection!r}: exemplars come "
+            "in the order of their importance, which only selection='first-offered' keeps"
+        )
 
 
 @dataclass
@@ -129,7 +145,9 @@ class StepSeconds:
     load: float = 0.0
     """Waiting for the loader."""
     step: float = 0.0
-    """Everything else."""
+    """Everything else that is done for a step."""
+    measuring: float = 0.0
+    """Of it, measuring what the sampling policy goes by."""
     num_steps: int = 0
 
 
@@ -190,11 +208,13 @@ class Trainer:
             at_start=(at_start.top1, at_start.top5),
             load_seconds=self.seconds.load,
             step_seconds=self.seconds.step,
+            measuring_seconds=self.seconds.measuring,
             num_steps=self.seconds.num_steps,
             buffer=self.strategy.stats(),
             model=self.network.model,
             device=self.device,
             num_ranks=self.num_ranks,
+            num_train_samples=len(self.data.train),
         )
 
     def start_afresh(self) -> None:
@@ -212,7 +232,9 @@ class Trainer:
         self.strategy.begin_task(number, self.tasks[number].classes)
         if isinstance(self.strategy, GDumb):
             for images, labels in self.batches(number, 1):
+                began = time.perf_counter()
                 self.strategy.observe(images, labels)
+                self.seconds.step += time.perf_counter() - began
         if self.strategy.restarts:
             self.start_afresh()
         if self.optimiser is None or not self.recipe.keeps_optimiser:
@@ -221,6 +243,8 @@ class Trainer:
         num_steps = self.num_steps(number)
         steps_per_epoch = self.steps_per_epoch(number)
         batches = self.batches(number, -(-num_steps // max(1, steps_per_epoch)))
+        if isinstance(self.strategy, GDumb):  # it learns from the buffer alone
+            batches = repeat(exemplars.nothing_like(self.data.train, self.device))
         for step in range(num_steps):
             if step % steps_per_epoch == 0:
                 self.begin_epoch()
@@ -244,7 +268,10 @@ class Trainer:
     def begin_epoch(self) -> None:
         """Measures what the sampling policy goes by, if it goes by anything."""
         if self.recipe.sampling == "grasp" and isinstance(self.strategy, RehearsalStrategy):
+            began = time.perf_counter()
             self.strategy.buffer.measure_distances(lambda batch: self.network.features(batch[0]))
+            self.seconds.measuring += time.perf_counter() - began
+            self.seconds.step += time.perf_counter() - began
 
     def new_optimiser(self) -> torch.optim.Optimizer:
         """The recipe's optimiser for the model as it is."""
@@ -301,14 +328,20 @@ class Trainer:
         images = TaskImages(self.data.train, self.tasks[number : number + 1])
         seen = {label for task in self.tasks[: number + 1] for label in task.classes}
         num_sharing = self.data.num_classes if recipe.fixed_shares else len(seen)
+        num_stored = recipe.num_stored(len(self.data.train))
+        if num_stored < num_sharing:
+            raise ValueError(
+                f"capacity={recipe.capacity}: with remembers={recipe.remembers!r} it must be at "
+                f"least the number of classes ({num_sharing}), so that each has an exemplar"
+            )
         hands = exemplars.deal(
             exemplars.choose(
                 recipe.remembers,
                 images.labels,
-                recipe.num_stored(len(self.data.train)) // num_sharing,
+                num_stored // num_sharing,
                 np.random.default_rng([recipe.seed, number, EXEMPLARS]),
-                lambda positions: exemplars.features_over_ranks(
-                    positions,
+                lambda classes: exemplars.features_over_ranks(
+                    classes,
                     images,
                     self.network.features,
                     self.rank,

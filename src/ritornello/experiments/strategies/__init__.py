@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from ritornello import PerClassRandom, RehearsalBuffer, SelectionPolicy
+from collections.abc import Callable
+
+from ritornello import (
+    ClassBalanced,
+    FirstOffered,
+    GreedyBalanced,
+    PerClassRandom,
+    RehearsalBuffer,
+    SelectionPolicy,
+)
 from ritornello.experiments.config import Recipe
 from ritornello.experiments.strategies.a_gem import AGEM
 from ritornello.experiments.strategies.base import (
@@ -32,6 +41,14 @@ STRATEGIES: dict[str, type[Strategy]] = {
     "from-scratch": FromScratch,
     "joint": Joint,
 }
+
+SHARING: dict[str, Callable[..., SelectionPolicy]] = {
+    "class-balanced": ClassBalanced,
+    "per-class-random": PerClassRandom,
+    "greedy-balanced": GreedyBalanced,
+    "first-offered": FirstOffered,
+}
+"""Selection policies whose shares can be fixed."""
 
 __all__ = [
     "AGEM",
@@ -84,7 +101,11 @@ def strategy_of(
     """
     kind = strategy_named(recipe.strategy)
     sizes = GlobalSizes(
-        rank, num_ranks, recipe.global_batch_size, recipe.global_num_representatives
+        rank,
+        num_ranks,
+        recipe.global_batch_size,
+        recipe.global_num_representatives,
+        recipe.seed,
     )
     if not issubclass(kind, RehearsalStrategy):
         return kind(criterion=criterion, sizes=sizes)
@@ -110,6 +131,6 @@ def strategy_of(
 
 
 def _selection_of(recipe: Recipe, num_classes: int) -> str | SelectionPolicy:
-    if recipe.selection == "per-class-random" and recipe.fixed_shares:
-        return PerClassRandom(num_classes, shares="fixed")
+    if recipe.fixed_shares and recipe.selection in SHARING:
+        return SHARING[recipe.selection](num_classes, shares="fixed")
     return recipe.selection

@@ -42,6 +42,8 @@ class GlobalSizes:
     """``N * b``."""
     num_past: int
     """``N * r``; each rank draws as many as the first one, and leaves out what is too much."""
+    seed: int = 0
+    """Of what is left out."""
 
     def own_past(self, num_drawn: int) -> int:
         """How many of ``num_drawn`` representatives this rank keeps."""
@@ -152,6 +154,9 @@ class RehearsalStrategy(Strategy):
         sizes: see ``Strategy``.
         offers_stream: whether candidates come from the mini-batches; else the buffer is filled
             by others, such as with exemplars at a task's end.
+
+    Raises:
+        ValueError: the buffer makes another number of draws.
     """
 
     rehearses: ClassVar[bool] = True
@@ -167,9 +172,14 @@ class RehearsalStrategy(Strategy):
         offers_stream: bool = True,
     ) -> None:
         super().__init__(criterion=criterion, sizes=sizes)
+        if buffer.num_draws != self.num_draws:
+            raise ValueError(
+                f"{type(self).__name__} needs a buffer with num_draws={self.num_draws}, not "
+                f"{buffer.num_draws}"
+            )
         self.buffer, self.offers_stream = buffer, offers_stream
         self._num_past: int | None = None
-        self._dice = np.random.default_rng(sizes.rank if sizes else 0)
+        self._dice = np.random.default_rng([sizes.seed, sizes.rank] if sizes else 0)
 
     @classmethod
     def options(cls, recipe: Recipe) -> dict[str, Any]:

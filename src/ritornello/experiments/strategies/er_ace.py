@@ -18,20 +18,19 @@ class ERACE(RehearsalStrategy):
     From the second task on, the loss of new samples leaves out the logits of the classes that
     came with earlier tasks; that of representatives compares all. The authors leave out all but
     the classes of the current mini-batch; here it is those of the current task (``begin_task``),
-    which are the same on every rank.
+    which are the same on every rank. A sample's own class always takes part.
     """
+
+    _earlier: frozenset[int] = frozenset()
+    _seen: frozenset[int] = frozenset()
 
     def begin_task(self, number: int, classes: tuple[int, ...] = ()) -> None:  # type: ignore[override]
         """See ``Strategy.begin_task``; here the classes must be given."""
         super().begin_task(number, classes)
         if not classes:
             raise ValueError("ER-ACE: begin_task needs the classes that the task brings")
-        if number == 0:
-            self._earlier: set[int] = set()
-            self._seen = set(classes)
-        else:
-            self._earlier = self._seen - set(classes)
-            self._seen |= set(classes)
+        self._earlier = self._seen - set(classes)
+        self._seen |= set(classes)
 
     def loss(self, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
         """Cross-entropy of new samples among new classes, and of past ones among all."""
@@ -41,7 +40,9 @@ class ERACE(RehearsalStrategy):
         new, past = logits.split([num_new, len(labels) - num_new])
         if self._earlier:
             outputs = torch.tensor(sorted(self._earlier), device=new.device)
-            new = new.index_fill(1, outputs, torch.finfo(new.dtype).min)
+            own = labels[:num_new, None]
+            lowest = torch.finfo(new.dtype).min
+            new = new.index_fill(1, outputs, lowest).scatter(1, own, new.gather(1, own))
         loss = self.mean_new(self.criterion(new, labels[:num_new]))
         if len(past):
             loss = loss + self.mean_past(self.criterion(past, labels[num_new:]))
