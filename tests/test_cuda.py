@@ -49,6 +49,40 @@ def test_same_results_as_on_the_cpu(storage: str, asynchronous: bool) -> None:
     assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
 
 
+@pytest.mark.parametrize("storage", ["cpu", "cuda"])
+@pytest.mark.parametrize("sampling", ["class-balanced", "grasp"])
+def test_policies_that_look_at_labels(storage: str, sampling: str) -> None:
+    expected = augmented("cpu", sampling=sampling)
+    got = augmented("cuda", sampling=sampling, storage=storage)
+    assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
+
+
+@pytest.mark.parametrize("storage", ["cpu", "cuda"])
+def test_several_draws_and_what_is_stored(storage: str) -> None:
+    seen = []
+    for device in ("cpu", "cuda"):
+        out = []
+        with RehearsalBuffer(
+            60,
+            num_representatives=7,
+            num_draws=2,
+            sampling="grasp",
+            storage=storage if device == "cuda" else "cpu",
+        ) as buffer:
+            for step, batch in enumerate(batches(device)):
+                draws = buffer.draw()
+                buffer.offer(batch)
+                if draws is not None:
+                    out += [leaf.cpu() for draw in draws for leaf in draw]
+                if step % 10 == 9:
+                    buffer.measure_distances(lambda each: each[0].flatten(1).float())
+            for images, labels in buffer.representatives(batch_size=16):
+                assert images.device.type == torch.device(device).type
+                out += [images.cpu(), labels.cpu()]
+        seen.append(out)
+    assert all(torch.equal(a, b) for a, b in zip(*seen, strict=True))
+
+
 def test_mini_batches_on_the_cpu_and_a_shard_on_the_gpu() -> None:
     expected = augmented("cpu")
     got = augmented("cpu", storage="cuda")

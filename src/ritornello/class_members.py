@@ -66,7 +66,7 @@ class ClassMembers:
         """
         if len(classes) == 0:
             return np.zeros(0, dtype=np.int64)
-        owners, victims = _distinct_positions(self.counts[classes], num_dropped, generator)
+        owners, victims = distinct_positions(self.counts[classes], num_dropped, generator)
         starts = self._starts[classes]
         dropped: Ints = self._slots[starts[owners] + victims]
         # The last `num_dropped` entries of each list that survive move into the gaps below.
@@ -115,7 +115,7 @@ def _ranges(firsts: Ints, lengths: Ints) -> tuple[Ints, Ints]:
     return owners, firsts[owners] + np.arange(len(owners)) - starts[owners]
 
 
-def _distinct_positions(
+def distinct_positions(
     counts: Ints, wanted: Ints, generator: np.random.Generator
 ) -> tuple[Ints, Ints]:
     """``wanted[i]`` distinct random positions below ``counts[i]``, for all i; sorted.

@@ -45,6 +45,7 @@ class Contents:
             # each place where in that list it stands: so that taking one out is one swap.
             self._members: dict[int, array[int]] = {}
             self._positions = array("q", bytes(8 * num_places))
+            self._class_labels: list[int] | None = None
 
     @property
     def labels(self) -> Ints:
@@ -69,11 +70,23 @@ class Contents:
     @property
     def class_labels(self) -> list[int]:
         """The labels that some representative has, ascending."""
-        return sorted(label for label, members in self._members.items() if members)
+        if self._class_labels is None:
+            self._class_labels = sorted(label for label, held in self._members.items() if held)
+        return self._class_labels
+
+    def counts(self, labels: list[int]) -> Ints:
+        """How many representatives each of some classes has; int64, of the length of ``labels``."""
+        return np.array([len(self._members[label]) for label in labels], dtype=np.int64)
 
     def places(self, label: int) -> Ints:
         """The places of a class's representatives, int64, in the same order on every rank."""
         return np.array(self._members[label], dtype=np.int64)
+
+    def places_at(self, labels: list[int], positions: Ints) -> Ints:
+        """The places at some positions of classes' lists; one position for each label."""
+        members = self._members
+        pairs = zip(labels, positions.tolist(), strict=True)
+        return np.array([members[label][position] for label, position in pairs], dtype=np.int64)
 
     def indices(self, places: Ints) -> Ints:
         """The global indices of what lies at some places."""
@@ -100,6 +113,8 @@ class Contents:
             if before >= 0:
                 self._take_out(place, before)
             members = self._members.setdefault(label, array("q"))
+            if not members:
+                self._class_labels = None
             self._positions[place] = len(members)
             members.append(place)
             self._labels[place] = label
@@ -120,6 +135,8 @@ class Contents:
     def _take_out(self, place: int, label: int) -> None:
         members, position = self._members[label], self._positions[place]
         last = members.pop()
+        if not members:
+            self._class_labels = None
         if last != place:
             members[position] = last
             self._positions[last] = position

@@ -14,6 +14,7 @@ from functools import cached_property
 import numpy as np
 
 from ritornello.arrays import Bools, Floats, Ints
+from ritornello.class_members import distinct_positions
 from ritornello.contents import Contents
 from ritornello.random_streams import Streams
 
@@ -95,15 +96,15 @@ class ClassBalancedSampling(SamplingPolicy):
     ) -> Ints:
         """See ``SamplingPolicy.draw``."""
         num_all = num_ranks * num_drawn
-        labels = generator.permutation(contents.class_labels)[:num_all]
-        base, num_larger = divmod(num_all, len(labels))
-        parts = []
-        for number, label in enumerate(labels.tolist()):
-            places = contents.places(label)
-            num_wanted = base + (number < num_larger)
-            num_passes, num_left = divmod(num_wanted, len(places))
-            chosen = generator.choice(len(places), num_left, replace=False, shuffle=False)
-            parts += [places] * num_passes + [places[chosen]]
+        labels = generator.permutation(contents.class_labels)[:num_all].tolist()
+        counts = contents.counts(labels)
+        wanted = np.full(len(labels), num_all // len(labels))
+        wanted[: num_all % len(labels)] += 1
+        num_passes, num_left = np.divmod(wanted, counts)
+        owners, positions = distinct_positions(counts, num_left, generator)
+        parts = [contents.places_at([labels[owner] for owner in owners.tolist()], positions)]
+        for owner in np.flatnonzero(num_passes).tolist():
+            parts += [contents.places(labels[owner])] * int(num_passes[owner])
         everyone = generator.permutation(np.concatenate(parts))
         return contents.indices(everyone).reshape(num_ranks, num_drawn)
 
