@@ -59,7 +59,7 @@ def _table(rows: Sequence[tuple[str, str, str]], width: int = 0) -> Table:
     """Names, what they are, and published figures."""
     table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
     table.add_column(no_wrap=True, min_width=width)
-    table.add_column(min_width=34 if width else None)
+    table.add_column(min_width=18)
     if any(figure for _, _, figure in rows):
         table.add_column(justify="right", no_wrap=True)
     for name, what, figure in rows:
@@ -69,6 +69,6 @@ def _table(rows: Sequence[tuple[str, str, str]], width: int = 0) -> Table:
 
 def _figure(published: Published) -> str:
     if published.top1 is None:
-        return f"top-5 {published.top5} %"
-    spread = "" if published.spread is None else f" ± {published.spread}"
-    return f"{published.top1}{spread} %"
+        return f"top-5 {published.top5:.2f} %"
+    spread = "" if published.spread is None else f" ± {published.spread:.2f}"
+    return f"{published.top1:.2f}{spread} %"

@@ -60,6 +60,7 @@ def table_of(results: Mapping[str, Results]) -> Table:
         columns |= {"runtime": "runtime", "step: load/wait/train": "step"}
     if any(row.published for row in rows):
         columns["published"] = "published"
+        del columns["top-5"]  # what was published is top-1, and 80 columns are all there is
     table = Table(box=None, padding=(0, 1, 0, 0))
     table.add_column("strategy", no_wrap=max(len(row.label) for row in rows) < 24)
     for name in columns:
