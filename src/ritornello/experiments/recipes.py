@@ -64,13 +64,20 @@ def cifar10() -> Recipe:
 
 
 def cifar10_quick() -> Recipe:
-    """Split CIFAR-10 with a network whose steps take 15 ms on one core of a CPU."""
+    """Split CIFAR-10 with a network whose steps take 15 ms on one core, and few representatives.
+
+    They count by task, as a quarter of the mini-batch would otherwise be a quarter of the loss,
+    whatever it stands for.
+    """
     return replace(
         cifar10(),
         name="cifar10-quick",
-        description="Split CIFAR-10, 5 tasks of 2 classes, strided CNN, buffer of 20 % of the data",
+        description="Split CIFAR-10, 5 tasks of 2 classes, strided CNN, r/b = 1/4, buffer of 20 %",
         model="strided-cnn",
+        loss_weights="by-task",
+        epochs=6,
         learning_rate=0.02,
+        milestones=((2, 0.3), (4, 0.1)),
         global_num_representatives=16,
     )
 
