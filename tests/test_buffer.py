@@ -206,7 +206,7 @@ def test_leaves_that_require_gradients() -> None:
         ({"seed": -1}, ValueError, "seed=-1: it must be at least 0"),
         ({"seed": 2**64}, ValueError, r"it must be below 2\*\*64"),
         ({"selection": "best"}, ValueError, "selection='best': there are"),
-        ({"sampling": "best"}, ValueError, "sampling='best': there is 'uniform'"),
+        ({"sampling": "best"}, ValueError, "sampling='best': there are 'uniform'"),
         ({"transport": "best"}, ValueError, "transport='best': there are"),
         ({"storage": "tape"}, ValueError, "storage='tape': it must be 'auto', 'cpu'"),
         ({"storage": "file:/no/folder"}, ValueError, "/no/folder must be a folder that can be"),

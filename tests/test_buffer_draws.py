@@ -155,7 +155,7 @@ def test_bad_features_leave_the_buffer_usable() -> None:
         buffer.update(batch_of(1))
 
 
-def test_a_rank_that_does_not_measure_is_named() -> None:
+def test_a_rank_that_does_not_measure_is_an_error() -> None:
     def rank_main(transport: Transport) -> None:
         buffer = RehearsalBuffer(
             20, num_representatives=2, sampling="grasp", transport=transport, timeout_seconds=1.0

@@ -59,6 +59,11 @@ def test_policies_that_look_at_labels(storage: str, sampling: str) -> None:
 
 @pytest.mark.parametrize("storage", ["cpu", "cuda"])
 def test_several_draws_and_what_is_stored(storage: str) -> None:
+    def embed(batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        if batch[0].is_cuda:
+            torch.cuda._sleep(3_000_000)  # the trainer's stream lags behind its thread
+        return batch[0].flatten(1).float()
+
     seen = []
     for device in ("cpu", "cuda"):
         out = []
@@ -75,7 +80,7 @@ def test_several_draws_and_what_is_stored(storage: str) -> None:
                 if draws is not None:
                     out += [leaf.cpu() for draw in draws for leaf in draw]
                 if step % 10 == 9:
-                    buffer.measure_distances(lambda each: each[0].flatten(1).float())
+                    buffer.measure_distances(embed, batch_size=8)
             for images, labels in buffer.representatives(batch_size=16):
                 assert images.device.type == torch.device(device).type
                 out += [images.cpu(), labels.cpu()]

@@ -154,6 +154,19 @@ def test_grasp_gives_new_ones_the_mean_distance_of_their_class() -> None:
     assert np.count_nonzero(np.isclose(measured, 0.3)) >= 9
 
 
+def test_grasp_goes_on_for_ever_without_a_new_measurement() -> None:
+    """Distances double each time round; they must not overflow."""
+    held, streams = contents(), Streams(0, Purpose.SAMPLING)
+    for rank, part in enumerate(np.split(np.linspace(0.1, 0.9, 72), np.cumsum(SIZES)[:-1])):
+        held.set_rank_distances(rank, part)
+    counts = np.zeros(len(LABELS))
+    for step in range(1500):  # 7 draws in each of three turns: 1,300 times through class 5
+        counts[draw_all(held, 7, 1, GraspSampling(), streams.at(step))[0].ravel()] += 1
+    assert np.isfinite(held.distances).all()
+    fives = counts[LABELS == 5]
+    assert fives.min() > 0.9 * fives.mean()
+
+
 def test_unknown_sampling() -> None:
     with pytest.raises(ValueError, match="sampling='best': there are 'uniform', 'class-balanced'"):
         sampling_policy("best")

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from ritornello.arguments import Arguments
-from ritornello.errors import BufferClosedError, PeerLostError, RoundError
+from ritornello.errors import BufferClosedError, PeerLostError, RoundError, round_error
 from ritornello.outputs import Outputs
 from ritornello.random_streams import Purpose, Streams
 from ritornello.records import Batch, Layout, Path
@@ -435,7 +435,7 @@ class RehearsalBuffer:
             if self._layout is None:
                 layout = Layout.of(batch)
                 leaves = layout.leaves(batch)
-                self._label = self._find_label(layout)
+                self._label = layout.label_position(self._label_path, self._rounds.needs_labels)
                 self._open(layout, leaves)
             else:
                 leaves = self._layout.leaves(batch)
@@ -448,23 +448,6 @@ class RehearsalBuffer:
         except (TypeError, ValueError) as error:
             raise type(error)(self._here(str(error))) from None
         return leaves
-
-    def _find_label(self, layout: Layout) -> int | None:
-        """The position of the label among the fields; None if the policy needs none."""
-        paths = [field.path for field in layout.fields]
-        if not self._rounds.needs_labels and self._label_path not in paths:
-            return None
-        position = layout.position(self._label_path)
-        field = layout.fields[position]
-        dtype = field.dtype
-        if dtype.is_floating_point or dtype.is_complex or dtype == torch.bool or field.shape != ():
-            if not self._rounds.needs_labels:
-                return None
-            raise ValueError(
-                f"the label {field} per sample: it must be one integer per sample, "
-                "such as int64 []; label= says which leaf it is"
-            )
-        return position
 
     def _open(self, layout: Layout, leaves: list[Tensor]) -> None:
         """Makes what depends on the layout."""
@@ -540,24 +523,8 @@ class RehearsalBuffer:
 
     def _explain(self, error: BaseException) -> RoundError:
         """What the trainer sees of an error in the worker."""
-        where = f"round {self._rounds.num_rounds} ({self._rounds.stage})"
-        if isinstance(error, TimeoutError):
-            return PeerLostError(
-                self._here(
-                    f"{where} has not finished within {self._timeout_seconds:g} s "
-                    "(timeout_seconds): some rank is too slow, or takes part in fewer rounds. "
-                    "All ranks must call update equally often"
-                )
-            )
-        if isinstance(error, PeerLostError):
-            return PeerLostError(
-                self._here(
-                    f"{where} failed: {error}. It died, or called update less often than this "
-                    "rank: all ranks must call it equally often"
-                ),
-                error.peers,
-            )
-        return RoundError(self._here(f"{where} failed: {error}"))
+        where = self._here(f"round {self._rounds.num_rounds} ({self._rounds.stage})")
+        return round_error(error, where, self._timeout_seconds)
 
     def _check_open(self, call: str) -> None:
         if not self._finalizer.alive:

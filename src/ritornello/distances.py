@@ -12,8 +12,8 @@ from torch import Tensor
 from ritornello.arrays import Floats, Ints
 from ritornello.transports import Transport
 
-NUMBERS_AT_ONCE = 2**20
-"""How many numbers of each rank are gathered at once."""
+NUMBERS_AT_ONCE = 2**22
+"""How many numbers of all ranks together are gathered at once."""
 
 Numbers = TypeVar("Numbers", Ints, Floats)
 
@@ -80,11 +80,10 @@ def gather_padded(values: Numbers, transport: Transport) -> list[Numbers]:
 def _sum_over_ranks(values: NDArray[np.float64], transport: Transport) -> NDArray[np.float64]:
     """The sum of all ranks' arrays, added in the order of the ranks; a part at a time."""
     flat = values.reshape(-1)
+    step = max(1, NUMBERS_AT_ONCE // transport.num_ranks)
     parts = [
-        transport.all_gather(flat[first : first + NUMBERS_AT_ONCE].view(np.int64))
-        .view(np.float64)
-        .sum(axis=0)
-        for first in range(0, len(flat), NUMBERS_AT_ONCE)
+        transport.all_gather(flat[first : first + step].view(np.int64)).view(np.float64).sum(axis=0)
+        for first in range(0, len(flat), step)
     ]
     return np.concatenate(parts).reshape(values.shape)
 

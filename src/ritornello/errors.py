@@ -25,3 +25,25 @@ class PeerLostError(RoundError):
 
 class BufferClosedError(RuntimeError):
     """The buffer was used after ``close()``."""
+
+
+def round_error(error: BaseException, where: str, timeout_seconds: float) -> RoundError:
+    """What the trainer sees of an error that the worker met.
+
+    Args:
+        error: ``TimeoutError`` if the round did not end in time.
+        where: which round, and how far it had come.
+        timeout_seconds: how long was waited.
+    """
+    if isinstance(error, TimeoutError):
+        return PeerLostError(
+            f"{where} has not finished within {timeout_seconds:g} s (timeout_seconds): some rank "
+            "is too slow, or takes part in fewer rounds. All ranks must call update equally often"
+        )
+    if isinstance(error, PeerLostError):
+        return PeerLostError(
+            f"{where} failed: {error}. It died, or called update less often than this rank: all "
+            "ranks must call it equally often",
+            error.peers,
+        )
+    return RoundError(f"{where} failed: {error}")

@@ -207,6 +207,29 @@ class Layout:
             "a tuple of them for a nested one, or label=None for a policy that needs no labels"
         )
 
+    def label_position(self, path: Path, required: bool) -> int | None:
+        """The position in ``fields`` of the class label at ``path``.
+
+        Args:
+            path: of the leaf.
+            required: whether labels are needed; if not, None where there is none that fits.
+
+        Raises:
+            ValueError: there is no such leaf, or it is not one integer per sample.
+        """
+        if not required and path not in [field.path for field in self.fields]:
+            return None
+        position = self.position(path)
+        field = self.fields[position]
+        if field.dtype in INTEGERS and field.shape == ():
+            return position
+        if not required:
+            return None
+        raise ValueError(
+            f"the label {field} per sample: it must be one integer per sample, such as int64 []; "
+            "label= says which leaf it is"
+        )
+
     @property
     def digest(self) -> int:
         """A number that differs between layouts, to compare them over ranks."""

@@ -119,7 +119,7 @@ class GraspSampling(SamplingPolicy):
 
     The distances come from ``RehearsalBuffer.measure_distances``, which is to be called before
     each period of rehearsal. A representative that was admitted since has the mean distance of
-    its class; in a class that was never measured all are equally likely.
+    its class; in a class that was never measured all are equally likely, and then take turns.
 
     Source: Harun et al., "GRASP: A Rehearsal Policy for Efficient Online Continual Learning"
     (CoLLAs 2024).
@@ -128,6 +128,10 @@ class GraspSampling(SamplingPolicy):
     needs_labels = True
 
     EPSILON = 1e-7
+
+    LARGE = 1e100
+    """Distances double each time a class has been gone through. Only their ratios matter: from
+    here on they are divided by the largest."""
 
     def draw(
         self, contents: Contents, num_ranks: int, num_drawn: int, generator: np.random.Generator
@@ -157,7 +161,8 @@ class GraspSampling(SamplingPolicy):
             )
             distances[position] += distances.max()
             chosen[turn] = position
-        contents.set_distances(places, distances)
+        largest = distances.max()
+        contents.set_distances(places, distances / largest if largest > self.LARGE else distances)
         return places[chosen]
 
 

@@ -120,11 +120,16 @@ class Staging:
 
     def copy_for_trainer(self, rows: Tensor) -> Tensor:
         """A copy of records of the shard, on the trainer's device; blocks until it is there."""
+        # Allocated on the trainer's stream, which uses it; what was there before, too.
+        copied = torch.empty_like(rows, device=self._trainer_device)
+        if self._stream is None:
+            return copied.copy_(rows)
+        ready = self._mark(self._trainer_device)
         with self.worker_stream():  # after the last round's writes
-            copied = torch.empty_like(rows, device=self._trainer_device)
+            if ready is not None:
+                self._stream.wait_event(ready)
             copied.copy_(rows)
-            if self._stream is not None:
-                self._stream.synchronize()
+            self._stream.synchronize()
         return copied
 
     # On the worker's thread, inside `worker_stream`.

@@ -139,9 +139,14 @@ CASES: list[tuple[type[RehearsalStrategy], dict[str, Any]]] = [
     (DER, {}),
     (DERPlusPlus, {}),
     (AGEM, {}),
+    (GDumb, {}),
 ]
 
-SPLITS = {"even": ([4, 4, 4], [3, 3, 3]), "uneven": ([4, 3, 3], [3, 2, 2])}
+SPLITS = {
+    "even": ([4, 4, 4], [3, 3, 3]),
+    "uneven": ([4, 3, 3], [3, 2, 2]),
+    "uneven-new": ([4, 3, 3], [3, 3, 3]),
+}
 """New samples, and representatives, of each of three ranks; each draws three."""
 
 
@@ -181,7 +186,7 @@ def test_three_ranks_compute_the_gradients_of_the_global_mini_batch(
     kind, options = CASES[case]
     steps, _ = steps_and_sizes(kind, split)
     expected = gradients(kind, model(), joined(steps, SPLITS[split][1]), None, **options)
-    number = 2 * case + list(SPLITS).index(split)
+    number = len(SPLITS) * case + list(SPLITS).index(split)
     everyone = [of_rank[number] for of_rank in gradients_of_three_ranks]
     for own in everyone:
         assert all(torch.equal(a, b) for a, b in zip(own, everyone[0], strict=True))
@@ -268,6 +273,17 @@ def test_a_gem_takes_out_what_points_against_the_past() -> None:
     project(gradients, [past])  # does not point against it
     assert gradients[0].tolist() == [[-3.0, 1.0]]
     project([None], [None])
+    tiny = [-gradient]
+    project(tiny, [torch.tensor([[1e-25, 0.0]])])  # its square is zero
+    assert tiny[0].tolist() == [[-3.0, 1.0]]
+
+
+def test_a_gem_takes_no_step_where_the_gradient_of_the_past_has_overflowed() -> None:
+    for past in ([torch.inf, -3.0], [torch.inf, -torch.inf], [torch.nan, 0.0]):
+        gradients: list[Tensor | None] = [torch.tensor([1.0, 2.0])]
+        project(gradients, [torch.tensor(past)])
+        assert gradients[0] is not None
+        assert gradients[0].isnan().all()  # so that a GradScaler skips the step
 
 
 def test_a_gem_step_does_not_raise_the_loss_on_the_past() -> None:
@@ -329,6 +345,8 @@ def test_what_a_rank_keeps_of_an_uneven_draw_is_random_and_adds_up() -> None:
         assert len(kept) == 2
         counts[kept.numpy()] += 1
     assert np.all(np.abs(counts - 400) < 60)
+    with pytest.raises(ValueError, match="num_past=3: it must be at least num_ranks=4"):
+        GlobalSizes(0, 4, 10, 3)
 
 
 def batches(num_steps: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from ritornello.experiments import train
@@ -157,11 +158,25 @@ def test_grasp_on_two_ranks_is_reproducible() -> None:
     assert first["weights_sha256"] == second["weights_sha256"]
 
 
-def test_exemplars_do_not_depend_on_the_ranks() -> None:
+def test_exemplars_fill_the_buffer_evenly_on_two_ranks() -> None:
     recipe = quick(epochs=2, remembers="herding", selection="first-offered", num_tasks=2)
     held = launch(2, train.run, recipe)["buffer"]
     assert held["held_per_rank"] == [100, 100]
     assert set(held["held_per_class"].values()) == {10}
+
+
+def digests_on_all_ranks(rank_recipe: Recipe) -> list[str]:
+    """The digests of the models on all ranks."""
+    digest = train.run(rank_recipe)["weights_sha256"]
+    everyone: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(everyone, digest)
+    return everyone
+
+
+def test_ranks_end_with_one_model_also_with_running_statistics() -> None:
+    recipe = quick(model="resnet10t", epochs=1, num_tasks=1, strategy="incremental")
+    first, second = launch(2, digests_on_all_ranks, recipe)
+    assert first == second
 
 
 def test_gdumb_with_more_to_remember_than_a_task_brings() -> None:
@@ -179,6 +194,18 @@ def test_gdumb_with_more_to_remember_than_a_task_brings() -> None:
         ({"sampling": "best"}, "sampling='best': there are uniform"),
         ({"selection": "best"}, "selection='best': there are class-balanced"),
         ({"remembers": "herding"}, "which only selection='first-offered' keeps"),
+        (
+            {
+                "remembers": "herding",
+                "selection": "first-offered",
+                "scenario": "instance-incremental",
+            },
+            "classes come again in later tasks, and selection='first-offered' keeps",
+        ),
+        (
+            {"remembers": "random", "capacity": 9, "global_num_representatives": 4},
+            "capacity=9: with remembers='random' it must be at least the number of classes",
+        ),
         (
             {
                 "remembers": "random",

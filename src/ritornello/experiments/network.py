@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -29,6 +30,7 @@ class Network(nn.Module):
 
     def __init__(self, recipe: Recipe, data: DataSet, device: torch.device, num_ranks: int) -> None:
         super().__init__()
+        self._num_ranks = num_ranks
         self._amp = recipe.amp
         self._device_type = device.type
         self._memory_format = (
@@ -57,6 +59,15 @@ class Network(nn.Module):
         with self._autocast():
             logits: Tensor = model(pixels(images).contiguous(memory_format=self._memory_format))
         return logits.float()
+
+    def agree(self) -> None:
+        """Gives all ranks the first one's running statistics, as each has its own after a step.
+
+        Blocks until all ranks have called it.
+        """
+        if self._num_ranks > 1:
+            for buffer in self.model.buffers():
+                dist.broadcast(buffer, 0)
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:

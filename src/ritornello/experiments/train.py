@@ -172,6 +172,7 @@ class Trainer:
         self.rank, self.num_ranks = _rank(), _num_ranks()
         self.recipe, self.data, self.device = recipe.on(self.num_ranks), data, device
         self.tasks = scenario_of(data, recipe)
+        self._check_exemplars()
         self.seconds = StepSeconds()
         self.log = TaskLog()
         self.optimiser: torch.optim.Optimizer | None = None
@@ -195,6 +196,8 @@ class Trainer:
                 bar.describe(f"task {number + 1} of {len(self.tasks)}: {task.name}")
                 began, steps_before = time.perf_counter(), self.seconds.num_steps
                 self.train_task(number, bar)
+                if self.device.type == "cuda":
+                    torch.cuda.synchronize()
                 self.log.seconds.append(time.perf_counter() - began)
                 self.log.steps.append(self.seconds.num_steps - steps_before)
                 bar.describe("evaluating")
@@ -262,12 +265,15 @@ class Trainer:
             self.seconds.step += time.perf_counter() - loaded
             self.seconds.num_steps += 1
             bar.advance()
+        self.network.agree()
         if self.recipe.remembers != "stream" and isinstance(self.strategy, RehearsalStrategy):
             self.remember(number, self.strategy)
 
     def begin_epoch(self) -> None:
         """Measures what the sampling policy goes by, if it goes by anything."""
         if self.recipe.sampling == "grasp" and isinstance(self.strategy, RehearsalStrategy):
+            self.network.agree()
+            len(self.strategy.buffer)  # the buffer counts itself what it waits for its round
             began = time.perf_counter()
             self.strategy.buffer.measure_distances(lambda batch: self.network.features(batch[0]))
             self.seconds.measuring += time.perf_counter() - began
@@ -326,14 +332,9 @@ class Trainer:
         """Fills the buffer with exemplars of the task that has ended."""
         recipe, device = self.recipe, self.device
         images = TaskImages(self.data.train, self.tasks[number : number + 1])
-        seen = {label for task in self.tasks[: number + 1] for label in task.classes}
+        seen = set[int]().union(*self._labels_of_tasks()[: number + 1])
         num_sharing = self.data.num_classes if recipe.fixed_shares else len(seen)
         num_stored = recipe.num_stored(len(self.data.train))
-        if num_stored < num_sharing:
-            raise ValueError(
-                f"capacity={recipe.capacity}: with remembers={recipe.remembers!r} it must be at "
-                f"least the number of classes ({num_sharing}), so that each has an exemplar"
-            )
         hands = exemplars.deal(
             exemplars.choose(
                 recipe.remembers,
@@ -352,7 +353,42 @@ class Trainer:
             ),
             self.num_ranks,
         )
+        began = time.perf_counter()
         exemplars.store(strategy, images, hands, self.rank, recipe.num_workers, device)
+        self.seconds.step += time.perf_counter() - began
+
+    def _labels_of_tasks(self) -> list[set[int]]:
+        """The labels of each task's training samples, which may be more than its own classes."""
+        labels = self.data.train.labels
+        return [set(np.unique(labels[task.train_indices]).tolist()) for task in self.tasks]
+
+    def _check_exemplars(self) -> None:
+        """Checks, before anything is trained, that all classes can have exemplars.
+
+        Raises:
+            ValueError: the buffer is too small, or would keep those of the first task alone.
+        """
+        recipe = self.recipe
+        if recipe.remembers == "stream" or not strategy_named(recipe.strategy).rehearses:
+            return
+        of_tasks = self._labels_of_tasks()
+        num_classes = len(set[int]().union(*of_tasks))
+        if recipe.fixed_shares:
+            num_classes = self.data.num_classes
+        if recipe.num_stored(len(self.data.train)) < num_classes:
+            raise ValueError(
+                f"capacity={recipe.capacity}: with remembers={recipe.remembers!r} it must be at "
+                f"least the number of classes ({num_classes}), so that each has an exemplar"
+            )
+        if sum(map(len, of_tasks)) > len(set[int]().union(*of_tasks)) and recipe.selection in (
+            "first-offered",
+            "greedy-balanced",
+        ):
+            raise ValueError(
+                f"scenario={recipe.scenario!r}: classes come again in later tasks, and "
+                f"selection={recipe.selection!r} keeps the exemplars of the first one alone; use "
+                "remembers='random' with selection='class-balanced'"
+            )
 
     @torch.no_grad()
     def evaluate(self) -> _Accuracies:

@@ -5,6 +5,8 @@ Source: Chaudhry et al., "Efficient Lifelong Learning with A-GEM" (ICLR 2019), e
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -59,6 +61,11 @@ def project(gradients: list[Tensor | None], reference: list[Tensor | None]) -> N
         .sum(dim=0)
         .tolist()
     )
-    if along < 0:
+    if not (math.isfinite(along) and math.isfinite(length)):
+        # The past's gradient has overflowed. What cannot be projected must not be taken: this
+        # has a ``GradScaler`` skip the step, and lower its scale.
+        for gradient, _ in pairs:
+            gradient.fill_(math.nan)
+    elif along < 0 < length:  # a gradient of the past too small to be squared asks for nothing
         for gradient, past in pairs:
             gradient.sub_(past, alpha=along / length)

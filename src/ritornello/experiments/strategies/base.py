@@ -45,6 +45,13 @@ class GlobalSizes:
     seed: int = 0
     """Of what is left out."""
 
+    def __post_init__(self) -> None:
+        if self.num_past < self.num_ranks:
+            raise ValueError(
+                f"num_past={self.num_past}: it must be at least num_ranks={self.num_ranks}, so "
+                "that every rank has a representative"
+            )
+
     def own_past(self, num_drawn: int) -> int:
         """How many of ``num_drawn`` representatives this rank keeps."""
         return min(num_drawn, rows_of_rank(self.num_past, self.rank, self.num_ranks))
@@ -244,4 +251,5 @@ class RehearsalStrategy(Strategy):
         if num_kept == num_drawn:
             return past
         kept = torch.from_numpy(self._dice.permutation(num_drawn)[:num_kept])
-        return Past(*(None if leaf is None else leaf[kept.to(leaf.device)] for leaf in past))  # type: ignore[arg-type]
+        kept = kept.to(past.labels.device, non_blocking=True)
+        return Past(*(None if leaf is None else leaf[kept] for leaf in past))  # type: ignore[arg-type]

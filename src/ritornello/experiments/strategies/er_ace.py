@@ -31,6 +31,7 @@ class ERACE(RehearsalStrategy):
             raise ValueError("ER-ACE: begin_task needs the classes that the task brings")
         self._earlier = self._seen - set(classes)
         self._seen |= set(classes)
+        self._outputs = torch.tensor(sorted(self._earlier), dtype=torch.int64)
 
     def loss(self, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
         """Cross-entropy of new samples among new classes, and of past ones among all."""
@@ -39,10 +40,11 @@ class ERACE(RehearsalStrategy):
         logits = model(images)
         new, past = logits.split([num_new, len(labels) - num_new])
         if self._earlier:
-            outputs = torch.tensor(sorted(self._earlier), device=new.device)
+            # Once per task: a copy to a GPU makes the trainer wait for it.
+            self._outputs = self._outputs.to(new.device)
             own = labels[:num_new, None]
             lowest = torch.finfo(new.dtype).min
-            new = new.index_fill(1, outputs, lowest).scatter(1, own, new.gather(1, own))
+            new = new.index_fill(1, self._outputs, lowest).scatter(1, own, new.gather(1, own))
         loss = self.mean_new(self.criterion(new, labels[:num_new]))
         if len(past):
             loss = loss + self.mean_past(self.criterion(past, labels[num_new:]))
