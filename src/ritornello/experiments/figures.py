@@ -63,8 +63,10 @@ def average_over_time(groups: Sequence[Group]) -> Drawing:
             runs = np.array([average_after_each_task(np.array(run["top1"])) for run in group.runs])
             values, x = 100 * runs.mean(axis=0), range(1, runs.shape[1] + 1)
             marker = MARKERS[number % len(MARKERS)]
+            if group.strategy == "joint":  # before the last task it has learnt nothing
+                values, x = values[-1:], x[-1:]
             axes.plot(x, values, marker=marker, markersize=5, color=colour, label=group.label)
-            if group.num_runs > 1:
+            if group.num_runs > 1 and len(x) > 1:
                 band = 100 * runs.std(axis=0, ddof=1)
                 axes.fill_between(x, values - band, values + band, color=colour, alpha=0.2, lw=0)
         _accuracy_axes(axes, max(len(group.first["top1"]) for group in groups))

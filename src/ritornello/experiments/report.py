@@ -62,7 +62,7 @@ def table_of(results: Mapping[str, Results]) -> Table:
         columns["published"] = "published"
         del columns["top-5"]  # what was published is top-1, and 80 columns are all there is
     table = Table(box=None, padding=(0, 1, 0, 0))
-    table.add_column("strategy", no_wrap=max(len(row.label) for row in rows) < 24)
+    table.add_column("strategy", no_wrap=max(len(row.label) for row in rows) < 24, overflow="fold")
     for name in columns:
         table.add_column(name, justify="right", no_wrap=True)
     for row in rows:

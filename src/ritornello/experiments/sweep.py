@@ -191,9 +191,18 @@ def labels_of(runs: Sequence[Results], ignored: Collection[str] = ()) -> list[st
             for name, value in settings_of(run).items()
             if name in varying[key]
         ]
-        strategy = ": ".join(key) if several_recipes else run["strategy"]
-        labels.append(", ".join([strategy, *parts]))
+        labels.append(", ".join([_name_of(run, several_recipes), *parts]))
     return labels
+
+
+def _name_of(run: Results, several_recipes: bool) -> str:
+    """The strategy, and the recipe if there are several; one is enough if it names both."""
+    if not several_recipes:
+        return str(run["strategy"])
+    recipe = published.PUBLISHED.get(run["recipe"])
+    if recipe is not None and recipe().strategy == run["strategy"]:
+        return str(run["recipe"])
+    return f"{run['recipe']}: {run['strategy']}"
 
 
 def _in_words(name: str, value: Any) -> str:
