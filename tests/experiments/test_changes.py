@@ -25,6 +25,7 @@ def test_every_setting_arrives_in_the_recipe() -> None:
         compile="on", channels_last="on", iterations=7, batch_size=8, optimiser="adam",
         keeps_optimiser="on", learning_rate=0.1, momentum=0.2, weight_decay=0.3, alpha=0.4,
         beta=0.6, loss_weights="by-task", remembers="herding", device="cpu", workers=3,
+        crop_size=32, logits_dtype="float16", fixed_shares="on",
     )  # fmt: skip
     assert {name for name, value in vars(given).items() if value is None} == {"epochs"}
     buffer = BufferChanges(

@@ -76,9 +76,13 @@ class Changes:
     """DER++: weight of the labels of a second draw."""
     loss_weights: str | None = None
     """by-sample, or by-task: in task k new samples count 1/k, past ones 1 - 1/k, together."""
+    logits_dtype: str | None = None
+    """DER, DER++: of the logits that the buffer remembers: float32 or float16."""
     remembers: str | None = None
     """What the buffer gets: stream (candidates of every step), or a task's exemplars at its end:
     random, herding, closest-to-mean (the last two with --selection first-offered)."""
+    fixed_shares: Switch | None = None
+    """Equal shares of the buffer for all classes that will ever come, instead of those so far."""
 
     # The machine.
     device: str | None = None
@@ -106,7 +110,7 @@ class Changes:
         }
         given = {fields.get(each, each): value for each, value in vars(self).items()} | further
         changes = {each: value for each, value in given.items() if value is not None}
-        for each in ("compile", "channels_last", "keeps_optimiser"):
+        for each in ("compile", "channels_last", "keeps_optimiser", "fixed_shares"):
             if each in changes:
                 changes[each] = changes[each] == "on"
         if changes.get("class_order") == "ascending":
