@@ -54,7 +54,8 @@ def page_of(runs: Sequence[Results], command: str) -> str:
         parts += [
             "## Accuracy against runtime",
             "Accuracy in percent of what training from scratch reaches, and training time in "
-            "multiples of what incremental training takes on the same machine.",
+            "multiples of what incremental training takes on the same machine. Where something "
+            "else ran beside some of the runs, these took longer.",
         ]
     for family, table in frontiers.items():
         if table:
