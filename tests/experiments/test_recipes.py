@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+from torch import nn
 
 from ritornello.experiments import models
 from ritornello.experiments.augmentation import AUGMENTATIONS
@@ -30,7 +31,9 @@ def test_every_recipe_fits_1_2_and_4_ranks(name: str) -> None:
 @pytest.mark.parametrize("model", sorted({recipe_named(name).model for name in RECIPES}))
 def test_every_model_can_be_built(model: str) -> None:
     dropout = max(r.dropout for r in map(recipe_named, RECIPES) if r.model == model)
-    models.build(model, 10, (3, 64, 64), dropout)
+    made = models.build(model, 10, (3, 64, 64), dropout)
+    last = [layer for layer in made.modules() if isinstance(layer, nn.Linear)][-1]
+    assert last.out_features == 10
 
 
 def test_an_unknown_recipe() -> None:
