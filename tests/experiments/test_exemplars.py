@@ -45,7 +45,8 @@ def test_random_exemplars_need_no_features() -> None:
     def never(classes: list[np.ndarray]) -> Iterator[torch.Tensor]:
         raise AssertionError
 
-    exemplars.choose("random", LABELS, 2, np.random.default_rng(0), never)
+    chosen = exemplars.choose("random", LABELS, 2, np.random.default_rng(0), never)
+    assert [len(positions) for positions in chosen.values()] == [2, 2]
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3])

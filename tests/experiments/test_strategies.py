@@ -337,6 +337,10 @@ def test_what_a_rank_keeps_of_an_uneven_draw_is_random_and_adds_up() -> None:
     assert [each.global_past(3) for each in sizes] == [10] * 4
     assert [each.own_past(1) for each in sizes] == [1] * 4
     assert sizes[0].global_past(1) == 4
+    for num_past, num_drawn in ((10, 2), (12, 3), (12, 2), (4, 1), (7, 0)):
+        everyone = [GlobalSizes(rank, 4, 10, num_past) for rank in range(4)]
+        kept = sum(each.own_past(num_drawn) for each in everyone)
+        assert everyone[0].global_past(num_drawn) == kept
     counts = np.zeros(3)
     buffer: Any = ScriptedBuffer([(torch.arange(3.0), torch.arange(3))])
     strategy = Rehearsal(buffer, sizes=sizes[3])

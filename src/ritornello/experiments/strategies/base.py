@@ -58,8 +58,8 @@ class GlobalSizes:
 
     def global_past(self, num_drawn: int) -> int:
         """How many all ranks together keep, if each has drawn ``num_drawn``."""
-        parts = (rows_of_rank(self.num_past, i, self.num_ranks) for i in range(self.num_ranks))
-        return sum(min(num_drawn, part) for part in parts)
+        smaller, num_larger = divmod(self.num_past, self.num_ranks)
+        return self.num_ranks * min(num_drawn, smaller) + num_larger * (num_drawn > smaller)
 
 
 class Past(NamedTuple):
@@ -98,7 +98,6 @@ class Strategy:
     ) -> None:
         self.criterion, self.sizes = criterion, sizes
         self.task_number = 0
-        self.task_classes: tuple[int, ...] = ()
 
     def training_tasks(self, tasks: Sequence[Task], number: int) -> Sequence[Task]:
         """Of all tasks, those whose samples are trained on when task ``number`` has come."""
@@ -106,7 +105,7 @@ class Strategy:
 
     def begin_task(self, number: int, classes: Sequence[int] = ()) -> None:
         """Says that task ``number`` (from 0) begins, and which classes it brings, if known."""
-        self.task_number, self.task_classes = number, tuple(classes)
+        self.task_number = number
 
     def backward(
         self,
