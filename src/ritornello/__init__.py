@@ -5,7 +5,7 @@ Start with ``RehearsalBuffer``.
 
 from ritornello.buffer import RehearsalBuffer
 from ritornello.contents import Contents
-from ritornello.errors import BufferClosedError, PeerLostError, RoundError
+from ritornello.errors import BufferClosedError, CheckpointError, PeerLostError, RoundError
 from ritornello.exemplars import at_random, closest_to_mean, herding
 from ritornello.loading import rehearse
 from ritornello.sampling import (
@@ -24,6 +24,7 @@ from ritornello.selection import (
     GreedyBalanced,
     PerClassRandom,
     Reservoir,
+    SavedShards,
     SelectionPolicy,
     rank_of_exemplar,
 )
@@ -35,6 +36,7 @@ __all__ = [
     "Assignment",
     "BufferClosedError",
     "BufferStats",
+    "CheckpointError",
     "ClassBalanced",
     "ClassBalancedReservoir",
     "ClassBalancedSampling",
@@ -50,6 +52,7 @@ __all__ = [
     "Reservoir",
     "RoundError",
     "SamplingPolicy",
+    "SavedShards",
     "SelectionPolicy",
     "Transport",
     "UniformSampling",

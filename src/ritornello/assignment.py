@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from ritornello.arrays import Ints
+
+State = dict[str, Ints]
+"""What a policy knows of its shard, as lists of integers."""
 
 
 @dataclass(frozen=True)
@@ -23,6 +27,21 @@ class Assignment:
     slots: Ints
 
 
+@dataclass(frozen=True)
+class SavedShards:
+    """What a policy is told of all shards of a buffer that was saved.
+
+    Attributes:
+        states: of each shard's policy.
+        sizes: int64 ``[num_ranks]``, representatives in each shard.
+        capacity: of that buffer.
+    """
+
+    states: Sequence[State]
+    sizes: Ints
+    capacity: int
+
+
 class SelectionPolicy(ABC):
     """Decides about the candidates of one rank's shard.
 
@@ -30,11 +49,15 @@ class SelectionPolicy(ABC):
         needs_labels: whether ``admit`` looks at the labels.
         num_classes: labels must be below it; None: any non-negative label.
         num_slots: the shard's rows, known once the buffer has called ``bind``.
+        rank: whose shard it is, known from then on, too.
+        num_ranks: how many shards there are.
     """
 
     needs_labels = False
     num_classes: int | None = None
     num_slots = 0
+    rank = 0
+    num_ranks = 1
 
     def bind(self, num_slots: int, rank: int, num_ranks: int) -> None:
         """Ties the policy to one shard; called once, by the buffer.
@@ -47,7 +70,7 @@ class SelectionPolicy(ABC):
                 f"this {type(self).__name__} already belongs to a buffer: its counts are those "
                 "of one shard. Make a new one for each buffer"
             )
-        self.num_slots = num_slots
+        self.num_slots, self.rank, self.num_ranks = num_slots, rank, num_ranks
 
     @abstractmethod
     def admit(self, labels: Ints, generator: np.random.Generator) -> Assignment:
@@ -60,6 +83,62 @@ class SelectionPolicy(ABC):
             labels: int64 ``[m]``; zeros where the policy needs none.
             generator: this rank's stream for this round.
         """
+
+    def state(self) -> State:
+        """What it knows of its shard, to be saved: copies.
+
+        Raises:
+            TypeError: the policy does not say; ``save`` then refuses.
+        """
+        raise TypeError(self._lacks("state"))
+
+    def restore(self, state: State, size: int) -> None:
+        """Goes on from ``state``, exactly as the policy that gave it.
+
+        Args:
+            state: of a shard with as many rows on the same rank of as many.
+            size: representatives in the shard.
+
+        Raises:
+            ValueError, KeyError: no policy of this type can have given it.
+        """
+        raise TypeError(self._lacks("restore"))
+
+    def adopt(
+        self, saved: SavedShards, capacity: int, generator: np.random.Generator
+    ) -> tuple[Ints, Ints]:
+        """Takes over this rank's part of a buffer with another number of ranks or capacity.
+
+        Every rank calls it with the same arguments, on a policy that was bound and not used.
+        Together they must take every representative once as long as the capacity allows.
+
+        Args:
+            saved: the shards as they were.
+            capacity: of all ranks' shards now.
+            generator: the same stream on every rank.
+
+        Returns:
+            int64 ``[m]``, owners and slots, then, of the representatives that go to this rank's
+            slots from 0 to ``m - 1``.
+
+        Raises:
+            ValueError, KeyError: see ``restore``.
+        """
+        raise TypeError(self._lacks("adopt"))
+
+    def _lacks(self, method: str) -> str:
+        return (
+            f"the selection policy {type(self).__name__} cannot be saved and restored: it has no "
+            f"method {method}(); see ritornello.SelectionPolicy"
+        )
+
+
+def part_of_rank(rank: int, num_ranks: int) -> slice:
+    """Which of all representatives in a row go to a rank: turn by turn.
+
+    So every shard gets equally many, up to one, and of each class that stands together, too.
+    """
+    return slice(rank, None, num_ranks)
 
 
 def checked_num_classes(num_classes: int | None) -> int | None:

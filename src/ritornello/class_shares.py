@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 
 import numpy as np
 
 from ritornello.arrays import Bools, Floats, Ints
-from ritornello.assignment import Assignment, SelectionPolicy, checked_num_classes
+from ritornello.assignment import (
+    Assignment,
+    SavedShards,
+    SelectionPolicy,
+    State,
+    checked_num_classes,
+)
 from ritornello.class_members import ClassMembers
 from ritornello.classless import reservoir_positions
+from ritornello.saved_classes import Choose, SavedClasses, at_random, check_classes, first_ones
+from ritornello.scores import highest_scores, rank_of_lowest_score
 
 
 class _ClassShares(SelectionPolicy):
     """What the class-balanced policies have in common: the shares of the classes.
 
-    The representatives that a class may have on a rank are numbered, and each number has a
-    fixed score: number ``q`` of class ``label`` on rank ``i`` of ``N`` has the score
-    ``q * N + (i - label * stride) % N``. A shard keeps the lowest scores that its classes can fill.
-    So the shares are equal (up to what a class has offered), adapt as classes appear, and
-    leave no slot empty; remainders fall on different ranks for different classes, so that
-    the global shares are equal too; and the ranks need not talk about it. As the scores are
-    fixed, a class that once had to give up representatives never grows again: what it keeps
-    can stay a uniform sample.
+    Every representative that a class may have on a rank has a fixed score (see ``scores``), and
+    a shard keeps the lowest scores that its classes can fill. So the shares are equal (up to what
+    a class has offered), adapt as classes appear, and leave no slot empty; remainders fall on
+    different ranks for different classes, so that the global shares are equal too; and the ranks
+    need not talk about it. As the scores are fixed, a class that once had to give up
+    representatives never grows again: what it keeps can stay a uniform sample.
 
     Fixed shares are those that the labels below ``num_classes`` have when all of them have
     offered enough. They are kept free for their classes, and nobody ever has to give up a
@@ -48,11 +53,11 @@ class _ClassShares(SelectionPolicy):
     def bind(self, num_slots: int, rank: int, num_ranks: int) -> None:
         """See ``SelectionPolicy.bind``."""
         super().bind(num_slots, rank, num_ranks)
-        self._rank, self._num_ranks = rank, num_ranks
         self._labels = np.zeros(0, dtype=np.int64)  # class number -> label, as they appeared
         self._known = np.zeros(0, dtype=np.int64)  # the labels, ascending
         self._sorted = np.zeros(0, dtype=np.int64)  # their class numbers
         self._offered = np.zeros(0, dtype=np.int64)
+        self._grows = np.zeros(0, dtype=np.bool_)  # whether all that a class offers is stored
         self._offsets = np.zeros(0, dtype=np.int64)
         self._members = ClassMembers()
         self._num_used = 0
@@ -61,7 +66,8 @@ class _ClassShares(SelectionPolicy):
             assert self.num_classes is not None
             self._add_classes(np.arange(self.num_classes))
             wanted = np.full(self.num_classes, num_slots)
-            self._limits = wanted - self._highest_scores(wanted, int(wanted.sum()) - num_slots)
+            excess = int(wanted.sum()) - num_slots
+            self._limits = wanted - highest_scores(wanted, excess, self._offsets, num_ranks)
 
     @abstractmethod
     def _positions(self, ordinals: Ints, shares: Ints, u: Floats) -> Ints:
@@ -94,23 +100,24 @@ class _ClassShares(SelectionPolicy):
         rows = classes.argsort(kind="stable")
         classes = classes[rows]
         offered, shares = self._offered[classes], self._members.counts[classes]
-        ordinals = offered + np.arange(len(rows)) - classes.searchsorted(classes)
-        # A class that has offered more than it holds never grows again: nobody's share changes.
-        settled = bool((offered > shares).all())
+        turns = np.arange(len(rows)) - classes.searchsorted(classes)  # which one of its class
+        ordinals, new_places = offered + turns, shares + turns
+        # If none of the classes grows, nobody's share changes.
+        settled = not self._grows[classes].any()
         if not settled:
-            filling = self._fill(classes, ordinals, generator)
+            filling = self._fill(classes, turns, generator)
             shares = self._members.counts[classes]
         self._offered[classes] = ordinals + 1  # of each class its last, highest ordinal stays
 
         positions = self._positions(ordinals, shares, generator.random(len(rows)))
         enters = positions < shares
         if not settled:
-            positions = np.where(filling, ordinals, positions)
+            positions = np.where(filling, new_places, positions)
             enters |= filling
         slots = self._members.slots(classes[enters], positions[enters])
         return Assignment(rows[enters], slots)
 
-    def _fill(self, classes: Ints, ordinals: Ints, generator: np.random.Generator) -> Bools:
+    def _fill(self, classes: Ints, turns: Ints, generator: np.random.Generator) -> Bools:
         """Moves the classes' shares to where the candidates put them.
 
         Returns:
@@ -121,7 +128,9 @@ class _ClassShares(SelectionPolicy):
         shares = self._shares_after(seen, counts)
         losing = np.flatnonzero(shares < held)
         freed = self._drop(losing, held[losing] - shares[losing], generator)
-        filling: Bools = ordinals < shares[classes]
+        filling: Bools = turns < (shares - held)[classes]
+        self._grows[losing] = False
+        self._grows[classes[~filling]] = False
         num_fresh = int(filling.sum()) - len(freed)
         fresh = np.arange(self._num_used, self._num_used + num_fresh)
         self._num_used += num_fresh
@@ -140,8 +149,9 @@ class _ClassShares(SelectionPolicy):
     def _add_classes(self, new: Ints) -> None:
         self._labels = np.concatenate([self._labels, new])
         self._offered = np.concatenate([self._offered, np.zeros_like(new)])
-        first_ranks = _rank_of_lowest_score(self._labels, self._num_ranks)
-        self._offsets = (self._rank - first_ranks) % self._num_ranks
+        self._grows = np.concatenate([self._grows, np.ones(len(new), dtype=np.bool_)])
+        first_ranks = rank_of_lowest_score(self._labels, self.num_ranks)
+        self._offsets = (self.rank - first_ranks) % self.num_ranks
         self._members.add_classes(len(new))
         self._sorted = np.argsort(self._labels, kind="stable")
         self._known = self._labels[self._sorted]
@@ -149,39 +159,91 @@ class _ClassShares(SelectionPolicy):
     def _shares_after(self, seen: Ints, counts: Ints) -> Ints:
         """The share of every class once ``counts`` more of the classes ``seen`` are offered."""
         shares = self._members.counts.copy()
-        never_dropped = self._offered[seen] == shares[seen]
-        growth = np.where(never_dropped, counts, 0)
+        growth = np.where(self._grows[seen], counts, 0)
         shares[seen] += growth
         if self._limits is not None:
             return np.minimum(shares, self._limits)
         excess = int(growth.sum()) - (self.num_slots - self._num_used)
         if excess > 0:
-            shares -= self._highest_scores(shares, excess)
+            shares -= highest_scores(shares, excess, self._offsets, self.num_ranks)
         return shares
 
-    def _highest_scores(self, shares: Ints, excess: int) -> Ints:
-        """How many of each class's representatives are among the ``excess`` highest scores."""
-        tops = (shares - 1) * self._num_ranks + self._offsets
-        # The lowest level that no more than `excess` scores lie above.
-        high = int(tops.max())
-        low = max(-1, high - excess * self._num_ranks - 1)
-        while low < high:
-            level = (low + high) // 2
-            if self._num_above(tops, shares, level).sum() <= excess:
-                high = level
-            else:
-                low = level + 1
-        above = self._num_above(tops, shares, low)
-        # Those exactly at the level are of different classes: the later a class appeared, the
-        # sooner it gives way, on even levels; the other way round on odd ones.
-        at_level = np.flatnonzero(self._num_above(tops, shares, low - 1) > above)
-        if (low // self._num_ranks) % 2 == 0:
-            at_level = at_level[::-1]
-        above[at_level[: excess - int(above.sum())]] += 1
-        return above
+    def state(self) -> State:
+        """See ``SelectionPolicy.state``."""
+        counts = self._members.counts
+        owners = np.repeat(np.arange(len(counts)), counts)
+        positions = np.arange(len(owners)) - np.repeat(counts.cumsum() - counts, counts)
+        return {
+            "labels": self._labels.copy(),
+            "offered": self._offered.copy(),
+            "counts": counts.copy(),
+            "grows": self._grows.astype(np.int64),
+            "slots": self._members.slots(owners, positions),
+        }
 
-    def _num_above(self, tops: Ints, shares: Ints, level: int) -> Ints:
-        return np.clip(-((level - tops) // self._num_ranks), 0, shares)
+    def restore(self, state: State, size: int) -> None:
+        """See ``SelectionPolicy.restore``."""
+        check_classes(state, size)
+        labels, grows = state["labels"], state["grows"]
+        if len(grows) != len(labels):
+            raise ValueError(f"{len(labels)} labels, but {len(grows)} values of grows")
+        if self.shares == "fixed":
+            assert self.num_classes is not None
+            if not np.array_equal(labels, np.arange(self.num_classes)):
+                raise ValueError(f"labels must be those from 0 to {self.num_classes - 1}")
+        else:
+            self._add_classes(labels)
+        self._offered, self._grows = state["offered"].copy(), grows != 0
+        self._members.append(np.repeat(np.arange(len(labels)), state["counts"]), state["slots"])
+        self._num_used = size
+        if self._limits is not None:
+            self._make_room(state["counts"])
+
+    def adopt(
+        self, saved: SavedShards, capacity: int, generator: np.random.Generator
+    ) -> tuple[Ints, Ints]:
+        """See ``SelectionPolicy.adopt``.
+
+        Into a larger capacity every candidate enters until it is in use; nothing old goes for
+        it, but recent samples of a class that had lost some are then more likely stored.
+        """
+        whole = SavedClasses.merged(saved)
+        if capacity < saved.capacity:
+            shares = whole.shares(capacity)
+            if self.shares == "fixed":
+                assert self.num_classes is not None
+                wanted = np.full(self.num_classes, capacity)
+                excess = int(wanted.sum()) - capacity
+                shares = wanted - highest_scores(wanted, excess, np.zeros_like(wanted), 1)
+            whole = whole.cut(shares, self._choice(generator))
+        own = whole.of_rank(self.rank, self.num_ranks)
+        grows = ~whole.lost | (capacity > saved.capacity)
+        size = len(own.slots)
+        self.restore(
+            {
+                "labels": own.labels,
+                "offered": own.offered,
+                "counts": own.counts,
+                "grows": grows.astype(np.int64),
+                "slots": np.arange(size),
+            },
+            size,
+        )
+        return own.owners, own.slots
+
+    def _choice(self, generator: np.random.Generator) -> Choose:
+        """Who stays of a class that has more than its share, like ``_drop``."""
+        return at_random(generator)
+
+    def _make_room(self, counts: Ints) -> None:
+        """Shifts fixed shares between classes such that each has room for what it holds.
+
+        With another number of ranks the odd ones of a class belong to other ranks.
+        """
+        assert self._limits is not None
+        self._limits = np.maximum(self._limits, counts)
+        while self._limits.sum() > self.num_slots:
+            self._limits[np.argmax(self._limits - counts)] -= 1
 
 
 class ClassBalanced(_ClassShares):
@@ -271,37 +333,5 @@ class FirstOffered(_ClassShares):
     def _drop(self, classes: Ints, num_dropped: Ints, generator: np.random.Generator) -> Ints:
         return self._members.drop_last(classes, num_dropped)
 
-
-def rank_of_exemplar(label: int | Ints, place: int | Ints, num_ranks: int) -> Ints:
-    """The rank to offer an exemplar to, so that all ranks together keep a class's first ones.
-
-    Exemplars go round the ranks in the order in which shares grow. Where every class offers at
-    least its share, classes appear in the same order on all ranks, and the ranks divide the
-    capacity evenly, ``FirstOffered`` stores exactly the first ones. Otherwise ranks may differ by
-    one exemplar more or less at the end of what is stored of a class.
-
-    Args:
-        label: of the class; an integer or int64 ``[n]``.
-        place: in the class's order of importance, from 0; an integer or int64 ``[n]``.
-        num_ranks: how many.
-
-    Returns:
-        int64, of the shape of ``label`` and ``place`` together.
-    """
-    return (_rank_of_lowest_score(np.asarray(label), num_ranks) + place) % num_ranks
-
-
-def _rank_of_lowest_score(labels: Ints, num_ranks: int) -> Ints:
-    """Where the first representative of each class belongs."""
-    return labels % num_ranks * spreading_stride(num_ranks) % num_ranks
-
-
-def spreading_stride(num_ranks: int) -> int:
-    """A step that visits all ranks, and spreads any few of its first stops evenly over them.
-
-    The golden section of ``num_ranks``, lowered until the two have no common divisor.
-    """
-    stride = max(1, int(num_ranks * (math.sqrt(5) - 1) / 2))
-    while math.gcd(stride, num_ranks) > 1:
-        stride -= 1
-    return stride
+    def _choice(self, generator: np.random.Generator) -> Choose:
+        return first_ones

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ritornello.arrays import Floats, Ints
-from ritornello.assignment import Assignment, SelectionPolicy
+from ritornello.assignment import Assignment, SavedShards, SelectionPolicy, State, part_of_rank
 
 
 class Fifo(SelectionPolicy):
@@ -20,6 +20,30 @@ class Fifo(SelectionPolicy):
         self._num_offered += len(labels)
         return Assignment(rows, slots)
 
+    def state(self) -> State:
+        """See ``SelectionPolicy.state``."""
+        return {"offered": np.array([self._num_offered])}
+
+    def restore(self, state: State, size: int) -> None:
+        """See ``SelectionPolicy.restore``."""
+        self._num_offered = _num_offered(state, size)
+
+    def adopt(
+        self, saved: SavedShards, capacity: int, generator: np.random.Generator
+    ) -> tuple[Ints, Ints]:
+        """See ``SelectionPolicy.adopt``. The oldest go first, counted on each rank alike."""
+        ages, owners, slots = [], [], []
+        for owner, (state, size) in enumerate(zip(saved.states, saved.sizes.tolist(), strict=True)):
+            # A shard that is not full has its oldest in slot 0, where the remainder is 0, too.
+            oldest = _num_offered(state, size)
+            slots.append((oldest + np.arange(size)) % max(1, size))
+            ages.append(np.arange(size, 0, -1))
+            owners.append(np.full(size, owner))
+        order = np.argsort(-np.concatenate(ages), kind="stable")[-capacity:]
+        own = order[part_of_rank(self.rank, self.num_ranks)]
+        self._num_offered = len(own)
+        return np.concatenate(owners)[own], np.concatenate(slots)[own]
+
 
 class Reservoir(SelectionPolicy):
     """A uniform sample of all candidates so far, whatever their class.
@@ -29,14 +53,58 @@ class Reservoir(SelectionPolicy):
     """
 
     _num_offered = 0
+    _num_used = 0
 
     def admit(self, labels: Ints, generator: np.random.Generator) -> Assignment:
         """See ``SelectionPolicy.admit``."""
         ordinals = self._num_offered + np.arange(len(labels))
         slots = reservoir_positions(ordinals, self.num_slots, generator.random(len(labels)))
+        if self._num_used < self.num_slots:
+            unused = self._num_used + np.arange(len(labels))
+            slots = np.where(unused < self.num_slots, unused, slots)
+            self._num_used = min(self.num_slots, self._num_used + len(labels))
         self._num_offered += len(labels)
         rows = np.flatnonzero(slots < self.num_slots)
         return Assignment(rows, slots[rows])
+
+    def state(self) -> State:
+        """See ``SelectionPolicy.state``."""
+        return {"offered": np.array([self._num_offered])}
+
+    def restore(self, state: State, size: int) -> None:
+        """See ``SelectionPolicy.restore``."""
+        self._num_offered, self._num_used = _num_offered(state, size), size
+
+    def adopt(
+        self, saved: SavedShards, capacity: int, generator: np.random.Generator
+    ) -> tuple[Ints, Ints]:
+        """See ``SelectionPolicy.adopt``.
+
+        A sample of a uniform sample is one. Into a larger capacity every candidate enters until
+        it is in use; nothing old goes for it, but recent samples are then more likely stored.
+        """
+        num_held = int(saved.sizes.sum())
+        owners = np.repeat(np.arange(len(saved.sizes)), saved.sizes)
+        slots = np.concatenate([np.arange(size) for size in saved.sizes.tolist()])
+        kept = np.arange(num_held)
+        if num_held > capacity:
+            kept = np.sort(generator.choice(num_held, capacity, replace=False))
+        own = kept[part_of_rank(self.rank, self.num_ranks)]
+        num_offered = sum(
+            _num_offered(state, size)
+            for state, size in zip(saved.states, saved.sizes.tolist(), strict=True)
+        )
+        self._num_used = len(own)
+        # As many were offered to it as make its chances those of all.
+        self._num_offered = len(own) * num_offered // max(1, len(kept))
+        return owners[own], slots[own]
+
+
+def _num_offered(state: State, size: int) -> int:
+    (num_offered,) = state["offered"].tolist()
+    if num_offered < size:
+        raise ValueError(f"offered={num_offered}, but {size} are stored")
+    return int(num_offered)
 
 
 def reservoir_positions(ordinals: Ints, size: Ints | int, u: Floats) -> Ints:

@@ -8,6 +8,7 @@ bytes for each, and every rank keeps the same list. No sample is among it.
 from __future__ import annotations
 
 from array import array
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -132,6 +133,62 @@ class Contents:
         first = int(self._starts[rank])
         self._distances[first : first + len(distances)] = distances
 
+    @property
+    def knows_labels(self) -> bool:
+        """Whether labels and distances are known, not sizes alone."""
+        return hasattr(self, "_labels")
+
+    def state(self) -> dict[str, Ints | Floats]:
+        """All that it knows beside the sizes, to be saved: copies.
+
+        The places of the first class, of the second, and so on, and how many each has; a distance
+        for each place, in the order of shards and slots; the turns.
+        """
+        if not self.knows_labels:
+            return {}
+        lists = [members for members in self._members.values() if members]
+        return {
+            "labels": np.array([label for label, held in self._members.items() if held], np.int64),
+            "counts": np.array([len(members) for members in lists], np.int64),
+            "places": np.array([place for members in lists for place in members], np.int64),
+            "distances": self._distances.copy(),
+            "turns": np.array([self.num_turns]),
+        }
+
+    def restore(self, state: Mapping[str, Ints | Floats]) -> None:
+        """Goes on from ``state``; sizes and room must be those of the contents that gave it.
+
+        Raises:
+            ValueError, KeyError: it contradicts itself or the sizes.
+        """
+        labels, counts, places, distances, turns = (
+            state[name] for name in ("labels", "counts", "places", "distances", "turns")
+        )
+        used = np.zeros(len(self._labels), dtype=np.bool_)
+        used[self._used_places()] = True
+        if len(labels) != len(counts) or counts.min(initial=1) < 1 or counts.sum() != len(places):
+            raise ValueError("counts must be those of the labels, and add up to the places")
+        if not np.array_equal(np.sort(places), np.flatnonzero(used)):
+            raise ValueError("places must be those of all representatives, once each")
+        if len(np.unique(labels)) < len(labels) or labels.min(initial=0) < 0:
+            raise ValueError("labels must differ and be at least 0")
+        if distances.shape != self._distances.shape or turns.shape != (1,) or turns[0] < 0:
+            raise ValueError("distances must be as many as there is room, and turns one number")
+        ends = counts.cumsum()
+        self._members = {
+            label: array("q", places[end - count : end].tolist())
+            for label, end, count in zip(
+                labels.tolist(), ends.tolist(), counts.tolist(), strict=True
+            )
+        }
+        for label, members in self._members.items():
+            for position, place in enumerate(members):
+                self._positions[place] = position
+                self._labels[place] = label
+        self._class_labels = None
+        self._distances[:] = distances
+        self.num_turns = int(turns[0])
+
     def _take_out(self, place: int, label: int) -> None:
         members, position = self._members[label], self._positions[place]
         last = members.pop()
@@ -142,7 +199,7 @@ class Contents:
             self._positions[last] = position
 
     def _used_places(self) -> slice | Ints:
-        if not hasattr(self, "_labels"):
+        if not self.knows_labels:
             raise TypeError(
                 "labels and distances are only known to sampling policies that say so: give the "
                 "class needs_labels = True"

@@ -23,6 +23,13 @@ class PeerLostError(RoundError):
         self.peers = peers
 
 
+class CheckpointError(RuntimeError):
+    """A saved buffer cannot be read, is damaged, or does not fit; or one could not be written.
+
+    What was saved before, and the buffer, are as they were.
+    """
+
+
 class BufferClosedError(RuntimeError):
     """The buffer was used after ``close()``."""
 
@@ -42,8 +49,8 @@ def round_error(error: BaseException, where: str, timeout_seconds: float) -> Rou
         )
     if isinstance(error, PeerLostError):
         return PeerLostError(
-            f"{where} failed: {error}. It died, or called update less often than this rank: all "
-            "ranks must call it equally often",
+            f"{where} failed: {error}. It died, is out of reach, waits for another rank itself, or "
+            "called update less often than this rank: all ranks must call it equally often",
             error.peers,
         )
     return RoundError(f"{where} failed: {error}")

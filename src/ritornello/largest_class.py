@@ -15,7 +15,14 @@ from array import array
 import numpy as np
 
 from ritornello.arrays import Ints
-from ritornello.assignment import Assignment, SelectionPolicy, checked_num_classes
+from ritornello.assignment import (
+    Assignment,
+    SavedShards,
+    SelectionPolicy,
+    State,
+    checked_num_classes,
+)
+from ritornello.saved_classes import SavedClasses, at_random, check_classes
 
 
 class _LargestClassGivesWay(SelectionPolicy):
@@ -79,6 +86,66 @@ class _LargestClassGivesWay(SelectionPolicy):
                 rows.append(row)
                 slots.append(slot)
         return Assignment(np.array(rows, dtype=np.int64), np.array(slots, dtype=np.int64))
+
+    def state(self) -> State:
+        """See ``SelectionPolicy.state``."""
+        return {
+            "labels": np.array(list(self._numbers), dtype=np.int64),
+            "offered": np.array(self._offered, dtype=np.int64),
+            "counts": self._sizes.copy(),
+            "slots": np.array([slot for of_class in self._members for slot in of_class], np.int64),
+            "largest": np.array(self._largest, dtype=np.int64),
+            "has_been_largest": np.array(self._has_been_largest, dtype=np.int64),
+        }
+
+    def restore(self, state: State, size: int) -> None:
+        """See ``SelectionPolicy.restore``."""
+        check_classes(state, size)
+        sizes, largest = state["counts"], state["largest"]
+        flags = state["has_been_largest"]
+        if len(flags) != len(sizes) or len(np.unique(largest)) < len(largest):
+            raise ValueError("has_been_largest must be of the length of labels, largest differ")
+        if len(largest) and (
+            size < self.num_slots
+            or largest.min() < 0
+            or largest.max() >= len(sizes)
+            or np.any(sizes[largest] != sizes.max())
+        ):
+            raise ValueError("largest must be numbers of the largest classes of a full shard")
+        self._numbers = {label: i for i, label in enumerate(state["labels"].tolist())}
+        ends = sizes.cumsum()
+        self._members = [
+            array("q", state["slots"][end - count : end].tolist())
+            for end, count in zip(ends.tolist(), sizes.tolist(), strict=True)
+        ]
+        self._sizes, self._offered = sizes.copy(), state["offered"].tolist()
+        self._num_used = size
+        self._largest, self._largest_size = largest.tolist(), int(sizes.max(initial=0))
+        self._has_been_largest = (flags != 0).tolist()
+
+    def adopt(
+        self, saved: SavedShards, capacity: int, generator: np.random.Generator
+    ) -> tuple[Ints, Ints]:
+        """See ``SelectionPolicy.adopt``. Of the largest classes random ones leave."""
+        whole = SavedClasses.merged(saved)
+        whole = whole.cut(whole.shares(capacity), at_random(generator))
+        were_largest = np.concatenate(
+            [state["labels"][state["has_been_largest"] != 0] for state in saved.states]
+        )
+        own = whole.of_rank(self.rank, self.num_ranks)
+        size = len(own.slots)
+        self.restore(
+            {
+                "labels": own.labels,
+                "offered": own.offered,
+                "counts": own.counts,
+                "slots": np.arange(size),
+                "largest": np.zeros(0, dtype=np.int64),
+                "has_been_largest": (own.lost | np.isin(own.labels, were_largest)).astype(np.int64),
+            },
+            size,
+        )
+        return own.owners, own.slots
 
     def _add_class(self, label: int) -> int:
         number = self._numbers[label] = len(self._members)

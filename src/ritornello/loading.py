@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import nullcontext
 
 import torch
@@ -27,9 +27,9 @@ def rehearse(
             ...  # forward, backward, step
 
     The mini-batches are those that the plain loop would give, bit for bit, if the loader gives
-    new tensors each time. A loop that is left
-    early has offered one mini-batch more than it trained on, on every rank alike. Until the
-    loop has ended the buffer is not used otherwise, nor closed.
+    new tensors each time. A mini-batch is offered when the loop gets it, so that the buffer can
+    be saved inside the loop, and a loop that is left early has offered what it trained on. Until
+    the loop has ended the buffer is not used otherwise, nor closed.
 
     Args:
         loader: any iterable of mini-batches; ``pin_memory=True`` in a ``DataLoader`` lets the
@@ -48,21 +48,26 @@ def rehearse(
         with torch.cuda.stream(stream) if stream is not None else nullcontext():
             for batch in batches:
                 placed = batch if target is None else _moved(batch, target)
-                joined = buffer.update(placed)
+                joined = buffer._prepare(placed, "rehearse")
                 return joined, stream.record_event() if stream is not None else None
         return None
 
     with ThreadPoolExecutor(1, thread_name_prefix="ritornello-rehearse") as ahead:
         coming = ahead.submit(prepare)
-        while (prepared := coming.result()) is not None:
-            coming = ahead.submit(prepare)
-            batch, ready = prepared
-            if ready is not None:
-                assert target is not None
-                _hand_over(batch, ready, target)
-            yield batch
-            # Held here, it could not be freed while the next one trains.
-            del batch, prepared
+        try:
+            while (prepared := coming.result()) is not None:
+                batch, ready = prepared
+                if ready is not None:
+                    assert target is not None
+                    _hand_over(batch, ready, target)
+                buffer._start_round()
+                coming = ahead.submit(prepare)
+                yield batch
+                # Held here, it could not be freed while the next one trains.
+                del batch, prepared
+        finally:
+            wait([coming])
+            buffer._drop_prepared()
 
 
 def _moved(batch: Batch, device: torch.device) -> Batch:

@@ -21,6 +21,7 @@ class Purpose(IntEnum):
     CANDIDATES = 1
     SELECTION = 2
     SAMPLING = 3
+    ADOPTION = 4
 
 
 class Streams:

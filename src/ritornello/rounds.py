@@ -8,22 +8,30 @@ on when it runs.
 
 from __future__ import annotations
 
+import copy
 import time
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from ritornello.arrays import Ints
+from ritornello.arrays import Bytes, Floats, Ints
+from ritornello.checkpoint import SavedBuffer, Saving
 from ritornello.contents import Contents
 from ritornello.distances import cosine_distances, gather_padded
 from ritornello.random_streams import Purpose, Streams
 from ritornello.records import Layout
 from ritornello.sampling import Planner, SamplingPolicy
-from ritornello.selection import POLICIES, Assignment, SelectionPolicy
+from ritornello.selection import POLICIES, Assignment, SavedShards, SelectionPolicy
 from ritornello.shard import Shard
 from ritornello.staging import Candidates, Staging
 from ritornello.storage import Storage
-from ritornello.transports import Transport
+from ritornello.transports import Transport, together
+
+POLICY, CONTENTS = "policy.", "contents."
+"""Whose the saved arrays are, by the beginnings of their names."""
 
 STAGES = ("admit", "plan", "exchange", "stage")
 
@@ -38,7 +46,7 @@ class Rounds:
 
     Args:
         transport: to the other ranks.
-        selection: this rank's policy, bound to the shard.
+        selection: this rank's policy; is bound to the shard.
         sampling: the policy of the draws.
         capacity: of the whole buffer.
         num_representatives: ``r``.
@@ -66,11 +74,15 @@ class Rounds:
         self.seconds_per_stage = dict.fromkeys(STAGES, 0.0)
         self.bytes_sent = self.bytes_received = 0
         self.shard: Shard | None = None
+        self.saving: Saving | None = None
+        self.is_torn = False  # whether a load has failed when it had begun to overwrite
         self._full = False
-        self._selection, self.sampling = selection, sampling
+        self._unused_selection = copy.deepcopy(selection)
+        self.selection, self.sampling = selection, sampling
         self.needs_labels = selection.needs_labels or sampling.needs_labels
         self._is_builtin = type(selection) in POLICIES.values()
         self._selection_streams = Streams(seed, Purpose.SELECTION, transport.rank)
+        self._adoption_streams = Streams(seed, Purpose.ADOPTION)
         self._planner = Planner(
             transport.rank,
             num_representatives,
@@ -79,13 +91,13 @@ class Rounds:
             draws_per_round,
         )
         self._storage = storage
+        self.capacity = capacity
         self._limits = np.array(
             [rows_of_rank(capacity, i, transport.num_ranks) for i in range(transport.num_ranks)]
         )
-        self.contents = Contents(
-            np.zeros(transport.num_ranks, dtype=np.int64),
-            self._limits if sampling.needs_labels else None,
-        )
+        self.contents = self._no_contents()
+        self._admitted_in = np.zeros(0, dtype=np.int64)  # slot -> round, made with the shard
+        selection.bind(self.num_rows, transport.rank, transport.num_ranks)
 
     @property
     def num_rows(self) -> int:
@@ -121,9 +133,8 @@ class Rounds:
         """
         with self._staging.worker_stream():
             self._enter("admit")
-            if self.shard is None:
-                self.shard = self._make_shard()
-            size, admitted = self._admit(candidates, self.shard)
+            shard = self.make_shard()
+            size, admitted = self._admit(candidates, shard)
             self._enter("plan")
             self._learn_sizes(size)
             if admitted is not None:
@@ -132,7 +143,7 @@ class Rounds:
             if plan.num_drawn:
                 self._enter("exchange")
                 received = self._staging.receive(plan.num_drawn)
-                self.transport.exchange(self.shard, plan, received)
+                self.transport.exchange(shard, plan, received)
                 self._enter("stage")
                 self._staging.deliver(plan.num_drawn, plan.order)
         self._enter(None)
@@ -170,6 +181,166 @@ class Rounds:
         for rank, of_rank in enumerate(gather_padded(distances, self.transport)):
             self.contents.set_rank_distances(rank, of_rank)
 
+    # Saving and restoring, on the trainer's thread while no round runs.
+
+    def state(self) -> dict[str, NDArray[Any]]:
+        """What this rank knows beside the representatives, as copies.
+
+        Raises:
+            TypeError: the selection policy cannot be saved.
+        """
+        arrays: dict[str, NDArray[Any]] = {"admitted_in": self._admitted_in[: self.num_held].copy()}
+        arrays |= {POLICY + name: each for name, each in self.selection.state().items()}
+        return arrays | {CONTENTS + name: each for name, each in self.contents.state().items()}
+
+    def to_host(self, rows: torch.Tensor) -> Bytes:
+        """Rows of the shard in CPU memory, as they are after the last round."""
+        if rows.device.type == "cpu":
+            return rows.numpy()
+        with self._staging.worker_stream():
+            return rows.cpu().numpy()
+
+    def used_rows(self, record_bytes: int) -> torch.Tensor:
+        """The rows in use, uint8 ``[num_held, record_bytes]``: the shard itself."""
+        if self.shard is None:
+            return torch.zeros((0, record_bytes), dtype=torch.uint8)
+        return self.shard.rows[: self.num_held]
+
+    def restore(self, saved: SavedBuffer, knows_contents: bool) -> None:
+        """Goes on exactly from where a buffer with the same ranks and capacity was saved.
+
+        Blocks until all ranks have called it.
+
+        Args:
+            saved: that buffer.
+            knows_contents: whether its sampling policy is this one's, and looks at labels.
+
+        Raises:
+            CheckpointError: on every rank, if what was saved on one cannot be used.
+        """
+        rank, sizes = self.transport.rank, np.array(saved.manifest.held_per_rank)
+        reads_twice = self.contents.num_held > 0
+
+        def understand() -> tuple[SelectionPolicy, Contents, Ints]:
+            if np.any(sizes > self._limits):
+                raise ValueError(f"{sizes.tolist()} representatives in shards of {self._limits}")
+            with saved.shard(rank) as shard:
+                arrays = shard.arrays()
+            policy = self._new_selection()
+            policy.restore(_part(arrays, POLICY), int(sizes[rank]))
+            contents = self._no_contents()
+            contents.resize(sizes)
+            if knows_contents:
+                contents.restore(_part(arrays, CONTENTS))
+            admitted_in = _integers(arrays, "admitted_in", int(sizes[rank]))
+            if reads_twice:  # what is there must not be overwritten by anything damaged
+                saved.check(rank)
+            return policy, contents, admitted_in
+
+        policy, contents, admitted_in = together(self.transport, understand, "load")
+        self._take(lambda: saved.checked_rows(rank))
+        self._go_on(saved.manifest.num_rounds, policy, contents, admitted_in)
+        if contents.knows_labels and not knows_contents:
+            self._tell_contents(None)
+
+    def adopt(self, saved: SavedBuffer) -> None:
+        """Takes over a buffer that had other ranks or another capacity.
+
+        Blocks until all ranks have called it.
+
+        Args:
+            saved: that buffer.
+
+        Raises:
+            CheckpointError: on every rank, if what was saved cannot be used on one.
+        """
+        manifest = saved.manifest
+        num_ranks, sizes = manifest.num_ranks, np.array(manifest.held_per_rank)
+        rooms = np.array([rows_of_rank(manifest.capacity, i, num_ranks) for i in range(num_ranks)])
+
+        def understand() -> tuple[SelectionPolicy, Ints, Ints, Ints, Floats | None]:
+            for rank in range(self.transport.rank, num_ranks, self.transport.num_ranks):
+                saved.check(rank)
+            arrays = []
+            for rank in range(num_ranks):
+                with saved.shard(rank) as shard:
+                    arrays.append(shard.arrays())
+            policy = self._new_selection()
+            owners, slots = policy.adopt(
+                SavedShards([_part(each, POLICY) for each in arrays], sizes, manifest.capacity),
+                self.capacity,
+                self._adoption_streams.at(manifest.num_rounds),
+            )
+            rounds = [
+                _integers(each, "admitted_in", size)
+                for each, size in zip(arrays, sizes.tolist(), strict=True)
+            ]
+            admitted_in = np.concatenate(rounds)[(sizes.cumsum() - sizes)[owners] + slots]
+            distances = arrays[0].get(CONTENTS + "distances")
+            if distances is not None:
+                distances = distances[(rooms.cumsum() - rooms)[owners] + slots]
+            return policy, owners, slots, admitted_in, distances
+
+        policy, owners, slots, admitted_in, distances = together(self.transport, understand, "load")
+
+        def records() -> Iterator[tuple[Ints, Bytes]]:
+            for owner in np.unique(owners).tolist():
+                own = np.flatnonzero(owners == owner)
+                with saved.shard(owner) as shard:
+                    for positions, found in shard.rows(slots[own]):
+                        yield own[positions], found
+
+        self._take(records)
+        contents = self._no_contents()
+        contents.resize(self.transport.all_gather(np.array([len(owners)]))[:, 0].copy())
+        self._go_on(manifest.num_rounds, policy, contents, admitted_in)
+        if contents.knows_labels:
+            self._tell_contents(distances)
+
+    def _take(self, records: Callable[[], Iterator[tuple[Ints, Bytes]]]) -> None:
+        """Writes records to the shard; they come with their slots."""
+        shard = self.make_shard()
+        self.transport.await_readers()
+
+        def write() -> None:
+            self.is_torn = self.num_held > 0
+            with self._staging.worker_stream():
+                for slots, found in records():
+                    rows = torch.from_numpy(found).to(shard.rows.device)
+                    shard.write(slots, rows, np.arange(len(found)))
+
+        together(self.transport, write, "load")
+        self.is_torn = False
+
+    def _go_on(
+        self, num_rounds: int, policy: SelectionPolicy, contents: Contents, admitted_in: Ints
+    ) -> None:
+        self.num_rounds = num_rounds
+        self.selection, self.contents = policy, contents
+        self._admitted_in[: len(admitted_in)] = admitted_in
+        self._full = np.array_equal(contents.sizes, self._limits)
+        self._planner.forget()
+
+    def _tell_contents(self, distances: Floats | None) -> None:
+        """Tells all ranks which labels, and which distances if they are known, this one holds."""
+        labels = self.labels()
+        check_labels(labels, self.selection.num_classes)
+        self._learn_labels(np.stack([np.arange(len(labels)), labels], axis=1))
+        if distances is not None:
+            for rank, of_rank in enumerate(gather_padded(distances, self.transport)):
+                self.contents.set_rank_distances(rank, of_rank)
+
+    def _no_contents(self) -> Contents:
+        nothing = np.zeros(self.transport.num_ranks, dtype=np.int64)
+        return Contents(nothing, self._limits if self.sampling.needs_labels else None)
+
+    def _new_selection(self) -> SelectionPolicy:
+        policy = copy.deepcopy(self._unused_selection)
+        policy.bind(self.num_rows, self.transport.rank, self.transport.num_ranks)
+        return policy
+
+    # In a round.
+
     def _admit(self, candidates: Candidates, shard: Shard) -> tuple[int, Ints | None]:
         """Lets the policy decide, writes the shard.
 
@@ -181,16 +352,19 @@ class Rounds:
         if self.needs_labels:
             labels = self._labels_of(records)
             if self._staging.on_gpu:  # else the trainer's thread has checked them
-                check_labels(labels, self._selection.num_classes)
+                check_labels(labels, self.selection.num_classes)
         else:
             labels = np.zeros(len(records), dtype=np.int64)
-        assignment = self._selection.admit(labels, self._selection_streams.at(self.num_rounds))
+        assignment = self.selection.admit(labels, self._selection_streams.at(self.num_rounds))
         size = self.num_held
         if self._is_builtin and size == self.num_rows:
             new_size = size
         else:
             new_size = size_after(assignment, size, self.num_rows, len(records))
         self.transport.await_readers()
+        if self.saving is not None:
+            self.saving.keep(assignment.slots)
+        self._admitted_in[assignment.slots] = self.num_rounds
         shard.write(assignment.slots, records, assignment.rows)
         if not self.sampling.needs_labels:
             return new_size, None
@@ -200,8 +374,15 @@ class Rounds:
         assert self._label is not None
         return self._layout.integers(records, self._label)
 
-    def _make_shard(self) -> Shard:
-        """Makes the shard, once all ranks have seen that their samples are of one kind."""
+    def make_shard(self) -> Shard:
+        """The shard, made once all ranks have seen that their samples are of one kind.
+
+        Raises:
+            ValueError: samples of another layout on another rank.
+            MemoryError: it does not fit.
+        """
+        if self.shard is not None:
+            return self.shard
         digests = self.transport.all_gather(np.array([self._layout.digest]))[:, 0]
         others = np.flatnonzero(digests != self._layout.digest).tolist()
         if others:
@@ -210,7 +391,11 @@ class Rounds:
                 f"({'; '.join(map(str, self._layout.fields))}): all ranks must give the same "
                 "nesting, dtypes and shapes"
             )
-        return self.transport.make_shard(self._limits, self._layout.record_bytes, self._storage)
+        self.shard = self.transport.make_shard(
+            self._limits, self._layout.record_bytes, self._storage
+        )
+        self._admitted_in = np.zeros(self.num_rows, dtype=np.int64)
+        return self.shard
 
     def _learn_sizes(self, size: int) -> None:
         """All-gathers the shards' sizes, as long as some shard is still filling."""
@@ -230,6 +415,21 @@ class Rounds:
             self.seconds_per_stage[self.stage] += now - self._stage_began
         self._stage_began = None if stage is None else now
         self.stage = stage or self.stage
+
+
+def _part(arrays: dict[str, NDArray[Any]], prefix: str) -> dict[str, Any]:
+    """Those arrays whose names begin with ``prefix``, without it."""
+    for name, array in arrays.items():
+        if name.startswith(POLICY) and (array.dtype != np.int64 or array.ndim != 1):
+            raise ValueError(f"{name} is {array.dtype} {list(array.shape)}: it must be int64 [n]")
+    return {k.removeprefix(prefix): each for k, each in arrays.items() if k.startswith(prefix)}
+
+
+def _integers(arrays: dict[str, NDArray[Any]], name: str, num: int) -> Ints:
+    array = arrays[name]
+    if array.dtype != np.int64 or array.shape != (num,):
+        raise ValueError(f"{name} is {array.dtype} {list(array.shape)}: it must be int64 [{num}]")
+    return array
 
 
 def check_labels(labels: Ints, num_classes: int | None) -> None:

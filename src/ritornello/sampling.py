@@ -236,6 +236,10 @@ class Planner:
         self._num_draws = num_draws
         self._ahead: dict[int, Plan] = {}
 
+    def forget(self) -> None:
+        """Drops what was planned ahead: the shards are others now."""
+        self._ahead.clear()
+
     def plan(self, step: int, contents: Contents, sizes_are_final: bool) -> Plan:
         """Plans one round.
 

@@ -8,17 +8,16 @@ must do stands in ``assignment``; the policies, by kind, in ``classless``, ``cla
 
 from __future__ import annotations
 
-from ritornello.assignment import Assignment, SelectionPolicy
+from ritornello.assignment import Assignment, SavedShards, SelectionPolicy
 from ritornello.class_shares import (
     ClassBalanced,
     FirstOffered,
     GreedyBalanced,
     PerClassRandom,
-    rank_of_exemplar,
-    spreading_stride,
 )
 from ritornello.classless import Fifo, Reservoir
 from ritornello.largest_class import ClassBalancedReservoir, GraspEviction
+from ritornello.scores import rank_of_exemplar
 
 __all__ = [
     "POLICIES",
@@ -31,10 +30,10 @@ __all__ = [
     "GreedyBalanced",
     "PerClassRandom",
     "Reservoir",
+    "SavedShards",
     "SelectionPolicy",
     "rank_of_exemplar",
     "selection_policy",
-    "spreading_stride",
 ]
 
 POLICIES: dict[str, type[SelectionPolicy]] = {

@@ -99,6 +99,15 @@ class Staging:
         )
         self._num_collected = end
 
+    @property
+    def num_collected(self) -> int:
+        """The candidates that wait for their round."""
+        return self._num_collected
+
+    def drop_collected(self, num_rows: int) -> None:
+        """Drops all of them but the first ``num_rows``."""
+        self._num_collected = num_rows
+
     def candidates(self) -> Candidates:
         """All that was collected since the last call; must be used up before the next."""
         records = self._collected[: self._num_collected]
@@ -131,6 +140,22 @@ class Staging:
             copied.copy_(rows)
             self._stream.synchronize()
         return copied
+
+    # On the trainer's thread while no round runs, to save and restore.
+
+    def staged(self, num_rows: int) -> Tensor:
+        """A copy of the first representatives that were delivered, in CPU memory."""
+        return self.take(0, num_rows).cpu().clone()
+
+    def collected(self, num_rows: int) -> Tensor:
+        """A copy of the first candidates that wait for their round, in CPU memory."""
+        return self._collected[:num_rows].cpu().clone()
+
+    def put_back(self, staged: Tensor, collected: Tensor) -> None:
+        """Places what ``staged`` and ``collected`` gave where it was."""
+        self._delivered[: len(staged)] = staged.to(self._trainer_device)
+        self._collected = collected.to(self._trainer_device)
+        self._num_collected = len(collected)
 
     # On the worker's thread, inside `worker_stream`.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,6 +16,8 @@ logger = logging.getLogger(__name__)
 
 RunRound = Callable[[Candidates], int]
 Outcome = int | BaseException
+IdleWork = Callable[[], float | None]
+"""Does a little; says after how many seconds it wants to be called again, or None: it has ended."""
 
 POLL_SECONDS = 1.0
 """How often an idle worker looks whether it should end."""
@@ -40,6 +43,10 @@ class Worker(ABC):
     def stop(self, wait_seconds: float) -> bool:
         """Ends the worker; whether it has ended within ``wait_seconds``."""
 
+    @abstractmethod
+    def while_idle(self, work: IdleWork) -> None:
+        """Calls ``work`` between rounds, again and again until it has ended; one at a time."""
+
     def call_at_end(self, call: Callable[[], None]) -> None:  # noqa: B027  (ends at once)
         """Has a worker that did not stop in time call this when it ends."""
 
@@ -63,6 +70,11 @@ class InlineWorker(Worker):
         """See ``Worker.result``."""
         return _unwrap(self._outcome)
 
+    def while_idle(self, work: IdleWork) -> None:
+        """See ``Worker.while_idle``. Does all of it at once."""
+        while (pause := work()) is not None:
+            time.sleep(pause)
+
     def stop(self, wait_seconds: float) -> bool:
         """See ``Worker.stop``."""
         return True
@@ -73,7 +85,9 @@ class _State:
     """What the thread holds: never the buffer, so that the buffer can be collected."""
 
     run: RunRound
-    starts: queue.SimpleQueue[Candidates | None] = field(default_factory=queue.SimpleQueue)
+    starts: queue.SimpleQueue[Candidates | IdleWork | None] = field(
+        default_factory=queue.SimpleQueue
+    )
     outcomes: queue.SimpleQueue[Outcome] = field(default_factory=queue.SimpleQueue)
     stopping: threading.Event = field(default_factory=threading.Event)
     at_end: Callable[[], None] | None = None
@@ -99,6 +113,10 @@ class ThreadWorker(Worker):
             raise TimeoutError from None
         return _unwrap(outcome)
 
+    def while_idle(self, work: IdleWork) -> None:
+        """See ``Worker.while_idle``."""
+        self._state.starts.put(work)
+
     def stop(self, wait_seconds: float) -> bool:
         """See ``Worker.stop``."""
         self._state.stopping.set()
@@ -115,21 +133,29 @@ class ThreadWorker(Worker):
 
 def _serve(state: _State) -> None:
     """The thread's whole life."""
+    idle_work: IdleWork | None = None
+    pause: float | None = POLL_SECONDS
     while not state.stopping.is_set():
         try:
-            candidates = state.starts.get(timeout=POLL_SECONDS)
+            started = state.starts.get(timeout=pause)
         except queue.Empty:
-            continue
-        if candidates is not None:
+            started = None
+        if isinstance(started, Candidates):
             outcome: Outcome
             try:
-                outcome = state.run(candidates)
+                outcome = state.run(started)
             except BaseException as error:
                 logger.debug("a round failed", exc_info=True)
                 outcome = error
-            # Nothing of the mini-batch may stay alive between rounds.
-            del candidates
             state.outcomes.put(outcome)
+            pause = 0.0 if idle_work else POLL_SECONDS
+        else:
+            idle_work = started or idle_work
+            pause = idle_work() if idle_work else POLL_SECONDS
+            if pause is None:
+                idle_work, pause = None, POLL_SECONDS
+        # Nothing of the mini-batch may stay alive between rounds.
+        del started
     if state.at_end is not None:
         state.at_end()
 

@@ -6,7 +6,7 @@ import numpy as np
 import torch.distributed as dist
 
 from ritornello.storage import Storage
-from ritornello.transports.base import Transport, check_agreement
+from ritornello.transports.base import Transport, check_agreement, together
 from ritornello.transports.collective import CollectiveTransport
 from ritornello.transports.local import LocalTransport
 from ritornello.transports.mpi import MpiTransport
@@ -20,6 +20,7 @@ __all__ = [
     "Transport",
     "check_agreement",
     "open_transport",
+    "together",
 ]
 
 

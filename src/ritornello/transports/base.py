@@ -9,15 +9,20 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
 import numpy as np
 from torch import Tensor
 
 from ritornello.arrays import Ints
+from ritornello.errors import CheckpointError
 from ritornello.sampling import Plan
 from ritornello.shard import Shard
 from ritornello.storage import Storage
+
+
+Result = TypeVar("Result")
 
 
 class Transport(ABC):
@@ -81,6 +86,39 @@ class Transport(ABC):
     @abstractmethod
     def close(self) -> None:
         """Gives back what the transport holds. May be called twice; never blocks for long."""
+
+
+def together(transport: Transport, act: Callable[[], Result], doing: str) -> Result:
+    """Does something that may fail on some ranks; if it fails on one, it fails on all.
+
+    Blocks until every rank has called it.
+
+    Args:
+        transport: to the other ranks.
+        act: what each rank does; involves no other rank.
+        doing: what it is, for the other ranks' errors.
+
+    Returns:
+        What it returned on this rank.
+
+    Raises:
+        CheckpointError: it failed here, or on the ranks that the error names.
+    """
+    failure: Exception | None = None
+    try:
+        result = act()
+    except Exception as error:
+        failure = error
+    failed = transport.all_gather(np.array([failure is not None]))[:, 0]
+    if failure is not None:
+        if isinstance(failure, CheckpointError):
+            raise failure
+        raise CheckpointError(f"{doing} failed: {failure or type(failure).__name__}") from failure
+    if failed.any():
+        raise CheckpointError(
+            f"{doing} failed on rank(s) {np.flatnonzero(failed).tolist()}: see the error there"
+        )
+    return result
 
 
 def check_agreement(transport: Transport, arguments: Mapping[str, str]) -> None:

@@ -1,0 +1,456 @@
+"""Saving and restoring a buffer: a folder with a manifest, and a file for each shard.
+
+Files of a save have names of their own, and the manifest, renamed into place when all of them
+are on disk, names those that count: so a crash at any moment leaves the last save as it was.
+What a save no longer needs is removed after it, and what a crash left behind before the next one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import re
+import secrets
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ritornello.arrays import Bytes, Ints
+from ritornello.errors import CheckpointError
+from ritornello.manifest import MOST_BYTES, Manifest, SavedFile
+from ritornello.shard_file import PIECE_BYTES, ShardFile, bytes_of_array, header_of
+from ritornello.transports import Transport, together
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+LOCK = ".lock"
+
+OURS = re.compile(r"shard-\d{5}-of-\d{5}-[0-9a-f]{16}\.(safetensors|json)(\.partial)?")
+"""Files that a save makes beside the manifest."""
+
+POLL_SECONDS = 0.02
+"""How often rank 0 looks whether the other ranks' files are there."""
+
+Arrays = dict[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What one rank saves: the buffer between two steps.
+
+    Attributes:
+        manifest: the same on every rank; without files.
+        arrays: small, copies.
+        rows: uint8 ``[num_held, record_bytes]``, the shard itself; not copied.
+    """
+
+    manifest: Manifest
+    arrays: Arrays
+    rows: Tensor
+
+
+class SavedShard(Protocol):
+    """A shard that can be read again: a file, or a part of a ``state_dict``."""
+
+    def arrays(self) -> Arrays:
+        """What was saved beside the representatives."""
+
+    def rows(self, slots: Ints) -> Iterator[tuple[Ints, Bytes]]:
+        """Some representatives, a piece at a time; see ``ShardFile.rows``."""
+
+
+class SavedBuffer(Protocol):
+    """A whole buffer that can be read again.
+
+    Attributes:
+        manifest: what all ranks know of it.
+    """
+
+    manifest: Manifest
+
+    def shard(self, rank: int) -> AbstractContextManager[SavedShard]:
+        """The shard of a rank, open.
+
+        Raises:
+            CheckpointError: it is not there, or not as the manifest says.
+        """
+
+    def check(self, rank: int) -> None:
+        """Reads a whole shard.
+
+        Raises:
+            CheckpointError: it is damaged.
+        """
+
+    def checked_rows(self, rank: int) -> Iterator[tuple[Ints, Bytes]]:
+        """All representatives of a shard, a piece at a time, checked at the end.
+
+        Raises:
+            CheckpointError: at the end: it is damaged.
+        """
+
+
+# Writing.
+
+
+class Saving:
+    """A save under way.
+
+    The shard is written a piece at a time. In between rounds may go on: what is about to be
+    overwritten and is not yet on disk is set aside.
+
+    Args:
+        folder: on a file system that all ranks share.
+        snapshot: of this rank.
+        save_id: the same on every rank.
+        to_host: gives rows of the shard in CPU memory.
+        transport: to the other ranks.
+        in_background: whether ``step`` is called by the worker; each piece is then brought to
+            the disk at once, so that no step takes long. Else ``wait`` does all the work.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        snapshot: Snapshot,
+        save_id: str,
+        to_host: Callable[[Tensor], Bytes],
+        transport: Transport,
+        in_background: bool,
+    ) -> None:
+        self._folder, self._snapshot, self._save_id = folder, snapshot, save_id
+        self._to_host, self._transport, self._in_background = to_host, transport, in_background
+        self._rank, self._num_ranks = transport.rank, transport.num_ranks
+        self._first_kept = 0  # rows before it are written
+        self._kept: dict[int, Bytes] = {}
+        self._steps = self._run()
+        self._lock: int | None = None
+        self._error: Exception | None = None
+        self._written = threading.Event()
+        self._ended = threading.Event()
+        self._given_up = False
+
+    def begin(self) -> None:
+        """Takes the folder. Rank 0 keeps other jobs out of it, and removes what crashes left.
+
+        Raises:
+            CheckpointError: another save is under way there, or it does not fit.
+            OSError: it cannot be made.
+        """
+        self._folder.mkdir(parents=True, exist_ok=True)
+        if self._rank == 0:
+            self._lock = _lock(self._folder)
+            _remove_leftovers(self._folder)
+        needed, free = self._snapshot.rows.numel(), shutil.disk_usage(self._folder).free
+        if needed > free:
+            raise CheckpointError(
+                f"{self._folder} has {free / 1e9:.2f} GB free, but this rank's shard needs "
+                f"{needed / 1e9:.2f} GB"
+            )
+
+    def keep(self, slots: Ints) -> None:
+        """Sets aside the records at some slots, before others are written there."""
+        for slot in slots.tolist():
+            if self._first_kept <= slot < len(self._snapshot.rows) and slot not in self._kept:
+                self._kept[slot] = self._to_host(self._snapshot.rows[slot : slot + 1])[0].copy()
+
+    def step(self) -> float | None:
+        """Does a part of the work.
+
+        Returns:
+            After how many seconds it wants to be called again; None: it has ended.
+        """
+        if self._ended.is_set():
+            return None
+        try:
+            return next(self._steps)
+        except StopIteration:
+            pass
+        except Exception as error:
+            self._error = error
+            logger.warning("rank %d: %s was not saved: %s", self._rank, self._folder, error)
+        self._end()
+        return None
+
+    def wait(self) -> None:
+        """Waits until the save is on disk. All ranks call it, after as many updates.
+
+        Raises:
+            CheckpointError: on every rank, if some rank could not save. The save before is intact.
+            PeerLostError: another rank is gone.
+        """
+        try:
+            together(self._transport, lambda: self._await(self._written), "save")
+            # Now rank 0 finds all the files.
+            together(self._transport, lambda: self._await(self._ended), "save")
+        except BaseException:
+            self.give_up()
+            raise
+
+    def finish(self, wait_seconds: float) -> None:
+        """Does what is left, while nobody else calls ``step``; gives up after ``wait_seconds``."""
+        deadline = time.monotonic() + wait_seconds
+        while (pause := self.step()) is not None:
+            if time.monotonic() > deadline:
+                self.give_up()
+            time.sleep(pause)
+
+    def give_up(self) -> None:
+        """Ends it; the save before stays the one that counts."""
+        self._given_up = True
+        self._end()
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether nothing is left to do on this rank."""
+        return self._ended.is_set()
+
+    def _await(self, event: threading.Event) -> None:
+        """Waits for something on this rank; raises what went wrong."""
+        timeout_seconds = self._transport.timeout_seconds
+        if not self._in_background:
+            while not event.is_set() and (pause := self.step()) is not None:
+                time.sleep(pause)
+        elif not event.wait(timeout_seconds):
+            self._error = CheckpointError(
+                f"{self._folder}: not written within {timeout_seconds:g} s (timeout_seconds)"
+            )
+        if self._error is not None:
+            raise self._error
+        if self._given_up:
+            raise CheckpointError(f"{self._folder}: the save was given up")
+
+    def _run(self) -> Iterator[float]:
+        yield from self._write()
+        self._written.set()
+        if self._rank == 0:
+            while not self._given_up and not self._is_complete():
+                yield POLL_SECONDS
+            if not self._given_up:
+                self._commit()
+
+    def _write(self) -> Iterator[float]:
+        """Writes this rank's file."""
+        path = self._folder / self._name(self._rank, "safetensors")
+        partial = path.with_name(path.name + ".partial")
+        digest = hashlib.sha256()
+        num_bytes = 0
+
+        def put(data: Bytes) -> None:
+            nonlocal num_bytes
+            digest.update(data.data)
+            done = 0
+            while done < data.nbytes:
+                done += os.write(file, data[done:].data)
+            num_bytes += done
+
+        file = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+        try:
+            rows = self._snapshot.rows
+            put(np.frombuffer(header_of(self._snapshot.arrays, *rows.shape), np.uint8))
+            for array in self._snapshot.arrays.values():
+                put(bytes_of_array(array))
+            yield 0.0
+            num_at_once = max(1, PIECE_BYTES // max(1, rows.shape[1]))
+            for first in range(0, len(rows), num_at_once):
+                put(self._piece(first, min(first + num_at_once, len(rows))).reshape(-1))
+                if self._in_background:
+                    os.fdatasync(file)
+                yield 0.0
+            os.fsync(file)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                partial.unlink()
+            raise CheckpointError(
+                f"{path} could not be written: {error.strerror} (after {num_bytes / 1e9:.2f} of "
+                f"{self._snapshot.rows.numel() / 1e9:.2f} GB)"
+            ) from error
+        finally:
+            os.close(file)
+        os.replace(partial, path)
+        about = SavedFile(path.name, num_bytes, digest.hexdigest())
+        _write_text(self._folder / self._name(self._rank, "json"), json.dumps(asdict(about)))
+
+    def _piece(self, first: int, end: int) -> Bytes:
+        """Rows as they were when the save began."""
+        piece = self._to_host(self._snapshot.rows[first:end])
+        kept = [slot for slot in range(first, end) if slot in self._kept] if self._kept else []
+        if kept:
+            piece = piece.copy()
+            for slot in kept:
+                piece[slot - first] = self._kept.pop(slot)
+        self._first_kept = end
+        return piece
+
+    def _is_complete(self) -> bool:
+        return all(
+            (self._folder / self._name(rank, "json")).exists() for rank in range(self._num_ranks)
+        )
+
+    def _commit(self) -> None:
+        """Makes this save the one that counts."""
+        files = []
+        for rank in range(self._num_ranks):
+            about = json.loads((self._folder / self._name(rank, "json")).read_text())
+            files.append(SavedFile(**about))
+        _sync_folder(self._folder)
+        replace_manifest(
+            self._folder,
+            self._snapshot.manifest.with_files(tuple(files), self._save_id, now()),
+        )
+        _remove_leftovers(self._folder)
+
+    def _end(self) -> None:
+        self._steps = iter(())
+        self._first_kept = len(self._snapshot.rows)
+        self._kept.clear()
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+        self._written.set()
+        self._ended.set()
+
+    def _name(self, rank: int, ending: str) -> str:
+        return f"shard-{rank:05d}-of-{self._num_ranks:05d}-{self._save_id}.{ending}"
+
+
+def new_save_id(transport: Transport) -> str:
+    """A name for a save that was never used, the same on every rank."""
+    number = int.from_bytes(secrets.token_bytes(7), "little")
+    return f"{int(transport.all_gather(np.array([number]))[0, 0]):016x}"
+
+
+def replace_manifest(folder: Path, manifest: Manifest) -> None:
+    """Writes a folder's manifest beside the old one, and renames it."""
+    _write_text(folder / MANIFEST, manifest.as_json())
+
+
+def now() -> str:
+    """The time, in UTC."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _write_text(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _lock(folder: Path) -> int:
+    """Keeps other jobs out of a folder as long as the descriptor is open."""
+    descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise CheckpointError(
+            f"{folder}: another job is saving a buffer there; give each job a folder of its own"
+        ) from None
+    return descriptor
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Removes what no manifest names, of older saves and of those that a crash interrupted."""
+    wanted = set[str]()
+    with contextlib.suppress(CheckpointError, FileNotFoundError):
+        wanted = {file.name for file in _read_manifest(folder).files}
+    for path in folder.iterdir():
+        if OURS.fullmatch(path.name) and path.name not in wanted:
+            path.unlink(missing_ok=True)
+
+
+# Reading.
+
+
+class SavedFolder(SavedBuffer):
+    """A saved buffer on disk.
+
+    Args:
+        folder: from ``RehearsalBuffer.save``.
+
+    Attributes:
+        manifest: what it says.
+
+    Raises:
+        CheckpointError: there is none, it is damaged, or of another version.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.folder = Path(folder)
+        try:
+            self.manifest = _read_manifest(self.folder)
+        except FileNotFoundError:
+            raise CheckpointError(f"{folder} holds no saved buffer: it has no {MANIFEST}") from None
+        if not self.manifest.files:
+            raise CheckpointError(f"{self.folder / MANIFEST} names no files")
+
+    def shard(self, rank: int) -> ShardFile:
+        """The shard of a rank, open for reading.
+
+        Raises:
+            CheckpointError: it is not as the manifest says.
+        """
+        manifest, about = self.manifest, self.manifest.files[rank]
+        path = self.folder / about.name
+        file = ShardFile(path)
+        try:
+            for what, found, expected in (
+                ("bytes", file.num_bytes, about.num_bytes),
+                ("representatives", file.num_rows, manifest.held_per_rank[rank]),
+                ("bytes per record", file.record_bytes, manifest.record_bytes),
+            ):
+                if found != expected:
+                    raise CheckpointError(
+                        f"{path} is damaged: it has {found} {what}, but the manifest says "
+                        f"{expected}"
+                    )
+        except BaseException:
+            file.close()
+            raise
+        return file
+
+    def check(self, rank: int) -> None:
+        """See ``SavedBuffer.check``."""
+        with self.shard(rank) as file:
+            file.check(self.manifest.files[rank].sha256)
+
+    def checked_rows(self, rank: int) -> Iterator[tuple[Ints, Bytes]]:
+        """See ``SavedBuffer.checked_rows``."""
+        with self.shard(rank) as file:
+            yield from file.checked_rows(self.manifest.files[rank].sha256)
+
+
+def _read_manifest(folder: Path) -> Manifest:
+    path = folder / MANIFEST
+    with open(path, "rb") as file:
+        content = file.read(MOST_BYTES + 1)
+    if len(content) > MOST_BYTES:
+        raise CheckpointError(f"{path} is no manifest: it has more than {MOST_BYTES} bytes")
+    return Manifest.from_json(content, str(path))

@@ -1,0 +1,300 @@
+"""The manifest of a saved buffer: everything that all ranks know of it, as JSON.
+
+Nothing in a manifest is believed: every value is checked, and what can be computed is not read.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from ritornello.errors import CheckpointError
+from ritornello.records import Batch, Layout, leaves_of
+from ritornello.shard_file import checked_count
+from ritornello.version import __version__
+
+FORMAT = "ritornello rehearsal buffer"
+
+FORMAT_VERSION = 1
+
+MOST_BYTES = 2**26
+"""A manifest has a line for each shard and task; a longer one is none of ours."""
+
+MOST_DIMENSION = 2**40
+MOST_DIMENSIONS = 64
+
+DTYPES = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in vars(torch).values()
+    if isinstance(dtype, torch.dtype) and not str(dtype).startswith(("torch.q", "torch.bits"))
+}
+
+SHARD_FILE = re.compile(r"shard-\d{5}-of-\d{5}-[0-9a-f]{16}\.safetensors")
+"""The only names of files that a manifest may give: none leads out of its folder."""
+
+
+@dataclass(frozen=True)
+class TaskMark:
+    """Where a task began in the stream; see ``RehearsalBuffer.begin_task``."""
+
+    name: str
+    first_round: int
+    """Candidates that were admitted in this round or later are of it, until the next one."""
+    began_at: float
+    """Seconds since 1970."""
+
+
+@dataclass(frozen=True)
+class SavedFile:
+    """A shard's file."""
+
+    name: str
+    num_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Removal:
+    """What was removed from a saved buffer on request."""
+
+    where: dict[str, str]
+    num_removed: int
+    num_left: int
+    removed_at: str
+    """In UTC, ISO 8601."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A saved buffer, without its representatives."""
+
+    arguments: dict[str, str]
+    """Of the ``RehearsalBuffer``, as text."""
+    capacity: int
+    held_per_rank: tuple[int, ...]
+    num_rounds: int
+    num_offers: int
+    is_offered: bool
+    """Whether the last mini-batch was offered, so that the next draw takes ``num_staged``."""
+    num_staged: int
+    """Representatives that the last round has drawn for each rank."""
+    layout: Layout | None
+    """Of the records; None before the first mini-batch."""
+    label: int | None
+    """The position of the class label among the layout's fields."""
+    tasks: tuple[TaskMark, ...] = ()
+    removals: tuple[Removal, ...] = ()
+    files: tuple[SavedFile, ...] = ()
+    """For each shard, its file; none for a ``state_dict``."""
+    save_id: str = ""
+    saved_at: str = ""
+    """In UTC, ISO 8601."""
+    versions: dict[str, str] = field(
+        default_factory=lambda: {
+            "ritornello": __version__,
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+            "python": platform.python_version(),
+        }
+    )
+
+    @property
+    def num_ranks(self) -> int:
+        """How many shards there are."""
+        return len(self.held_per_rank)
+
+    @property
+    def num_held(self) -> int:
+        """Representatives in all shards."""
+        return sum(self.held_per_rank)
+
+    @property
+    def record_bytes(self) -> int:
+        """Of each representative."""
+        return self.layout.record_bytes if self.layout else 0
+
+    def as_json(self) -> str:
+        """As text.
+
+        Raises:
+            CheckpointError: a sample's keys are neither texts nor integers.
+        """
+        content: dict[str, Any] = {"format": FORMAT, "format_version": FORMAT_VERSION}
+        content |= {name: value for name, value in vars(self).items() if name != "layout"}
+        for name in ("tasks", "removals", "files"):
+            content[name] = [asdict(each) for each in content[name]]
+        content["layout"] = None if self.layout is None else _layout_to_json(self.layout)
+        return json.dumps(content, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str | bytes, where: str) -> Manifest:
+        """From text.
+
+        Args:
+            text: of a manifest.
+            where: it comes from, for errors.
+
+        Raises:
+            CheckpointError: it is none, or of another version.
+        """
+        try:
+            content = json.loads(text)
+            if not isinstance(content, dict) or content.get("format") != FORMAT:
+                raise CheckpointError(f"{where} is no manifest of a rehearsal buffer")
+            version = content.get("format_version")
+            if version != FORMAT_VERSION:
+                raise CheckpointError(
+                    f"{where} has the format version {version!r}, but this release of Ritornello "
+                    f"({__version__}) reads version {FORMAT_VERSION}: use the release that wrote "
+                    "it, or a newer one"
+                )
+            return cls._checked(content)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+            raise CheckpointError(f"{where} is damaged: {kind}{error}") from error
+
+    @classmethod
+    def _checked(cls, content: dict[str, Any]) -> Manifest:
+        layout = None if content["layout"] is None else _layout_from_json(content["layout"])
+        label = content["label"]
+        if label is not None and (layout is None or checked_count(label) >= len(layout.fields)):
+            raise ValueError(f"label={label!r} is no field of the layout")
+        manifest = cls(
+            arguments=_texts(content["arguments"]),
+            capacity=checked_count(content["capacity"]),
+            held_per_rank=tuple(map(checked_count, content["held_per_rank"])),
+            num_rounds=checked_count(content["num_rounds"]),
+            num_offers=checked_count(content["num_offers"]),
+            is_offered=content["is_offered"] is True,
+            num_staged=checked_count(content["num_staged"]),
+            layout=layout,
+            label=label,
+            tasks=tuple(
+                TaskMark(
+                    _text(each["name"]), checked_count(each["first_round"]), float(each["began_at"])
+                )
+                for each in content["tasks"]
+            ),
+            removals=tuple(
+                Removal(
+                    _texts(each["where"]),
+                    checked_count(each["num_removed"]),
+                    checked_count(each["num_left"]),
+                    _text(each["removed_at"]),
+                )
+                for each in content["removals"]
+            ),
+            files=tuple(
+                SavedFile(
+                    _text(each["name"]), checked_count(each["num_bytes"]), _text(each["sha256"])
+                )
+                for each in content["files"]
+            ),
+            save_id=_text(content["save_id"]),
+            saved_at=_text(content["saved_at"]),
+            versions=_texts(content["versions"]),
+        )
+        if not manifest.held_per_rank or manifest.num_held > manifest.capacity:
+            raise ValueError(
+                f"held_per_rank={list(manifest.held_per_rank)} for a capacity of "
+                f"{manifest.capacity}"
+            )
+        if manifest.files and len(manifest.files) != manifest.num_ranks:
+            raise ValueError(f"{len(manifest.files)} files for {manifest.num_ranks} shards")
+        for file in manifest.files:
+            if not SHARD_FILE.fullmatch(file.name):
+                raise ValueError(f"{file.name!r} is no name of a shard's file")
+        return manifest
+
+    def with_files(self, files: tuple[SavedFile, ...], save_id: str, saved_at: str) -> Manifest:
+        """As it was saved."""
+        return replace(self, files=files, save_id=save_id, saved_at=saved_at)
+
+
+def _layout_to_json(layout: Layout) -> dict[str, Any]:
+    return {
+        "nesting": _nesting_to_json(layout.template),
+        "fields": [
+            {
+                "path": str(each).partition(":")[0],
+                "dtype": str(each.dtype).removeprefix("torch."),
+                "shape": list(each.shape),
+            }
+            for each in layout.fields
+        ],
+    }
+
+
+def _layout_from_json(content: dict[str, Any]) -> Layout:
+    leaves = []
+    for each in content["fields"]:
+        shape = [checked_count(size) for size in each["shape"]]
+        if max(shape, default=0) > MOST_DIMENSION or len(shape) > MOST_DIMENSIONS:
+            raise ValueError(f"a field of the shape {shape}")
+        if each["dtype"] not in DTYPES:
+            raise ValueError(f"a field of the dtype {each['dtype']!r}")
+        try:
+            leaves.append(torch.empty((0, *shape), dtype=DTYPES[each["dtype"]]))
+        except RuntimeError as error:
+            raise ValueError(f"a field of the shape {shape}") from error
+    remaining = iter(leaves)
+    batch = _nesting_from_json(content["nesting"], lambda: next(remaining))
+    if sum(1 for _ in leaves_of(batch)) != len(leaves):
+        raise ValueError("the nesting has another number of leaves than there are fields")
+    return Layout.of(batch)
+
+
+def _nesting_to_json(template: Batch) -> Any:
+    if isinstance(template, dict):
+        for key in template:
+            if type(key) not in (str, int):
+                raise CheckpointError(
+                    f"the samples have the key {key!r}: a buffer can be saved if all keys of its "
+                    "samples are strings or integers"
+                )
+        return {"dict": [[key, _nesting_to_json(each)] for key, each in template.items()]}
+    if isinstance(template, tuple):
+        return {"tuple": [_nesting_to_json(each) for each in template]}
+    if isinstance(template, list):
+        return {"list": [_nesting_to_json(each) for each in template]}
+    return "field"
+
+
+def _nesting_from_json(content: Any, leaf: Callable[[], torch.Tensor]) -> Batch:
+    if content == "field":
+        try:
+            return leaf()
+        except StopIteration:
+            raise ValueError("the nesting has more leaves than there are fields") from None
+    ((kind, inside),) = content.items()
+    if kind == "dict":
+        pairs = ((key, _nesting_from_json(each, leaf)) for key, each in inside)
+        return dict(_with_plain_keys(pairs))
+    if kind not in ("tuple", "list"):
+        raise ValueError(f"a nesting of the kind {kind!r}")
+    children = [_nesting_from_json(each, leaf) for each in inside]
+    return tuple(children) if kind == "tuple" else children
+
+
+def _with_plain_keys(pairs: Iterator[tuple[Any, Batch]]) -> Iterator[tuple[str | int, Batch]]:
+    for key, value in pairs:
+        if type(key) not in (str, int):
+            raise ValueError(f"a key {key!r}")
+        yield key, value
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{value!r} must be a text")
+    return value
+
+
+def _texts(value: Any) -> dict[str, str]:
+    return {_text(key): _text(each) for key, each in value.items()}
