@@ -55,13 +55,13 @@ def test_importing_the_library_loads_no_experiments_and_no_mpi() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
-def test_only_the_worker_and_the_loader_own_a_thread() -> None:
+def test_only_the_worker_the_loader_and_checksums_own_a_thread() -> None:
     makes_threads = {
         path.relative_to(SOURCES).as_posix()
         for path in CORE
         if "threading.Thread(" in path.read_text() or "ThreadPoolExecutor(" in path.read_text()
     }
-    assert makes_threads == {"worker.py", "loading.py", "testing.py"}
+    assert makes_threads == {"worker.py", "loading.py", "shard_file.py", "testing.py"}
 
 
 def test_only_transports_talk_to_other_ranks() -> None:

@@ -385,7 +385,7 @@ def test_an_interrupted_offer_leaves_no_half_written_candidates(
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr("ritornello.records.Layout.pack", interrupted)
             buffer.update(batch_of(1, 4))
-        buffer.offer(batch_of(2, 4))
+        buffer.update(batch_of(2, 4))
         assert len(buffer) == 8
 
 

@@ -126,10 +126,30 @@ class SelectionPolicy(ABC):
         """
         raise TypeError(self._lacks("adopt"))
 
+    def forget(self, state: State, size: int, removed: Ints) -> tuple[State, Ints]:
+        """What ``state`` becomes when representatives are removed from the shard.
+
+        Called on a policy that was not bound. What was removed counts as never offered. The shard
+        then has room, which the next candidates fill.
+
+        Args:
+            state: of a shard's policy.
+            size: representatives in the shard.
+            removed: int64 ``[n]``, their slots, ascending; at least one.
+
+        Returns:
+            The new state, and int64 ``[size - n]``: which slots go to the slots from 0 on.
+
+        Raises:
+            ValueError, KeyError: see ``restore``.
+        """
+        raise TypeError(self._lacks("forget"))
+
     def _lacks(self, method: str) -> str:
+        what = "cannot forget" if method == "forget" else "cannot be saved and restored"
         return (
-            f"the selection policy {type(self).__name__} cannot be saved and restored: it has no "
-            f"method {method}(); see ritornello.SelectionPolicy"
+            f"the selection policy {type(self).__name__} {what}: it has no method {method}(); see "
+            "ritornello.SelectionPolicy"
         )
 
 

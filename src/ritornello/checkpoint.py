@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
 import json
 import logging
 import os
@@ -32,7 +31,8 @@ from torch import Tensor
 from ritornello.arrays import Bytes, Ints
 from ritornello.errors import CheckpointError
 from ritornello.manifest import MOST_BYTES, Manifest, SavedFile
-from ritornello.shard_file import PIECE_BYTES, ShardFile, bytes_of_array, header_of
+from ritornello.saved_representatives import SavedRepresentatives, read
+from ritornello.shard_file import PIECE_BYTES, NewShardFile, ShardFile
 from ritornello.transports import Transport, together
 
 logger = logging.getLogger(__name__)
@@ -154,8 +154,8 @@ class Saving:
         """
         self._folder.mkdir(parents=True, exist_ok=True)
         if self._rank == 0:
-            self._lock = _lock(self._folder)
-            _remove_leftovers(self._folder)
+            self._lock = lock(self._folder)
+            remove_leftovers(self._folder)
         needed, free = self._snapshot.rows.numel(), shutil.disk_usage(self._folder).free
         if needed > free:
             raise CheckpointError(
@@ -247,43 +247,16 @@ class Saving:
     def _write(self) -> Iterator[float]:
         """Writes this rank's file."""
         path = self._folder / self._name(self._rank, "safetensors")
-        partial = path.with_name(path.name + ".partial")
-        digest = hashlib.sha256()
-        num_bytes = 0
-
-        def put(data: Bytes) -> None:
-            nonlocal num_bytes
-            digest.update(data.data)
-            done = 0
-            while done < data.nbytes:
-                done += os.write(file, data[done:].data)
-            num_bytes += done
-
-        file = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
-        try:
-            rows = self._snapshot.rows
-            put(np.frombuffer(header_of(self._snapshot.arrays, *rows.shape), np.uint8))
-            for array in self._snapshot.arrays.values():
-                put(bytes_of_array(array))
+        rows = self._snapshot.rows
+        with NewShardFile(path, self._snapshot.arrays, *rows.shape) as file:
             yield 0.0
             num_at_once = max(1, PIECE_BYTES // max(1, rows.shape[1]))
             for first in range(0, len(rows), num_at_once):
-                put(self._piece(first, min(first + num_at_once, len(rows))).reshape(-1))
+                file.write(self._piece(first, min(first + num_at_once, len(rows))).reshape(-1))
                 if self._in_background:
-                    os.fdatasync(file)
+                    file.sync()
                 yield 0.0
-            os.fsync(file)
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                partial.unlink()
-            raise CheckpointError(
-                f"{path} could not be written: {error.strerror} (after {num_bytes / 1e9:.2f} of "
-                f"{self._snapshot.rows.numel() / 1e9:.2f} GB)"
-            ) from error
-        finally:
-            os.close(file)
-        os.replace(partial, path)
-        about = SavedFile(path.name, num_bytes, digest.hexdigest())
+            about = SavedFile(path.name, file.num_bytes, file.finish())
         _write_text(self._folder / self._name(self._rank, "json"), json.dumps(asdict(about)))
 
     def _piece(self, first: int, end: int) -> Bytes:
@@ -308,12 +281,12 @@ class Saving:
         for rank in range(self._num_ranks):
             about = json.loads((self._folder / self._name(rank, "json")).read_text())
             files.append(SavedFile(**about))
-        _sync_folder(self._folder)
+        sync_folder(self._folder)
         replace_manifest(
             self._folder,
             self._snapshot.manifest.with_files(tuple(files), self._save_id, now()),
         )
-        _remove_leftovers(self._folder)
+        remove_leftovers(self._folder)
 
     def _end(self) -> None:
         self._steps = iter(())
@@ -326,13 +299,22 @@ class Saving:
         self._ended.set()
 
     def _name(self, rank: int, ending: str) -> str:
-        return f"shard-{rank:05d}-of-{self._num_ranks:05d}-{self._save_id}.{ending}"
+        return f"{shard_name(rank, self._num_ranks, self._save_id)}.{ending}"
+
+
+def shard_name(rank: int, num_ranks: int, save_id: str) -> str:
+    """The name of a shard's files, without their endings."""
+    return f"shard-{rank:05d}-of-{num_ranks:05d}-{save_id}"
 
 
 def new_save_id(transport: Transport) -> str:
     """A name for a save that was never used, the same on every rank."""
-    number = int.from_bytes(secrets.token_bytes(7), "little")
-    return f"{int(transport.all_gather(np.array([number]))[0, 0]):016x}"
+    return f"{int(transport.all_gather(np.array([random_id()]))[0, 0]):016x}"
+
+
+def random_id() -> int:
+    """A number that fits into 64 bits and was never used."""
+    return int.from_bytes(secrets.token_bytes(7), "little")
 
 
 def replace_manifest(folder: Path, manifest: Manifest) -> None:
@@ -352,10 +334,11 @@ def _write_text(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Waits until what was renamed or removed in a folder is so on disk."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
@@ -363,7 +346,7 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _lock(folder: Path) -> int:
+def lock(folder: Path) -> int:
     """Keeps other jobs out of a folder as long as the descriptor is open."""
     descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
@@ -376,7 +359,7 @@ def _lock(folder: Path) -> int:
     return descriptor
 
 
-def _remove_leftovers(folder: Path) -> None:
+def remove_leftovers(folder: Path) -> None:
     """Removes what no manifest names, of older saves and of those that a crash interrupted."""
     wanted = set[str]()
     with contextlib.suppress(CheckpointError, FileNotFoundError):
@@ -445,6 +428,22 @@ class SavedFolder(SavedBuffer):
         """See ``SavedBuffer.checked_rows``."""
         with self.shard(rank) as file:
             yield from file.checked_rows(self.manifest.files[rank].sha256)
+
+    def representatives(
+        self, rank: int, slots: Ints | None = None
+    ) -> Iterator[SavedRepresentatives]:
+        """Reads a shard, a few megabytes at a time.
+
+        Args:
+            rank: whose shard.
+            slots: int64 ``[n]``, which of its representatives, in any order; None: all of them,
+                and then the checksum of the file is compared.
+
+        Raises:
+            CheckpointError: the file is damaged; where only the checksum tells, at the end.
+            IndexError: there is no such slot.
+        """
+        yield from read(self, rank, slots)
 
 
 def _read_manifest(folder: Path) -> Manifest:

@@ -16,7 +16,14 @@ from ritornello.assignment import (
 )
 from ritornello.class_members import ClassMembers
 from ritornello.classless import reservoir_positions
-from ritornello.saved_classes import Choose, SavedClasses, at_random, check_classes, first_ones
+from ritornello.saved_classes import (
+    Choose,
+    SavedClasses,
+    at_random,
+    check_classes,
+    first_ones,
+    forget_slots,
+)
 from ritornello.scores import highest_scores, rank_of_lowest_score
 
 
@@ -204,8 +211,8 @@ class _ClassShares(SelectionPolicy):
     ) -> tuple[Ints, Ints]:
         """See ``SelectionPolicy.adopt``.
 
-        Into a larger capacity every candidate enters until it is in use; nothing old goes for
-        it, but recent samples of a class that had lost some are then more likely stored.
+        Where there is room, every candidate enters until it is in use; nothing old goes for it,
+        but recent samples of a class that had lost some are then more likely stored.
         """
         whole = SavedClasses.merged(saved)
         if capacity < saved.capacity:
@@ -217,7 +224,7 @@ class _ClassShares(SelectionPolicy):
                 shares = wanted - highest_scores(wanted, excess, np.zeros_like(wanted), 1)
             whole = whole.cut(shares, self._choice(generator))
         own = whole.of_rank(self.rank, self.num_ranks)
-        grows = ~whole.lost | (capacity > saved.capacity)
+        grows = ~whole.lost | (capacity > whole.counts.sum())
         size = len(own.slots)
         self.restore(
             {
@@ -230,6 +237,11 @@ class _ClassShares(SelectionPolicy):
             size,
         )
         return own.owners, own.slots
+
+    def forget(self, state: State, size: int, removed: Ints) -> tuple[State, Ints]:
+        """See ``SelectionPolicy.forget``. All classes may grow again, as in ``adopt``."""
+        forgotten, kept = forget_slots(state, size, removed)
+        return forgotten | {"grows": np.ones_like(state["labels"])}, kept
 
     def _choice(self, generator: np.random.Generator) -> Choose:
         """Who stays of a class that has more than its share, like ``_drop``."""

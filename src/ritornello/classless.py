@@ -34,15 +34,25 @@ class Fifo(SelectionPolicy):
         """See ``SelectionPolicy.adopt``. The oldest go first, counted on each rank alike."""
         ages, owners, slots = [], [], []
         for owner, (state, size) in enumerate(zip(saved.states, saved.sizes.tolist(), strict=True)):
-            # A shard that is not full has its oldest in slot 0, where the remainder is 0, too.
-            oldest = _num_offered(state, size)
-            slots.append((oldest + np.arange(size)) % max(1, size))
+            slots.append(self._by_age(state, size))
             ages.append(np.arange(size, 0, -1))
             owners.append(np.full(size, owner))
         order = np.argsort(-np.concatenate(ages), kind="stable")[-capacity:]
         own = order[part_of_rank(self.rank, self.num_ranks)]
         self._num_offered = len(own)
         return np.concatenate(owners)[own], np.concatenate(slots)[own]
+
+    def forget(self, state: State, size: int, removed: Ints) -> tuple[State, Ints]:
+        """See ``SelectionPolicy.forget``."""
+        by_age = self._by_age(state, size)
+        kept = by_age[~np.isin(by_age, removed)]
+        return {"offered": np.array([len(kept)])}, kept
+
+    @staticmethod
+    def _by_age(state: State, size: int) -> Ints:
+        """A shard's slots, the oldest first."""
+        # A shard that is not full has its oldest in slot 0, where the remainder is 0, too.
+        return (_num_offered(state, size) + np.arange(size)) % max(1, size)
 
 
 class Reservoir(SelectionPolicy):
@@ -98,6 +108,15 @@ class Reservoir(SelectionPolicy):
         # As many were offered to it as make its chances those of all.
         self._num_offered = len(own) * num_offered // max(1, len(kept))
         return owners[own], slots[own]
+
+    def forget(self, state: State, size: int, removed: Ints) -> tuple[State, Ints]:
+        """See ``SelectionPolicy.forget``.
+
+        What is stored is a sample of what was offered: so as large a part of that is forgotten.
+        """
+        num_offered = _num_offered(state, size)
+        kept = np.setdiff1d(np.arange(size), removed)
+        return {"offered": np.array([-(-len(kept) * num_offered // size)])}, kept
 
 
 def _num_offered(state: State, size: int) -> int:

@@ -189,6 +189,45 @@ class Contents:
         self._distances[:] = distances
         self.num_turns = int(turns[0])
 
+    @staticmethod
+    def moved(
+        state: Mapping[str, Ints | Floats], before: Ints, after: Ints
+    ) -> dict[str, Ints | Floats]:
+        """A ``state`` when representatives have moved, and others are gone.
+
+        Args:
+            state: from ``state``.
+            before: int64 ``[n]``, the places of those that are left.
+            after: int64 ``[n]``, where they are now.
+
+        Raises:
+            ValueError, KeyError: it contradicts itself or the places.
+        """
+        labels, counts, places = (
+            state[name].astype(np.int64) for name in ("labels", "counts", "places")
+        )
+        num_places = len(state["distances"])
+        if len(labels) != len(counts) or counts.min(initial=0) < 0 or counts.sum() != len(places):
+            raise ValueError("counts must be those of the labels, and add up to the places")
+        if places.min(initial=0) < 0 or places.max(initial=-1) >= num_places:
+            raise ValueError(f"places must be from 0 to {num_places - 1}")
+        place_after = np.full(num_places, -1)
+        place_after[before] = after
+        distances = np.full(num_places, np.nan)
+        distances[after] = state["distances"][before]
+        stays = place_after[places] >= 0
+        if stays.sum() != len(before):
+            raise ValueError("places must be those of all representatives, once each")
+        classes = np.repeat(np.arange(len(labels)), counts)[stays]
+        left = np.bincount(classes, minlength=len(labels))
+        return {
+            "labels": labels[left > 0],
+            "counts": left[left > 0],
+            "places": place_after[places[stays]],
+            "distances": distances,
+            "turns": state["turns"],
+        }
+
     def _take_out(self, place: int, label: int) -> None:
         members, position = self._members[label], self._positions[place]
         last = members.pop()

@@ -22,7 +22,7 @@ from ritornello.assignment import (
     State,
     checked_num_classes,
 )
-from ritornello.saved_classes import SavedClasses, at_random, check_classes
+from ritornello.saved_classes import SavedClasses, at_random, check_classes, forget_slots
 
 
 class _LargestClassGivesWay(SelectionPolicy):
@@ -146,6 +146,13 @@ class _LargestClassGivesWay(SelectionPolicy):
             size,
         )
         return own.owners, own.slots
+
+    def forget(self, state: State, size: int, removed: Ints) -> tuple[State, Ints]:
+        """See ``SelectionPolicy.forget``. Until the shard is full again, no class gives way."""
+        forgotten, kept = forget_slots(state, size, removed)
+        forgotten["largest"] = np.zeros(0, dtype=np.int64)
+        forgotten["has_been_largest"] = state["has_been_largest"]
+        return forgotten, kept
 
     def _add_class(self, label: int) -> int:
         number = self._numbers[label] = len(self._members)

@@ -42,13 +42,14 @@ def rehearse(
     """
     target = None if device is None else torch.device(device)
     stream = torch.cuda.Stream(target) if target is not None and target.type == "cuda" else None
-    batches = iter(loader)
+    batches, steps = iter(loader), buffer._steps
 
     def prepare() -> tuple[Batch, torch.cuda.Event | None] | None:
         with torch.cuda.stream(stream) if stream is not None else nullcontext():
             for batch in batches:
                 placed = batch if target is None else _moved(batch, target)
-                joined = buffer._prepare(placed, "rehearse")
+                buffer._check_open("rehearse")
+                joined = steps.prepare(placed, "rehearse")
                 return joined, stream.record_event() if stream is not None else None
         return None
 
@@ -60,14 +61,14 @@ def rehearse(
                 if ready is not None:
                     assert target is not None
                     _hand_over(batch, ready, target)
-                buffer._start_round()
+                steps.start_round()
                 coming = ahead.submit(prepare)
                 yield batch
                 # Held here, it could not be freed while the next one trains.
                 del batch, prepared
         finally:
             wait([coming])
-            buffer._drop_prepared()
+            steps.drop_prepared()
 
 
 def _moved(batch: Batch, device: torch.device) -> Batch:

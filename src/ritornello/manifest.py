@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ritornello.arrays import Ints
 from ritornello.errors import CheckpointError
 from ritornello.records import Batch, Layout, leaves_of
 from ritornello.shard_file import checked_count
@@ -62,9 +63,10 @@ class SavedFile:
 
 @dataclass(frozen=True)
 class Removal:
-    """What was removed from a saved buffer on request."""
+    """What was removed from a saved buffer on request; see ``forget``."""
 
     where: dict[str, str]
+    """The conditions; of values that may say who somebody is, checksums alone."""
     num_removed: int
     num_left: int
     removed_at: str
@@ -119,6 +121,16 @@ class Manifest:
     def record_bytes(self) -> int:
         """Of each representative."""
         return self.layout.record_bytes if self.layout else 0
+
+    @property
+    def lacks_draw(self) -> bool:
+        """Whether representatives must be drawn again for the next step: see ``forget``."""
+        return self.num_rounds > 0 and self.num_held > 0 and self.num_staged == 0
+
+    def task_numbers(self, admitted_in: Ints) -> Ints:
+        """The position in ``tasks`` of what was admitted in some rounds; -1: before the first."""
+        first_rounds = np.array([task.first_round for task in self.tasks], dtype=np.int64)
+        return first_rounds.searchsorted(admitted_in, side="right") - 1
 
     def as_json(self) -> str:
         """As text.
@@ -206,6 +218,9 @@ class Manifest:
                 f"held_per_rank={list(manifest.held_per_rank)} for a capacity of "
                 f"{manifest.capacity}"
             )
+        first_rounds = [task.first_round for task in manifest.tasks]
+        if first_rounds != sorted(first_rounds):
+            raise ValueError(f"tasks begin in rounds {first_rounds}: they must be in that order")
         if manifest.files and len(manifest.files) != manifest.num_ranks:
             raise ValueError(f"{len(manifest.files)} files for {manifest.num_ranks} shards")
         for file in manifest.files:

@@ -24,14 +24,12 @@ from ritornello.distances import cosine_distances, gather_padded
 from ritornello.random_streams import Purpose, Streams
 from ritornello.records import Layout
 from ritornello.sampling import Planner, SamplingPolicy
+from ritornello.saved_arrays import CONTENTS, POLICY, integers, part_of
 from ritornello.selection import POLICIES, Assignment, SavedShards, SelectionPolicy
 from ritornello.shard import Shard
 from ritornello.staging import Candidates, Staging
 from ritornello.storage import Storage
 from ritornello.transports import Transport, together
-
-POLICY, CONTENTS = "policy.", "contents."
-"""Whose the saved arrays are, by the beginnings of their names."""
 
 STAGES = ("admit", "plan", "exchange", "stage")
 
@@ -227,12 +225,12 @@ class Rounds:
             with saved.shard(rank) as shard:
                 arrays = shard.arrays()
             policy = self._new_selection()
-            policy.restore(_part(arrays, POLICY), int(sizes[rank]))
+            policy.restore(part_of(arrays, POLICY), int(sizes[rank]))
             contents = self._no_contents()
             contents.resize(sizes)
             if knows_contents:
-                contents.restore(_part(arrays, CONTENTS))
-            admitted_in = _integers(arrays, "admitted_in", int(sizes[rank]))
+                contents.restore(part_of(arrays, CONTENTS))
+            admitted_in = integers(arrays, "admitted_in", int(sizes[rank]))
             if reads_twice:  # what is there must not be overwritten by anything damaged
                 saved.check(rank)
             return policy, contents, admitted_in
@@ -267,12 +265,12 @@ class Rounds:
                     arrays.append(shard.arrays())
             policy = self._new_selection()
             owners, slots = policy.adopt(
-                SavedShards([_part(each, POLICY) for each in arrays], sizes, manifest.capacity),
+                SavedShards([part_of(each, POLICY) for each in arrays], sizes, manifest.capacity),
                 self.capacity,
                 self._adoption_streams.at(manifest.num_rounds),
             )
             rounds = [
-                _integers(each, "admitted_in", size)
+                integers(each, "admitted_in", size)
                 for each, size in zip(arrays, sizes.tolist(), strict=True)
             ]
             admitted_in = np.concatenate(rounds)[(sizes.cumsum() - sizes)[owners] + slots]
@@ -415,21 +413,6 @@ class Rounds:
             self.seconds_per_stage[self.stage] += now - self._stage_began
         self._stage_began = None if stage is None else now
         self.stage = stage or self.stage
-
-
-def _part(arrays: dict[str, NDArray[Any]], prefix: str) -> dict[str, Any]:
-    """Those arrays whose names begin with ``prefix``, without it."""
-    for name, array in arrays.items():
-        if name.startswith(POLICY) and (array.dtype != np.int64 or array.ndim != 1):
-            raise ValueError(f"{name} is {array.dtype} {list(array.shape)}: it must be int64 [n]")
-    return {k.removeprefix(prefix): each for k, each in arrays.items() if k.startswith(prefix)}
-
-
-def _integers(arrays: dict[str, NDArray[Any]], name: str, num: int) -> Ints:
-    array = arrays[name]
-    if array.dtype != np.int64 or array.shape != (num,):
-        raise ValueError(f"{name} is {array.dtype} {list(array.shape)}: it must be int64 [{num}]")
-    return array
 
 
 def check_labels(labels: Ints, num_classes: int | None) -> None:

@@ -40,6 +40,45 @@ def check_classes(state: State, size: int) -> None:
         raise ValueError(f"slots must be those from 0 to {size - 1}, once each")
 
 
+def forget_slots(state: State, size: int, removed: Ints) -> tuple[State, Ints]:
+    """The same of a shard without some representatives; each class keeps its order.
+
+    What is stored of a class is a sample of what it has offered: so as large a part of that is
+    forgotten, and of what was stored whole, one for each.
+
+    Args:
+        state: as ``check_classes`` wants it.
+        size: of the shard.
+        removed: int64 ``[n]``, slots.
+
+    Returns:
+        That state; and the slots of those that stay, ascending: their new order.
+
+    Raises:
+        ValueError, KeyError: see ``check_classes``.
+    """
+    check_classes(state, size)
+    before, slots = state["counts"], state["slots"]
+    stays = ~np.isin(slots, removed)
+    classes = np.repeat(np.arange(len(before)), before)[stays]
+    counts = np.bincount(classes, minlength=len(before))
+    kept = np.sort(slots[stays])
+    forgotten = {
+        "labels": state["labels"],
+        "offered": np.where(
+            counts < before, in_proportion(state["offered"], counts, before), state["offered"]
+        ),
+        "counts": counts,
+        "slots": kept.searchsorted(slots[stays]),
+    }
+    return forgotten, kept
+
+
+def in_proportion(offered: Ints, counts: Ints, whole: Ints) -> Ints:
+    """The part of what classes have offered that ``counts`` out of ``whole`` stand for."""
+    return -(-counts * offered // np.maximum(1, whole))
+
+
 @dataclass(frozen=True)
 class SavedClasses:
     """All representatives of a buffer, class by class; in each from the first to go last.
@@ -134,7 +173,7 @@ class SavedClasses:
         part = part_of_rank(rank, num_ranks)
         classes = np.repeat(np.arange(len(self.labels)), self.counts)[part]
         counts = np.bincount(classes, minlength=len(self.labels))
-        offered = -(-counts * self.offered // np.maximum(1, self.counts))
+        offered = in_proportion(self.offered, counts, self.counts)
         return replace(
             self, counts=counts, offered=offered, owners=self.owners[part], slots=self.slots[part]
         )

@@ -8,13 +8,16 @@ nothing is believed: every size is checked against that of the file before memor
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
 import os
 import stat
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -65,6 +68,110 @@ def bytes_of_array(array: NDArray[Any]) -> Bytes:
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
 
 
+class Checksum:
+    """A SHA-256 that a thread of its own computes, while the same bytes are written or used."""
+
+    def __init__(self) -> None:
+        self._digest = hashlib.sha256()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="ritornello-checksum")
+        self._running: Future[None] | None = None
+
+    def update(self, data: Bytes) -> None:
+        """Begins to add contiguous bytes, which must stay as they are until the next call."""
+        self.wait()
+        self._running = self._thread.submit(self._digest.update, data.data)
+
+    def wait(self) -> None:
+        """Waits until all bytes are added."""
+        if self._running is not None:
+            self._running.result()
+            self._running = None
+
+    def hex(self) -> str:
+        """The checksum of all bytes."""
+        self.wait()
+        return self._digest.hexdigest()
+
+    def close(self) -> None:
+        """Ends the thread."""
+        self._thread.shutdown()
+
+    def __enter__(self) -> Checksum:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+class NewShardFile:
+    """A file of a shard, to be written; it has its name when ``finish`` is done. A context.
+
+    Any error removes what was written; one of the operating system becomes a ``CheckpointError``.
+
+    Args:
+        path: of the file.
+        arrays: all but the rows; written at once.
+        num_rows: how many records will come.
+        record_bytes: of each.
+    """
+
+    def __init__(self, path: Path, arrays: Arrays, num_rows: int, record_bytes: int) -> None:
+        self._path, self._arrays, self._shape = path, arrays, (num_rows, record_bytes)
+        self._partial = path.with_name(path.name + ".partial")
+        self._is_finished = False
+        self.num_bytes = 0
+
+    def __enter__(self) -> NewShardFile:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+        self._file = os.open(self._partial, flags, 0o644)
+        self._checksum = Checksum()
+        try:
+            self.write(np.frombuffer(header_of(self._arrays, *self._shape), np.uint8))
+            for array in self._arrays.values():
+                self.write(bytes_of_array(array))
+        except BaseException as error:
+            self.__exit__(type(error), error, None)
+            raise
+        return self
+
+    def write(self, data: Bytes) -> None:
+        """Writes bytes, uint8 ``[num_bytes]``; all records together come last."""
+        self._checksum.update(data)
+        done = 0
+        while done < data.nbytes:
+            done += os.write(self._file, data[done:].data)
+        self.num_bytes += done
+        self._checksum.wait()  # a round may overwrite it
+
+    def sync(self) -> None:
+        """Waits until all so far is on disk."""
+        os.fdatasync(self._file)
+
+    def finish(self) -> str:
+        """Waits until all is on disk, and gives the file its name; returns its checksum."""
+        os.fsync(self._file)
+        os.replace(self._partial, self._path)
+        self._is_finished = True
+        return self._checksum.hex()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        os.close(self._file)
+        self._checksum.close()
+        if not self._is_finished:
+            with contextlib.suppress(OSError):
+                self._partial.unlink()
+        if isinstance(error, OSError):
+            raise CheckpointError(
+                f"{self._path} could not be written: {error.strerror} (after "
+                f"{self.num_bytes / 1e9:.2f} of {math.prod(self._shape) / 1e9:.2f} GB)"
+            ) from error
+
+
 class ShardFile:
     """A file of a shard, open for reading.
 
@@ -77,7 +184,7 @@ class ShardFile:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._piece = np.empty(PIECE_BYTES, np.uint8)
+        self._pieces = [np.empty(PIECE_BYTES, np.uint8), np.empty(PIECE_BYTES, np.uint8)]
         try:
             # No link, which may lead out of the folder; and no pipe, which would block.
             flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
@@ -87,6 +194,7 @@ class ShardFile:
         try:
             if not stat.S_ISREG(os.fstat(self._file).st_mode):
                 raise CheckpointError(f"{path} is no ordinary file")
+            os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_SEQUENTIAL)
             self._read_header()
         except BaseException:
             self.close()
@@ -135,14 +243,13 @@ class ShardFile:
         Raises:
             CheckpointError: it is another one.
         """
-        digest = hashlib.sha256()
-        first, end = 0, self.num_bytes
-        while first < end:
-            piece = self._piece[: end - first]
-            self._read(piece, first)
-            digest.update(piece.data)
-            first += len(piece)
-        self._compare(digest.hexdigest(), sha256)
+        end = self.num_bytes
+        with Checksum() as checksum:
+            for first in range(0, end, PIECE_BYTES):
+                piece = self._next_piece(min(PIECE_BYTES, end - first))
+                self._read(piece, first)
+                checksum.update(piece)
+            self._compare(checksum.hex(), sha256)
 
     def checked_rows(self, sha256: str) -> Iterator[tuple[Ints, Bytes]]:
         """Reads all records in order, and compares the checksum of the whole file in passing.
@@ -153,14 +260,14 @@ class ShardFile:
         Raises:
             CheckpointError: at the end, if it is another one.
         """
-        digest = hashlib.sha256()
         before = np.empty(self._entries[ROWS][2], np.uint8)
         self._read(before, 0)
-        digest.update(before.data)
-        for positions, records in self.rows(np.arange(self.num_rows)):
-            digest.update(records.data)
-            yield positions, records
-        self._compare(digest.hexdigest(), sha256)
+        with Checksum() as checksum:
+            checksum.update(before)
+            for positions, records in self.rows(np.arange(self.num_rows)):
+                checksum.update(records.reshape(-1))
+                yield positions, records
+            self._compare(checksum.hex(), sha256)
 
     def rows(self, slots: Ints) -> Iterator[tuple[Ints, Bytes]]:
         """Reads records, as many at a time as fit into a piece.
@@ -185,14 +292,19 @@ class ShardFile:
             if len(far):
                 end = first + int(far[0]) + 1
             start, num = int(ascending[first]), int(ascending[end - 1] - ascending[first]) + 1
-            if num * size > len(self._piece):  # a single record may be larger than a piece
-                self._piece = np.empty(num * size, np.uint8)
-            piece = self._piece[: num * size]
+            piece = self._next_piece(num * size)
             self._read(piece, self._entries[ROWS][2] + start * size)
             records = piece.reshape(num, size)
             wanted = ascending[first:end] - start
             yield order[first:end], records if len(wanted) == num else records[wanted]
             first = end
+
+    def _next_piece(self, num_bytes: int) -> Bytes:
+        """Room for bytes; that of the call before stays as it is, as it may still be in use."""
+        self._pieces.reverse()
+        if num_bytes > len(self._pieces[0]):  # a single record may be larger than usual
+            self._pieces[0] = np.empty(num_bytes, np.uint8)
+        return self._pieces[0][:num_bytes]
 
     def _read(self, out: Bytes, first: int) -> None:
         """Fills ``out`` with the bytes from ``first`` on."""

@@ -1,0 +1,52 @@
+"""The arrays in a shard's file beside its representatives: their names, and their checks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ritornello.arrays import Bytes, Ints
+
+POLICY, CONTENTS = "policy.", "contents."
+"""Whose arrays they are, by the beginnings of their names."""
+
+Arrays = Mapping[str, NDArray[Any]]
+
+
+def part_of(arrays: Arrays, prefix: str) -> dict[str, Any]:
+    """Those arrays whose names begin with ``prefix``, without it.
+
+    Raises:
+        ValueError: one of a policy is no list of integers.
+    """
+    for name, array in arrays.items():
+        if name.startswith(POLICY) and (array.dtype != np.int64 or array.ndim != 1):
+            raise ValueError(f"{name} is {array.dtype} {list(array.shape)}: it must be int64 [n]")
+    return {k.removeprefix(prefix): each for k, each in arrays.items() if k.startswith(prefix)}
+
+
+def integers(arrays: Arrays, name: str, num: int) -> Ints:
+    """The array of that name.
+
+    Raises:
+        ValueError, KeyError: there is none of ``num`` integers.
+    """
+    array = arrays[name]
+    if array.dtype != np.int64 or array.shape != (num,):
+        raise ValueError(f"{name} is {array.dtype} {list(array.shape)}: it must be int64 [{num}]")
+    return array
+
+
+def records_of(arrays: Arrays, name: str, record_bytes: int) -> Bytes:
+    """The array of that name.
+
+    Raises:
+        ValueError, KeyError: there is none of records.
+    """
+    array = arrays[name]
+    if array.dtype != np.uint8 or array.ndim != 2 or array.shape[1] != record_bytes:
+        raise ValueError(f"{name} holds no records")
+    return array

@@ -1,0 +1,83 @@
+"""Reading what a saved buffer holds, without a buffer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from ritornello.arrays import Bytes, Ints
+from ritornello.errors import CheckpointError
+from ritornello.records import Batch
+from ritornello.saved_arrays import integers
+
+if TYPE_CHECKING:
+    from ritornello.checkpoint import SavedBuffer
+
+
+@dataclass(frozen=True)
+class SavedRepresentatives:
+    """Some representatives of a saved shard.
+
+    Attributes:
+        slots: int64 ``[n]``, where in the shard they are.
+        batch: they themselves, nested as they were offered; tensors ``[n, ...]``, copies.
+        labels: int64 ``[n]``; None if the buffer knew no labels.
+        admitted_in: int64 ``[n]``, the rounds in which they were admitted.
+        tasks: int64 ``[n]``, positions in ``manifest.tasks``; -1: before the first.
+    """
+
+    slots: Ints
+    batch: Batch
+    labels: Ints | None
+    admitted_in: Ints
+    tasks: Ints
+
+
+def read(saved: SavedBuffer, rank: int, slots: Ints | None) -> Iterator[SavedRepresentatives]:
+    """Reads a shard piece by piece; see ``SavedFolder.representatives``."""
+    manifest = saved.manifest
+    num_held = manifest.held_per_rank[rank]
+    layout = manifest.layout
+    if slots is not None and (slots.min(initial=0) < 0 or slots.max(initial=-1) >= num_held):
+        raise IndexError(f"the shard of rank {rank} has the slots from 0 to {num_held - 1}")
+    if layout is None:
+        return
+    admitted_in = admission_rounds(saved, rank)
+    for at, records in _pieces(saved, rank, slots):
+        rows = torch.from_numpy(records.copy())
+        yield SavedRepresentatives(
+            at,
+            layout.rebuild(layout.views(rows)),
+            None if manifest.label is None else layout.integers(rows, manifest.label),
+            admitted_in[at],
+            manifest.task_numbers(admitted_in[at]),
+        )
+
+
+def admission_rounds(saved: SavedBuffer, rank: int) -> Ints:
+    """The rounds in which the representatives of a shard were admitted, int64 ``[num_held]``.
+
+    Raises:
+        CheckpointError: the shard is damaged.
+    """
+    with saved.shard(rank) as shard:
+        arrays = shard.arrays()
+    try:
+        return integers(arrays, "admitted_in", saved.manifest.held_per_rank[rank])
+    except (ValueError, KeyError) as error:
+        raise CheckpointError(f"the shard of rank {rank} is damaged: {error}") from error
+
+
+def _pieces(saved: SavedBuffer, rank: int, slots: Ints | None) -> Iterator[tuple[Ints, Bytes]]:
+    """Slots and their records."""
+    if slots is None:
+        yield from saved.checked_rows(rank)
+        return
+    wanted = np.asarray(slots, dtype=np.int64)
+    with saved.shard(rank) as shard:
+        for positions, records in shard.rows(wanted):
+            yield wanted[positions], records
