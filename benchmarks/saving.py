@@ -83,7 +83,9 @@ def save_between_rounds(buffer: RehearsalBuffer, folder: Path, images: torch.Ten
         num_rounds += 1
     waited = buffer.stats().seconds_waited - waited
     buffer.wait_until_saved()
-    print(f"    {num_rounds} rounds meanwhile; update waited {1e3 * waited / num_rounds:.1f} ms each")
+    print(
+        f"    {num_rounds} rounds meanwhile; update waited {1e3 * waited / num_rounds:.1f} ms each"
+    )
 
 
 def dd_write(path: Path, num_bytes: int) -> None:
@@ -121,7 +123,9 @@ def report(what: str, num_bytes: int, act: Callable[[], object], itself: int = 0
     done.set()
     watching.join()
     above = max(0, most[0] - before - itself) / 1e6
-    print(f"  {what:26} {num_bytes / seconds / 1e9:6.2f} GB/s {seconds:7.2f} s {above:8.0f} MB more")
+    print(
+        f"  {what:26} {num_bytes / seconds / 1e9:6.2f} GB/s {seconds:7.2f} s {above:8.0f} MB more"
+    )
 
 
 def memory_bytes() -> int:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -34,13 +35,37 @@ def test_it_gives_what_the_plain_loop_gives() -> None:
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
-def test_a_loop_left_early_has_offered_one_mini_batch_more() -> None:
-    with RehearsalBuffer(12, num_representatives=2) as buffer:
-        for step, _ in enumerate(ritornello.rehearse(loader(), buffer)):
+@pytest.mark.parametrize("rounds_per_exchange", [1, 3])
+def test_a_loop_left_early_has_offered_what_it_trained_on(rounds_per_exchange: int) -> None:
+    def make() -> RehearsalBuffer:
+        return RehearsalBuffer(
+            12, num_representatives=2, rounds_per_exchange=rounds_per_exchange, num_candidates=3
+        )
+
+    batches = list(loader())
+    with make() as plain, make() as buffer:
+        for batch in batches[:5]:
+            plain.update(batch)
+        for step, _ in enumerate(ritornello.rehearse(batches, buffer)):
             if step == 4:
                 break
-        assert buffer.stats().num_rounds == 6
-        buffer.update(next(loader()))  # and the buffer goes on
+        for batch in batches[5:]:  # both go on alike
+            assert torch.equal(plain.update(batch)[0], buffer.update(batch)[0])
+
+
+def test_what_is_saved_inside_the_loop_is_what_the_trainer_has_got(tmp_path: Path) -> None:
+    batches = list(loader())
+    with RehearsalBuffer(12, num_representatives=2, rounds_per_exchange=2) as buffer:
+        rest = []
+        for step, batch in enumerate(ritornello.rehearse(batches, buffer)):
+            if step == 6:
+                buffer.save(tmp_path)
+            if step > 6:
+                rest.append(batch[0])
+    with RehearsalBuffer(12, num_representatives=2, rounds_per_exchange=2) as buffer:
+        buffer.load(tmp_path)
+        again = [numbers for numbers, _ in ritornello.rehearse(batches[7:], buffer)]
+    assert all(torch.equal(a, b) for a, b in zip(rest, again, strict=True))
 
 
 def test_errors_of_the_loader_and_of_the_buffer_reach_the_trainer() -> None:

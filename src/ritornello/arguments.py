@@ -85,6 +85,10 @@ def _check_count(name: str, value: Any, *, minimum: int) -> None:
 def _text(value: object) -> str:
     """A value as text; of a policy its type and settings, as its repr has an address."""
     if isinstance(value, (SelectionPolicy, SamplingPolicy)):
-        settings = (f"{k}={v!r}" for k, v in vars(value).items() if not k.startswith("_"))
+        settings = (
+            f"{k}={v!r}"
+            for k, v in vars(value).items()
+            if not k.startswith("_") and k not in ("num_slots", "rank", "num_ranks")
+        )
         return f"{type(value).__qualname__}({', '.join(settings)})"
     return str(value)

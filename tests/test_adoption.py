@@ -1,0 +1,114 @@
+"""What is stored stays a fair sample on other ranks. False-alarm rates of 0.001, fixed seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from played_shard import PlayedShard
+from ritornello.random_streams import Purpose, stream
+from ritornello.rounds import rows_of_rank
+from ritornello.selection import (
+    ClassBalanced,
+    ClassBalancedReservoir,
+    FirstOffered,
+    Reservoir,
+    SavedShards,
+    SelectionPolicy,
+)
+from ritornello.testing import chi_square_p_value
+
+NUM_TRIALS = 1500
+
+
+def shards_of(
+    make: Callable[[], SelectionPolicy], capacity: int, num_ranks: int, seed: int
+) -> list[PlayedShard]:
+    rooms = [rows_of_rank(capacity, rank, num_ranks) for rank in range(num_ranks)]
+    return [PlayedShard(make(), room, i, num_ranks, seed) for i, room in enumerate(rooms)]
+
+
+def adopted(
+    shards: list[PlayedShard],
+    make: Callable[[], SelectionPolicy],
+    capacity_then: int,
+    capacity: int,
+    num_ranks: int,
+) -> list[PlayedShard]:
+    """The shards of another number of ranks, with what those before held."""
+    saved = SavedShards(
+        [shard.policy.state() for shard in shards],
+        np.array([shard.size for shard in shards]),
+        capacity_then,
+    )
+    others = shards_of(make, capacity, num_ranks, shards[0].seed + 10**6)
+    for shard in others:
+        generator = stream(shard.seed, Purpose.ADOPTION, 0)
+        owners, slots = shard.policy.adopt(saved, capacity, generator)
+        shard.size = len(owners)
+        for own, (owner, slot) in enumerate(zip(owners, slots, strict=True)):
+            shard.labels[own] = shards[owner].labels[slot]
+            shard.positions[own] = shards[owner].positions[slot]
+    return others
+
+
+@pytest.mark.parametrize("capacity", [12, 6])
+@pytest.mark.parametrize("make", [ClassBalanced, Reservoir, ClassBalancedReservoir])
+def test_what_is_stored_stays_a_uniform_sample(
+    make: Callable[[], SelectionPolicy], capacity: int
+) -> None:
+    """Two ranks see 30 candidates each; then three see 20 each. All 120 are equally likely."""
+    counts = np.zeros(120, dtype=np.int64)
+    for seed in range(NUM_TRIALS):
+        before = shards_of(make, 12, 2, seed)
+        for shard in before:
+            shard.offer_one_by_one(0, 30)
+            shard.positions += 30 * shard.rank
+        after = adopted(before, make, 12, capacity, 3)
+        for shard in after:
+            shard.offered[0] = 60 + 20 * shard.rank
+            shard.offer_one_by_one(0, 20)
+            np.add.at(counts, shard.positions_of(0), 1)
+    assert counts.sum() == NUM_TRIALS * capacity
+    # Those of one rank exclude each other, which makes counts spread less than a chi-square's.
+    assert chi_square_p_value(counts, counts.mean()) > 0.001
+    halves = np.array([counts[:60].sum(), counts[60:].sum()])
+    assert abs(halves[0] - halves[1]) < 4 * np.sqrt(counts.sum())
+
+
+def test_a_class_that_never_lost_any_goes_on_growing() -> None:
+    before = shards_of(ClassBalanced, 40, 4, 0)
+    for shard in before:
+        shard.offer_one_by_one(0, 3)
+    after = adopted(before, ClassBalanced, 40, 40, 3)
+    assert sum(shard.size for shard in after) == 12
+    for shard in after:
+        shard.offer_one_by_one(0, 5)
+    assert sum(shard.size for shard in after) == 27
+
+
+def test_the_first_ones_stay_in_their_order() -> None:
+    before = shards_of(FirstOffered, 24, 2, 0)
+    for shard in before:
+        for label in (0, 1):
+            shard.offer_one_by_one(label, 6)
+    after = adopted(before, FirstOffered, 24, 24, 3)
+    for label in (2, 3):  # two more classes: six of each stay
+        for shard in after:
+            shard.offer_one_by_one(label, 6)
+    for label in (0, 1):
+        assert sorted(each for shard in after for each in shard.positions_of(label)) == [
+            0, 0, 1, 1, 2, 2,
+        ]  # fmt: skip
+
+
+def test_states_are_copies() -> None:
+    for make in (ClassBalanced, Reservoir, ClassBalancedReservoir):
+        (shard,) = shards_of(make, 10, 1, 0)
+        shard.offer_one_by_one(0, 30)
+        state = shard.policy.state()
+        before = {name: array.copy() for name, array in state.items()}
+        shard.offer_one_by_one(1, 30)
+        assert all(np.array_equal(state[name], array) for name, array in before.items())
