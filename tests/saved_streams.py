@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ def saved_after(
             buffer.save(folder)
             return held(buffer)
 
-    return sum(on_ranks(num_ranks, rank_main), [])
+    return joined(on_ranks(num_ranks, rank_main))
 
 
 def loaded_on(
@@ -83,6 +84,10 @@ def assert_same(ours: Augmented, theirs: Augmented) -> None:
     for mine, other in zip(ours, theirs, strict=True):
         assert torch.equal(mine[0], other[0])
         assert torch.equal(mine[1], other[1])
+
+
+def joined(parts: Iterable[list[Any]]) -> list[Any]:
+    return list(chain.from_iterable(parts))
 
 
 def counts_of(labels: list[int]) -> Mapping[int, int]:

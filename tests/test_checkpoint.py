@@ -28,6 +28,7 @@ from saved_streams import (
     batch_of,
     counts_of,
     held,
+    joined,
     loaded_on,
     make,
     on_ranks,
@@ -141,8 +142,8 @@ def test_close_writes_what_is_left_of_a_save(tmp_path: Path) -> None:
             buffer.save(tmp_path, background=True)
             return held(buffer)
 
-    wanted = sum(on_ranks(2, rank_main), [])
-    assert sorted(sum(loaded_on(tmp_path, 2, num_candidates=None), [])) == sorted(wanted)
+    wanted = joined(on_ranks(2, rank_main))
+    assert sorted(joined(loaded_on(tmp_path, 2, num_candidates=None))) == sorted(wanted)
 
 
 def test_a_save_needs_no_second_copy_of_the_shard(tmp_path: Path) -> None:
@@ -175,7 +176,7 @@ def test_files_are_safetensors(tmp_path: Path) -> None:
     assert sorted(numbers) == sorted(wanted)
 
 
-Point = namedtuple("Point", "x y")  # noqa: PYI024
+Point = namedtuple("Point", "x y")
 
 
 def test_any_sample_is_saved(tmp_path: Path) -> None:
@@ -256,7 +257,7 @@ def test_on_other_ranks_nothing_is_lost_or_doubled(
                 return own
 
         parts = on_ranks(num_ranks, rank_main)
-        assert sorted(sum(parts, [])) == wanted
+        assert sorted(joined(parts)) == wanted
         sizes = [len(part) for part in parts]
         assert max(sizes) - min(sizes) <= 1
         if "reservoir" not in variant and variant != "fifo":
@@ -281,7 +282,7 @@ def test_draws_on_other_ranks_are_fair(tmp_path: Path) -> None:
         return drawn
 
     for num_ranks in (1, 3, 8):
-        _, counts = np.unique(sum(on_ranks(num_ranks, rank_main), []), return_counts=True)
+        _, counts = np.unique(joined(on_ranks(num_ranks, rank_main)), return_counts=True)
         assert len(counts) == num_held == 48
         # Draws without replacement spread less than this test allows for.
         assert chi_square_p_value(counts, counts.mean()) > 0.001
@@ -290,18 +291,18 @@ def test_draws_on_other_ranks_are_fair(tmp_path: Path) -> None:
 def test_a_smaller_capacity_evicts_by_the_policy(tmp_path: Path) -> None:
     wanted = saved_after(tmp_path, 3, 60)
     for num_ranks in (1, 3):
-        kept = sum(loaded_on(tmp_path, num_ranks, capacity=20), [])
+        kept = joined(loaded_on(tmp_path, num_ranks, capacity=20))
         assert len(kept) == len(set(kept)) == 20
         assert set(kept) <= set(wanted)
         assert set(counts_of([label for _, label in kept]).values()) <= {2, 3}  # 9 classes
 
     saved_after(tmp_path, 2, 60, selection="fifo", num_candidates=None)
-    kept = sum(loaded_on(tmp_path, 3, capacity=20, selection="fifo", num_candidates=None), [])
+    kept = joined(loaded_on(tmp_path, 3, capacity=20, selection="fifo", num_candidates=None))
     newest = [(int(n), int(c)) for r in (0, 1) for n, c in zip(*batch_of(59, r), strict=True)]
     assert set(newest) <= set(kept)
 
     every = saved_after(tmp_path, 2, 60, selection="first-offered")
-    kept = sum(loaded_on(tmp_path, 1, capacity=30, selection="first-offered"), [])
+    kept = joined(loaded_on(tmp_path, 1, capacity=30, selection="first-offered"))
     for label in {label for _, label in every}:
         for rank in (0, 1):  # what each offered first
             offered = sorted(n for n, c in every if c == label and n // 64 % 64 == rank)
@@ -325,7 +326,7 @@ def test_a_larger_capacity_comes_into_use(variant: str, tmp_path: Path) -> None:
 
     for num_ranks in (2, 3):
         parts = on_ranks(num_ranks, rank_main)
-        assert sorted(sum((part for part, _ in parts), [])) == sorted(wanted)
+        assert sorted(joined(part for part, _ in parts)) == sorted(wanted)
         assert parts[0][1] == 60 or variant == "fixed shares"  # then for classes to come
 
 
@@ -447,9 +448,9 @@ def test_torch_save_on_one_rank_of_the_whole_state(tmp_path: Path) -> None:
     for ours, theirs in zip(on_ranks(3, loading), saved, strict=True):
         assert ours[0] == theirs[0]
         assert_same(ours[1], theirs[1])
-    everything = sorted(sum((part for part, _ in saved), []))
+    everything = sorted(joined(part for part, _ in saved))
     for num_ranks in (1, 4):
-        assert sorted(sum((part for part, _ in on_ranks(num_ranks, loading)), [])) == everything
+        assert sorted(joined(part for part, _ in on_ranks(num_ranks, loading))) == everything
 
 
 def test_a_state_without_the_needed_ranks_is_refused() -> None:

@@ -6,13 +6,12 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
 
 from ritornello import CheckpointError, RehearsalBuffer
 from ritornello.testing import spawn_ranks
-from saved_streams import assert_same, held, run_on
+from saved_streams import assert_same, held, joined, run_on
 
 NUM_STEPS, NUM_LATER = 30, 6
 
@@ -66,11 +65,11 @@ def test_distributed_checkpoints_save_and_load_it(tmp_path: Path) -> None:
     folder = str(tmp_path)
     saved = spawn_ranks(2, save_and_load, folder)
     assert all(isinstance(part, list) for part in saved), saved
-    everything = sorted(sum(saved, []))  # type: ignore[arg-type]
+    everything = sorted(joined(saved))  # type: ignore[arg-type]
     assert len(everything) == 97
     for num_ranks in (1, 3):
         parts = spawn_ranks(num_ranks, load_on_other_ranks, folder, 2)
         assert all(isinstance(part, list) for part in parts), parts
-        assert sorted(sum(parts, [])) == everything  # type: ignore[arg-type]
+        assert sorted(joined(parts)) == everything  # type: ignore[arg-type]
     (message,) = spawn_ranks(1, refuse, folder)
     assert "holds only the rank(s) [0] of 2" in str(message)
