@@ -28,6 +28,7 @@ BATCH_SIZE = 64
 
 
 def main() -> None:
+    """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--gigabytes", type=float, default=2.0)
     parser.add_argument("--folder", type=Path, default=None, help="on the disk to measure")
@@ -38,6 +39,7 @@ def main() -> None:
 
 
 def measure(folder: Path, num_bytes: int, repeats: int) -> None:
+    """Prints a table for each of some repeats."""
     record_bytes = 3 * 224 * 224 + 16
     capacity = num_bytes // record_bytes
     images = torch.randint(0, 255, (BATCH_SIZE, *IMAGE), dtype=torch.uint8)
@@ -55,20 +57,23 @@ def measure(folder: Path, num_bytes: int, repeats: int) -> None:
         for path in (folder / "dd", *(folder / "saved").glob("*.safetensors")):
             drop_from_cache(path)
         report("dd, read", size, lambda: dd_read(folder / "dd"))
-        again = make(capacity)
-        report("load", size, lambda: again.load(folder / "saved"), itself=size)
-        again.close()
+        report("load", size, lambda: load(capacity, folder), itself=size)
         report("dd, read from the cache", size, lambda: dd_read(folder / "dd"))
-        again = make(capacity)
-        report("load from the cache", size, lambda: again.load(folder / "saved"), itself=size)
-        again.close()
+        report("load from the cache", size, lambda: load(capacity, folder), itself=size)
         shutil.rmtree(folder / "saved")
         shutil.rmtree(folder / "background")
     buffer.close()
 
 
 def make(capacity: int) -> RehearsalBuffer:
+    """An empty buffer."""
     return RehearsalBuffer(capacity, num_representatives=7, num_candidates=14)
+
+
+def load(capacity: int, folder: Path) -> None:
+    """Loads into a new buffer, whose memory has to be made first."""
+    with make(capacity) as buffer:
+        buffer.load(folder / "saved")
 
 
 def save_between_rounds(buffer: RehearsalBuffer, folder: Path, images: torch.Tensor) -> None:
@@ -89,19 +94,23 @@ def save_between_rounds(buffer: RehearsalBuffer, folder: Path, images: torch.Ten
 
 
 def dd_write(path: Path, num_bytes: int) -> None:
+    """As many bytes, down to the disk."""
     path.unlink(missing_ok=True)
     dd("if=/dev/zero", f"of={path}", f"count={-(-num_bytes // 2**22)}", "conv=fdatasync")
 
 
 def dd_read(path: Path) -> None:
+    """All bytes of a file."""
     dd(f"if={path}", "of=/dev/null")
 
 
 def dd(*arguments: str) -> None:
+    """Runs ``dd``."""
     subprocess.run(["dd", "bs=4M", *arguments], check=True, capture_output=True)
 
 
 def drop_from_cache(path: Path) -> None:
+    """So that it is read from the disk."""
     with open(path, "rb") as file:
         os.fsync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
