@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -111,6 +112,34 @@ def test_a_loader_on_the_cpu_and_a_model_on_the_gpu() -> None:
             torch.cuda._sleep(1_000_000)
             got += [leaf.cpu() for leaf in joined]
     assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
+
+
+@pytest.mark.parametrize("storage", ["cpu", "pinned", "cuda"])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_saving_and_loading(storage: str, device: str, tmp_path: Path) -> None:
+    def make(**arguments: Any) -> RehearsalBuffer:
+        return RehearsalBuffer(60, num_representatives=7, num_candidates=5, **arguments)
+
+    stream, expected = batches(device), augmented("cpu", rounds_per_exchange=2)
+    with make(storage=storage, rounds_per_exchange=2) as buffer:
+        for number, batch in enumerate(stream[:25]):
+            if number == 21:
+                buffer.save(tmp_path / "at once")
+                state = buffer.state_dict()
+                buffer.save(tmp_path / "beside", background=True)
+            buffer.update(batch)
+        buffer.wait_until_saved()
+    for source in ("at once", "beside", "state"):
+        with make(storage=storage, rounds_per_exchange=2) as buffer:
+            if source == "state":
+                buffer.load_state_dict(state)
+            else:
+                buffer.load(tmp_path / source)
+            got = [leaf.cpu() for batch in stream[21:] for leaf in buffer.update(batch)]
+            assert all(torch.equal(a, b) for a, b in zip(expected[42:], got, strict=True))
+    with make(num_draws=2) as buffer:  # on the CPU, with other arguments
+        buffer.load(tmp_path / "at once")
+        assert len(buffer.update(batches("cpu", 1)[0])[0]) == 16 + 14
 
 
 def test_labels_on_the_gpu_are_checked_by_the_worker() -> None:
