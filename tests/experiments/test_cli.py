@@ -6,12 +6,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from ritornello.experiments import cli
 from ritornello.experiments.config import Recipe
 from ritornello.experiments.recipes import RECIPES
+from ritornello.experiments.saving import Saver
 
 
 def run(*arguments: str) -> int:
@@ -189,6 +191,11 @@ def test_one_recipe(capsys: pytest.CaptureFixture[str]) -> None:
         (("run", "digits", "--remembers", "x"), "remembers='x': there are stream, random"),
         (("results",), "results: give output folders of 'run' or 'compare', or an archive"),
         (("results", "nowhere"), "nowhere: neither a file, nor a folder with a results.json"),
+        (("run", "digits", "--resume"), "--resume: say with --output which run goes on"),
+        (("run", "digits", "--save-every", "0"), "--save-every 0: it must be at least 1"),
+        (("run", "digits", "--save-minutes", "0"), "--save-minutes 0: it must be above 0"),
+        (("run", "digits", "--keep", "0"), "--keep 0: it must be at least 1"),
+        (("run", "digits", "--restarts", "-1"), "--restarts -1: it must not be negative"),
         (("report",), "report: give one or more output folders"),
         (("report", "nowhere"), "nowhere holds neither results.json nor comparison.json"),
     ],
@@ -208,6 +215,8 @@ def test_a_folder_that_is_not_empty(capsys: pytest.CaptureFixture[str]) -> None:
     Path("full/precious").touch()
     assert run("run", "digits", "--output", "full") == 2
     assert "it exists and is not empty" in capsys.readouterr().err
+    assert run("run", "digits", "--output", "full", "--resume") == 2
+    assert "it exists and holds no run to go on with" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -236,6 +245,57 @@ def test_a_signal_ends_all_ranks(number: signal.Signals) -> None:
     while (left := [c for c in children if _is_running(c)]) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not left
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_has_the_run_saved(number: signal.Signals) -> None:
+    command = [sys.executable, "-m", "ritornello.experiments.cli", "run", "digits", "--ranks", "2"]
+    with subprocess.Popen(
+        [*command, "--epochs", "100000", "--save-every", "20", "--output", "out"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        deadline = time.monotonic() + 60
+        while not list(Path().glob("out/checkpoints/*0")) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        process.send_signal(number)
+        _, error = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert f"interrupted by {number.name}: saved at task 1 of 5, step " in error
+    step = error.partition("saved at task 1 of 5, step ")[2].partition(";")[0]
+    assert Path(f"out/checkpoints/step-{int(step):08}/run.json").exists()
+    assert "all ranks were ended; goes on with --resume --output out" in error
+
+
+def test_resume_begins_goes_on_and_ends(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ("run", "digits", "--epochs", "1", "--tasks", "2", "--output", "out", "--resume")
+    between_steps = Saver.between_steps
+
+    def stopping(saver: Saver, count: int, *rest: Any) -> None:
+        if count == 20:
+            signal.raise_signal(signal.SIGTERM)
+        between_steps(saver, count, *rest)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Saver, "between_steps", stopping)
+        assert run(*arguments) == 143
+    error = capsys.readouterr().err
+    assert error.startswith("ritornello: error: interrupted by SIGTERM: saved at task 1 of 2, step")
+    assert run(*arguments[:-1]) == 2
+    assert "not empty; give another folder, or remove it, or go on with" in capsys.readouterr().err
+    assert run(*arguments, "--learning-rate", "0.5") == 2
+    assert "learning_rate was 0.05 and is 0.5" in capsys.readouterr().err
+    assert run(*arguments) == 0
+    assert "resumed at task 1 of 2, step 20\n" in capsys.readouterr().err
+    written = Path("out/results.json").stat().st_mtime_ns
+    assert run(*arguments) == 0
+    printed = capsys.readouterr().out
+    assert "has finished before; nothing is run" in printed
+    assert "avg top-1" in printed
+    assert Path("out/results.json").stat().st_mtime_ns == written
 
 
 def _children(pid: int) -> list[int]:

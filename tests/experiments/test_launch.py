@@ -1,16 +1,24 @@
 from __future__ import annotations
 
+import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch.distributed as dist
 
-from ritornello.experiments.launch import LaunchError, launch, place_in_job
+from ritornello.experiments import train
+from ritornello.experiments.config import Recipe
+from ritornello.experiments.interruption import RunInterruptedError
+from ritornello.experiments.launch import LaunchError, launch, place_in_job, restarted
+from ritornello.experiments.recipes import recipe_named
+from ritornello.experiments.saving import Saver, Saving
 
 
 def _place(*_: Any) -> tuple[int, int, str | None]:
@@ -111,6 +119,109 @@ def test_ranks_that_contradict(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match=r"--ranks 3, but torchrun has started 2 rank\(s\)"):
         launch(3, _place)
+
+
+def test_restarts_are_the_launchers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="--restarts 3, but torchrun has started the ranks"):
+        launch(2, _place, num_restarts=3)
+
+
+def _die_once(recipe: Recipe, folder: str, count: int) -> Any:
+    """A run of which the last rank is killed at some moment, the first time."""
+    between_steps = Saver.between_steps
+
+    def dying(saver: Saver, now: int, *rest: Any) -> None:
+        between_steps(saver, now, *rest)
+        if now == count and not restarted() and dist.get_rank() == dist.get_world_size() - 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    Saver.between_steps = dying  # type: ignore[method-assign]
+    return train.run(recipe, folder, saving=Saving(save_every=7, restarts=1))
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_a_killed_rank_starts_again_and_goes_on(num_ranks: int, tmp_path: Path) -> None:
+    recipe = recipe_named("digits", epochs=2, num_tasks=2)
+    results = launch(num_ranks, _die_once, recipe, str(tmp_path), 101, num_restarts=1)
+    assert results["resumed"] == 1
+    undisturbed = launch(num_ranks, train.run, recipe)
+    for name in ("weights_sha256", "top1", "steps_per_task"):
+        assert results[name] == undisturbed[name]
+
+
+def test_a_signal_to_a_rank_alone_ends_the_job(tmp_path: Path) -> None:
+    recipe = recipe_named("digits", epochs=2, num_tasks=2)
+    with pytest.raises(RunInterruptedError, match="interrupted by SIGUSR1: all ranks were ended"):
+        launch(2, _signalled, recipe, str(tmp_path))
+    assert launch(2, train.run, recipe, str(tmp_path), None, "", RESUME)["resumed"] == 1
+
+
+RESUME = Saving(resume=True)
+
+
+def _signalled(recipe: Recipe, folder: str) -> None:
+    between_steps = Saver.between_steps
+
+    def signalling(saver: Saver, now: int, *rest: Any) -> None:
+        if now == 20 and dist.get_rank() == 1:
+            signal.raise_signal(signal.SIGUSR1)
+        between_steps(saver, now, *rest)
+
+    Saver.between_steps = signalling  # type: ignore[method-assign]
+    train.run(recipe, folder, saving=RESUME)
+
+
+@pytest.mark.slow
+def test_torchrun_goes_on_with_the_agent_that_is_left(tmp_path: Path) -> None:
+    """Two agents with a rank each; one is killed with its rank, as when a node is lost."""
+    output = tmp_path / "out"
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+
+    def agent(is_host: int) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", "--nnodes", "1:2",
+             "--nproc-per-node", "1", "--max-restarts", "3", "--rdzv-backend", "c10d",
+             "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "test", "--rdzv-conf",
+             f"last_call_timeout=15,keep_alive_interval=1,keep_alive_max_attempt=3,is_host={is_host}",
+             "-m", "ritornello.experiments.cli", "run", "digits", "--epochs", "40",
+             "--save-every", "20", "--resume", "--output", str(output)],
+            env={
+                **os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )  # fmt: skip
+
+    def children(pid: int) -> list[int]:
+        return [int(each) for each in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+    left, lost = agent(1), agent(0)
+    try:
+        deadline = time.monotonic() + 60
+        while not list(output.glob("checkpoints/step-*0")) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        for pid in (lost.pid, *children(lost.pid)):
+            os.kill(pid, signal.SIGKILL)
+        lost.communicate(timeout=20)
+        printed, _ = left.communicate(timeout=60)
+    finally:
+        for each in (left, lost):
+            for pid in children(each.pid) if each.poll() is None else []:
+                os.kill(pid, signal.SIGKILL)
+            each.kill()
+            each.communicate()
+    assert left.returncode == 0, printed
+    assert "on 2 ranks" in printed
+    assert "on 1 rank," in printed
+    assert "resumed at task" in printed
+    results = json.loads((output / "results.json").read_text())
+    assert results["world_size"] == 1
+    assert results["average_top1"] > 0.85
 
 
 def test_joining_torchrun(tmp_path: Any) -> None:

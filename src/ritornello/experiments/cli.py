@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 try:
     import tyro
@@ -21,14 +21,25 @@ except ImportError as error:  # pragma: no cover - the extra is installed in tes
         "pip install 'ritornello[experiments]'"
     ) from None
 
-from ritornello.experiments.changes import BufferChanges, Changes, Sweep
+from ritornello.experiments.changes import (
+    BufferChanges,
+    Changes,
+    RehearsalChanges,
+    Sweep,
+    TaskChanges,
+)
 from ritornello.experiments.config import Recipe
+from ritornello.experiments.progress import say
 from ritornello.experiments.recipes import RECIPES, recipe_named
+from ritornello.experiments.saving import Saving
 from ritornello.experiments.simulate import Simulation
 from ritornello.experiments.step_time import MachineChanges
 from ritornello.experiments.sweep import Results, variants
 
 ALL_STRATEGIES = ("incremental", "rehearsal", "from-scratch")
+
+RUN_FILES = (".lock", "results.json", "comparison.json")
+"""One of them is in the folder of every run that has begun."""
 
 COMMAND: ContextVar[str] = ContextVar("COMMAND", default="ritornello")
 """The command line, for the results to say how they were made."""
@@ -36,11 +47,16 @@ COMMAND: ContextVar[str] = ContextVar("COMMAND", default="ritornello")
 RecipeName = Annotated[
     str, tyro.conf.Positional, tyro.conf.arg(metavar="RECIPE", help="See 'ritornello recipes'.")
 ]
+SavedBufferFolder = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
 Folders = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
+RunFolder = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
 Seeds = Annotated[tuple[int, ...], tyro.conf.arg(aliases=("--seed",))]
 Settings = Annotated[Changes, tyro.conf.arg(name="")]
 BufferSettings = Annotated[BufferChanges, tyro.conf.arg(name="")]
+TaskSettings = Annotated[TaskChanges, tyro.conf.arg(name="")]
+RehearsalSettings = Annotated[RehearsalChanges, tyro.conf.arg(name="")]
 SweepSettings = Annotated[Sweep, tyro.conf.arg(name="")]
+SavingSettings = Annotated[Saving, tyro.conf.arg(name="")]
 SimulationSettings = Annotated[Simulation, tyro.conf.arg(name="")]
 MachineSettings = Annotated[MachineChanges, tyro.conf.arg(name="")]
 
@@ -50,6 +66,7 @@ def run(
     /,
     changes: Settings,
     buffer: BufferSettings,
+    saving: SavingSettings,
     strategy: str | None = None,
     seeds: Seeds = (),
     ranks: int | None = None,
@@ -61,14 +78,16 @@ def run(
         recipe: Which recipe.
         changes: Settings to change.
         buffer: Settings of the buffer to change.
+        saving: Checkpoints.
         strategy: incremental, rehearsal, from-scratch, ...; if not given, the recipe's own.
         seeds: Of everything random. Several: one run each, and means of them.
         ranks: Local processes to start. Leave it out under torchrun, srun or mpirun.
-        output: Folder for results.json, model.pt and report.html; runs/... if not given.
+        output: Folder for results.json, model.pt, the buffer and report.html; runs/... if not
+            given.
     """
     changed = changes.applied_to(recipe, **buffer.as_changes())
     chosen = strategy or changed.strategy
-    _train(variants(changed, [chosen], seeds=seeds), ranks, output, f"{recipe}-{chosen}")
+    _train(variants(changed, [chosen], seeds=seeds), ranks, output, f"{recipe}-{chosen}", saving)
 
 
 def compare(
@@ -76,6 +95,7 @@ def compare(
     /,
     changes: Settings,
     sweep: SweepSettings,
+    saving: SavingSettings,
     seeds: Seeds = (),
     ranks: int | None = None,
     output: str | None = None,
@@ -86,6 +106,7 @@ def compare(
         recipe: Which recipe.
         changes: Settings to change.
         sweep: What to compare.
+        saving: Checkpoints.
         seeds: Of everything random. Several: every combination runs with each, for means of them.
         ranks: Local processes to start. Leave it out under torchrun, srun or mpirun.
         output: Folder for comparison.json and report.html; runs/... if not given.
@@ -94,7 +115,61 @@ def compare(
     settings = vars(sweep) | {
         "strategies": sweep.strategies or ("incremental", changed.strategy, "from-scratch")
     }
-    _train(variants(changed, **settings, seeds=seeds), ranks, output, f"{recipe}-compare")
+    recipes = variants(changed, **settings, seeds=seeds)
+    _train(recipes, ranks, output, f"{recipe}-compare", saving)
+
+
+def extend(
+    folder: RunFolder,
+    /,
+    changes: TaskSettings,
+    buffer: RehearsalSettings,
+    saving: SavingSettings,
+    data: str,
+    name: str | None = None,
+    test: tuple[str, ...] = (),
+    ranks: int | None = None,
+    output: str | None = None,
+) -> None:
+    """Go on with a finished run: learn new data, with new classes or without, and rehearse the old.
+
+    Args:
+        folder: Output folder of run; model, buffer and results in it are replaced when all is done.
+        changes: Settings to change, from now on.
+        buffer: Settings of the buffer to change, from now on.
+        saving: Checkpoints.
+        data: What is new: a folder with CLASS/*.jpg (every tenth image is held out for testing), or
+            with train/CLASS and val/CLASS; or an npz file.
+        name: Of the new task; if not given, that of the folder or file.
+        test: Where data of earlier tasks lie now, if they were moved.
+        ranks: Local processes to start. Leave it out under torchrun, srun or mpirun.
+        output: Another folder to write to; the run then stays as it is.
+    """
+    from ritornello.experiments.extension import extend as extend_run
+    from ritornello.experiments.extension_plan import plan
+    from ritornello.experiments.launch import place_in_job
+
+    settings: dict[str, Any] = {
+        "name": name,
+        "changes": changes.as_changes() | buffer.as_changes(),
+    }
+    place = place_in_job(os.environ)
+    num_ranks = place.num_ranks if place else ranks or 1
+    saving.check()
+    planned = plan(Path(folder), Path(data), num_ranks=num_ranks, **settings)
+    console = Console(quiet=place is not None and place.rank != 0)
+    console.print(planned.announcement(num_ranks), highlight=False)
+    settings |= {"tests": test, "output": output, "command": COMMAND.get(), "saving": saving}
+    target = partial(extend_run, **settings)
+    results = _launch(ranks, saving, "--resume", target, folder, data)
+    if not console.quiet:
+        from ritornello.experiments.report import table_of_tasks
+        from ritornello.experiments.saved_results import load_results
+
+        console.print()
+        console.print(table_of_tasks(results))
+        where = Path(output or folder)
+        _show(load_results([where]), where / "report.html")
 
 
 def demo(ranks: int = 2, output: str | None = None) -> None:
@@ -179,6 +254,72 @@ def simulate(
     console.print(str((folder / "simulate.png").resolve()), highlight=False, soft_wrap=True)
 
 
+def inspect(
+    folder: SavedBufferFolder,
+    /,
+    picture: str | None = None,
+    export: str | None = None,
+    check: Literal["on", "off"] = "on",
+) -> None:
+    """Show what is in a saved buffer, and whether its files are whole.
+
+    Args:
+        folder: Of a saved buffer, or the output of a run.
+        picture: A picture to draw of it, such as FILE.png: a row of images for each class.
+        export: Where to write all samples: FILE.npz, or a folder for CLASS/NNN.png.
+        check: Whether to compare checksums.
+    """
+    from ritornello.experiments.inspection import find_buffers, inspect_buffer
+    from ritornello.experiments.inspection_tables import tables_of
+
+    console = Console()
+    if export is not None:
+        from ritornello.experiments import export as exporting
+
+        exporting.check_is_free(Path(export))
+    with console.status("reading"):
+        inspection = inspect_buffer(find_buffers(Path(folder))[0], check == "on")
+    for part in tables_of(inspection):
+        console.print(part, highlight=False)
+    if picture is not None:
+        from ritornello.experiments.contact_sheet import draw_contact_sheet
+
+        draw_contact_sheet(inspection, Path(picture))
+        console.print("Picture:", style="bold", end=" ")
+        console.print(str(Path(picture).resolve()), highlight=False, soft_wrap=True)
+    if export is not None:
+        num_samples = exporting.export(inspection, Path(export))
+        console.print(f"{num_samples:,} samples:", style="bold", end=" ")
+        console.print(str(Path(export).resolve()), highlight=False, soft_wrap=True)
+    if not inspection.is_whole:
+        sys.exit(1)
+
+
+def forget(
+    folder: SavedBufferFolder,
+    /,
+    where: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = (),
+    dry_run: bool = False,
+) -> None:
+    """Remove samples from a saved buffer for good, as when a person's data must be forgotten.
+
+    Args:
+        folder: Of a saved buffer; or the output of a run, for its buffer and all its checkpoints.
+        where: NAME=VALUE, such as label=3, task=2024-05-01 or id=12,13; all given ones must hold.
+        dry_run: Only say what would go.
+    """
+    from ritornello.experiments.forget import conditions_of, forget_everywhere, outcome_text
+
+    conditions = conditions_of(where)
+    console = Console()
+    with console.status("reading and writing"):
+        outcomes = forget_everywhere(Path(folder), conditions, dry_run)
+    for path, outcome in outcomes.items():
+        console.print(outcome_text(path, outcome, dry_run), highlight=False, soft_wrap=True)
+    if dry_run:
+        console.print("Nothing was changed.")
+
+
 def bench(
     ranks: int | None = None,
     workloads: tuple[str, ...] = ("imagenet-uint8", "imagenet-float32", "cifar", "mnist", "bulk"),
@@ -242,11 +383,17 @@ def recipes(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parses the command line and runs the command; errors end with one line and status 2."""
-    from ritornello.experiments.launch import LaunchError
+    from ritornello.errors import CheckpointError
+    from ritornello.experiments.interruption import RunInterruptedError
+    from ritornello.experiments.launch import LaunchError, place_in_job
 
     arguments = sys.argv[1:] if arguments is None else arguments
     COMMAND.set(shlex.join(["ritornello", *arguments]))
-    functions = (demo, run, compare, report, results, bench, simulate, recipes)
+    interruption: tuple[str, int] | None = None
+    functions = (
+        *(demo, run, extend, compare, report, results),
+        *(inspect, forget, bench, simulate, recipes),
+    )
     try:
         tyro.extras.subcommand_cli_from_dict(
             {each.__name__: each for each in functions},
@@ -254,40 +401,76 @@ def main(arguments: Sequence[str] | None = None) -> None:
             description="Continual learning with a distributed rehearsal buffer.",
             args=arguments,
         )
-    except LaunchError as error:
+    except (LaunchError, CheckpointError) as error:
         _fail(error, status=1)
+    except RunInterruptedError as end:
+        place = place_in_job(os.environ)
+        interruption = str(end) if place is None or place.rank == 0 else "", end.status
     except (ValueError, FileNotFoundError, FileExistsError, ConnectionError) as error:
         if os.environ.get("RITORNELLO_TRACEBACK"):
             raise
         _fail(error, status=2)
     except KeyboardInterrupt:
         _fail("interrupted", status=130)
+    if interruption is not None:
+        # Not before the error is gone: it holds what must not outlive the interpreter.
+        _fail(*interruption)
 
 
 def _train(
-    recipes: dict[str, Recipe], ranks: int | None, output: str | None, default_name: str
+    recipes: dict[str, Recipe],
+    ranks: int | None,
+    output: str | None,
+    default_name: str,
+    saving: Saving | None = None,
 ) -> None:
     """Trains one variant or several on all ranks; the main one shows what came out."""
     from ritornello.experiments import train
-    from ritornello.experiments.launch import launch, place_in_job
+    from ritornello.experiments.launch import place_in_job, restarted
 
     place = place_in_job(os.environ)
     num_ranks = place.num_ranks if place else ranks or 1
+    saving = saving or train.OFF
+    saving.check()
     for each in recipes.values():
         train.check(each, num_ranks)
+    goes_on = saving.is_on and (saving.resume or restarted())
+    if goes_on and output is None:
+        raise ValueError("--resume: say with --output which run goes on")
     is_main = place is None or place.rank == 0
-    folder = _output_folder(output, default_name) if is_main else None
-    Console(quiet=not is_main).print(_announcement(recipes, num_ranks), highlight=False)
+    folder = _output_folder(output, default_name, goes_on) if is_main else None
+    console = Console(quiet=not is_main)
+    console.print(_announcement(recipes, num_ranks), highlight=False)
     path = None if folder is None else str(folder)
     command = COMMAND.get()
-    if len(recipes) == 1:
-        launch(ranks, partial(train.run, command=command), *recipes.values(), path)
+    if goes_on and output is not None and train.all_finished(recipes, Path(output), num_ranks):
+        console.print("has finished before; nothing is run", highlight=False)
     else:
-        launch(ranks, partial(train.compare, command=command), recipes, path)
+        several = len(recipes) > 1
+        target = partial(train.compare if several else train.run, command=command, saving=saving)
+        what = recipes if several else next(iter(recipes.values()))
+        _launch(ranks, saving, f"--resume --output {path}", target, what, path)
     if folder is not None:
         from ritornello.experiments.saved_results import load_results
 
         _show(load_results([folder]), folder / "report.html")
+
+
+def _launch(
+    ranks: int | None, saving: Saving, flags: str, target: Callable[..., Any], *arguments: Any
+) -> Any:
+    """Trains on all ranks. An interruption says with which flags it goes on."""
+    from ritornello.experiments.interruption import SIGNALS, RunInterruptedError
+    from ritornello.experiments.launch import LaunchError, launch
+
+    try:
+        return launch(ranks, target, *arguments, num_restarts=saving.restarts)
+    except LaunchError as error:
+        if saving.is_on and error.signal_number in SIGNALS:
+            raise RunInterruptedError(
+                error.signal_number, f"all ranks were ended; goes on with {flags}"
+            ) from None
+        raise
 
 
 def _announcement(recipes: dict[str, Recipe], num_ranks: int) -> str:
@@ -315,19 +498,25 @@ def _show(saved: dict[str, Results], path: Path) -> None:
     console.print(str(path.resolve()), highlight=False, soft_wrap=True)
 
 
-def _output_folder(output: str | None, default_name: str) -> Path:
-    """A folder that holds nothing yet.
+def _output_folder(output: str | None, default_name: str, goes_on: bool = False) -> Path:
+    """A folder that holds nothing yet, or a run to go on with.
 
     Raises:
-        FileExistsError: the given one holds something.
+        FileExistsError: the given one holds something, or something else.
     """
     if output is not None:
         folder = Path(output)
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise FileExistsError(
-                f"--output {output}: it exists and is not empty; give another folder, or remove it"
-            )
-        return folder
+        if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+            return folder
+        is_run = any((folder / name).exists() for name in RUN_FILES)
+        if goes_on and is_run:
+            return folder
+        if goes_on:
+            hint = "and holds no run to go on with; give another folder"
+        else:
+            hint = "and is not empty; give another folder, or remove it"
+            hint += ", or go on with the run in it: --resume" * is_run
+        raise FileExistsError(f"--output {output}: it exists {hint}")
     folder, number = Path("runs") / default_name, 1
     while folder.exists():
         number += 1
@@ -336,9 +525,8 @@ def _output_folder(output: str | None, default_name: str) -> Path:
 
 
 def _fail(error: Any, status: int) -> None:
-    Console(stderr=True).print(
-        f"ritornello: error: {error}", style="red", highlight=False, markup=False, soft_wrap=True
-    )
+    if error:
+        say(f"ritornello: error: {error}", style="red")
     sys.exit(status)
 
 

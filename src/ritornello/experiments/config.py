@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 AMP_MODES = ("off", "bfloat16", "float16")
 
@@ -125,6 +127,23 @@ class Recipe:
 
     published: Published | None = None
 
+    @classmethod
+    def from_results(cls, config: Mapping[str, Any]) -> Recipe:
+        """The recipe that the results of a run hold, as JSON gives it back.
+
+        Raises:
+            ValueError: it has settings that this version does not know.
+        """
+        unknown = sorted(set(config) - {each.name for each in fields(cls)})
+        if unknown:
+            raise ValueError(
+                f"the results have settings of another version of Ritornello: {', '.join(unknown)}"
+            )
+        read: dict[str, Any] = {name: _as_tuples(value) for name, value in config.items()}
+        if read.get("published") is not None:
+            read["published"] = Published(**read["published"])
+        return cls(**read)
+
     def on(self, num_ranks: int) -> Recipe:
         """The recipe with sizes of all ranks together, for recipes that scale with the ranks."""
         if not self.scales_with_ranks:
@@ -210,3 +229,8 @@ class Recipe:
             return min(1.0, (epoch + step_epochs) / self.warmup_epochs)
         passed = [factor for start, factor in sorted(self.milestones) if epoch >= start]
         return passed[-1] if passed else 1.0
+
+
+def _as_tuples(value: Any) -> Any:
+    """Lists, which JSON knows alone, as the tuples that they were."""
+    return tuple(map(_as_tuples, value)) if isinstance(value, list) else value

@@ -23,6 +23,7 @@ from ritornello.experiments.folders import (
     FolderImages,
     arrivals,
     class_folders,
+    one_arrival,
     tiny_imagenet,
 )
 
@@ -35,6 +36,7 @@ __all__ = [
     "InMemoryImages",
     "LabelledImages",
     "load",
+    "load_arrival",
 ]
 
 FOLDERS: dict[str, tuple[Callable[[Path, int], DataSet], int]] = {
@@ -85,6 +87,40 @@ def load(name: str, path: str | None = None, image_size: int | None = None) -> D
         raise ValueError(f"data='npz': {path} does not end with .npz")
     read, usual_size = FOLDERS[name]
     return read(Path(path), usual_size if image_size is None else image_size)
+
+
+def load_arrival(path: Path, image_shape: tuple[int, int, int]) -> DataSet:
+    """Loads what has arrived together, as images of the same shape as those before.
+
+    Args:
+        path: an npz file, or a folder with ``train/CLASS`` and ``val/CLASS`` or ``test/CLASS``, or
+            with one folder per class, of which every tenth image is held out for testing.
+        image_shape: ``(C, H, W)``.
+
+    Raises:
+        ValueError: content that does not fit; names file and rule.
+        FileNotFoundError: no such file or folder.
+    """
+    channels, height, width = image_shape
+    if path.suffix == ".npz":
+        data = _npz("npz", path)
+        if data.image_shape != image_shape:
+            raise ValueError(
+                f"data: {path} has images of {_shape_text(data.image_shape)}, but those before "
+                f"are of {_shape_text(image_shape)}: they must be alike"
+            )
+        return data
+    if height != width or channels not in (1, 3):
+        raise ValueError(
+            f"data: {path}: images of files are square and have 1 or 3 channels, but those before "
+            f"are of {_shape_text(image_shape)}: give an npz file"
+        )
+    return one_arrival(path, height, channels)
+
+
+def _shape_text(image_shape: tuple[int, int, int]) -> str:
+    channels, height, width = image_shape
+    return f"{height} x {width} with {channels} channel{'s' if channels > 1 else ''}"
 
 
 def _digits() -> DataSet:

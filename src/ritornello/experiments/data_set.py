@@ -60,6 +60,51 @@ class InMemoryImages(LabelledImages):
         return self.images[index], self._labels[index]
 
 
+class Relabelled(LabelledImages):
+    """Images whose classes have other numbers.
+
+    Args:
+        images: with their own labels.
+        new_labels: int64 ``[num_classes]``, the new label for each of theirs.
+    """
+
+    def __init__(self, images: LabelledImages, new_labels: NDArray[np.int64]) -> None:
+        self._images, self._new_labels = images, torch.from_numpy(new_labels)
+        self.labels = new_labels[images.labels]
+
+    def __getitems__(self, indices: Sequence[int]) -> Batch:
+        """See ``LabelledImages``."""
+        images, labels = self._images.__getitems__(indices)
+        return images, self._new_labels[labels]
+
+
+class Joined(LabelledImages):
+    """Several data sets one after another, of images of one shape.
+
+    Args:
+        parts: at least one.
+    """
+
+    def __init__(self, parts: Sequence[LabelledImages]) -> None:
+        self._parts = parts
+        self._ends = np.cumsum([len(part) for part in parts])
+        self.labels = np.concatenate([part.labels for part in parts])
+
+    def __getitems__(self, indices: Sequence[int]) -> Batch:
+        """See ``LabelledImages``."""
+        positions = np.asarray(indices, dtype=np.int64)
+        owners = self._ends.searchsorted(positions, side="right")
+        batches, order = [], []
+        for owner in np.unique(owners).tolist():
+            asked = np.flatnonzero(owners == owner)
+            first = self._ends[owner] - len(self._parts[owner])
+            batches.append(self._parts[owner].__getitems__((positions[asked] - first).tolist()))
+            order.append(asked)
+        places = torch.from_numpy(np.argsort(np.concatenate(order), kind="stable"))
+        images, labels = (torch.cat(leaves)[places] for leaves in zip(*batches, strict=True))
+        return images, labels
+
+
 @dataclass(frozen=True)
 class Arrival:
     """The samples that arrived together, such as those of one day."""
@@ -69,6 +114,8 @@ class Arrival:
     """Into ``DataSet.train``."""
     test_indices: NDArray[np.int64]
     """Into ``DataSet.test``."""
+    path: str | None = None
+    """The folder that holds them, absolute."""
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -11,8 +11,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ritornello import exemplars
-from ritornello.experiments.data import LabelledImages
-from ritornello.experiments.strategies import RehearsalStrategy
+from ritornello.experiments.config import Recipe
+from ritornello.experiments.data import DataSet, LabelledImages
+from ritornello.experiments.scenarios import Task
+from ritornello.experiments.strategies import RehearsalStrategy, strategy_named
 from ritornello.experiments.stream import load_batches
 from ritornello.selection import rank_of_exemplar
 
@@ -23,6 +25,47 @@ CHOICES = ("random", "herding", "closest-to-mean")
 
 BATCH_SIZE = 256
 """Samples that are embedded, or offered, at a time."""
+
+
+def check(recipe: Recipe, data: DataSet, tasks: Sequence[Task]) -> None:
+    """Checks, before anything is trained, that all classes can have exemplars.
+
+    Raises:
+        ValueError: the buffer is too small, or would keep those of the first task alone.
+    """
+    if recipe.remembers == "stream" or not strategy_named(recipe.strategy).rehearses:
+        return
+    of_tasks = labels_of_tasks(data, tasks)
+    num_classes = len(set[int]().union(*of_tasks))
+    if recipe.fixed_shares:
+        num_classes = data.num_classes
+    if recipe.num_stored(len(data.train)) < num_classes:
+        raise ValueError(
+            f"capacity={recipe.capacity}: with remembers={recipe.remembers!r} it must be at "
+            f"least the number of classes ({num_classes}), so that each has an exemplar"
+        )
+    if sum(map(len, of_tasks)) > len(set[int]().union(*of_tasks)) and recipe.selection in (
+        "first-offered",
+        "greedy-balanced",
+    ):
+        raise ValueError(
+            f"scenario={recipe.scenario!r}: classes come again in later tasks, and "
+            f"selection={recipe.selection!r} keeps the exemplars of the first one alone; use "
+            "remembers='random' with selection='class-balanced'"
+        )
+
+
+def labels_of_tasks(data: DataSet, tasks: Sequence[Task]) -> list[set[int]]:
+    """The labels of each task's training samples, which may be more than its own classes.
+
+    Of a task whose samples are gone, its classes.
+    """
+    return [
+        set(task.classes)
+        if task.num_train_gone
+        else set(np.unique(data.train.labels[task.train_indices]).tolist())
+        for task in tasks
+    ]
 
 
 def choose(

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from ritornello.experiments.metrics import average_after_each_task
+from ritornello.experiments.metrics import average_after_each_task, matrix_of
 from ritornello.experiments.sweep import Group
 
 COLOURS = {
@@ -60,7 +60,7 @@ def average_over_time(groups: Sequence[Group]) -> Drawing:
 
     def draw(axes: Axes) -> None:
         for number, (group, colour) in enumerate(zip(groups, colours_of(groups), strict=True)):
-            runs = np.array([average_after_each_task(np.array(run["top1"])) for run in group.runs])
+            runs = np.array([average_after_each_task(matrix_of(run["top1"])) for run in group.runs])
             values, x = 100 * runs.mean(axis=0), range(1, runs.shape[1] + 1)
             marker = MARKERS[number % len(MARKERS)]
             if group.strategy == "joint":  # before the last task it has learnt nothing
@@ -111,8 +111,10 @@ def heat_map(group: Group) -> Drawing:
         axes.spines[:].set_visible(False)
         if num_tasks <= 12:
             for (row, column), value in np.ndenumerate(matrix):
-                colour = "black" if value > 55 else "white"
-                axes.text(column, row, f"{value:.0f}", ha="center", va="center", color=colour)
+                text, colour = f"{value:.0f}", "black" if value > 55 else "white"
+                if np.isnan(value):
+                    text, colour = "-", INK
+                axes.text(column, row, text, ha="center", va="center", color=colour)
 
     return (4.6, 3.2), draw
 
@@ -200,8 +202,10 @@ def svg(drawing: Drawing, title: str) -> Markup:
 
 
 def _mean_matrix(group: Group) -> NDArray[np.float64]:
-    """Of the accuracies, in percent."""
-    mean: NDArray[np.float64] = 100 * np.mean([run["top1"] for run in group.runs], axis=0)
+    """Of the accuracies, in percent; NaN where some run has none."""
+    mean: NDArray[np.float64] = 100 * np.mean(
+        [matrix_of(run["top1"]) for run in group.runs], axis=0
+    )
     return mean
 
 

@@ -31,17 +31,19 @@ class FileImages(LabelledImages):
     Args:
         samples: file and label of each.
         image_size: images are resized to it (their shorter side) and cropped at the centre.
+        num_channels: 3, or 1: shades of grey.
     """
 
-    def __init__(self, samples: Samples, image_size: int) -> None:
+    def __init__(self, samples: Samples, image_size: int, num_channels: int = 3) -> None:
         from torchvision.transforms import v2
 
         if image_size < 1:
             raise ValueError(f"image_size={image_size}: it must be at least 1")
         self.files = [file for file, _ in samples]
         self.labels = np.array([label for _, label in samples], dtype=np.int64)
+        grey = [v2.Grayscale()] if num_channels == 1 else []
         self._transform = v2.Compose(
-            [v2.Resize(image_size), v2.CenterCrop(image_size), v2.PILToTensor()]
+            [v2.Resize(image_size), v2.CenterCrop(image_size), *grey, v2.PILToTensor()]
         )
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
@@ -187,23 +189,13 @@ def arrivals(path: Path, image_size: int) -> DataSet:
     test: Samples = []
     found = []
     for folder, (train_folder, test_folder) in zip(folders, parts, strict=True):
-        for_training = _class_samples(train_folder, classes)
-        if test_folder is None:
-            for_training, for_testing = _hold_out(for_training)
-        else:
-            for_testing = _class_samples(test_folder, classes)
-        if not for_training:
-            raise ValueError(f"data: {train_folder} has no images to train on")
-        if not for_testing:
-            raise ValueError(
-                f"data: {folder} has no image to test with: a class must have two or more images, "
-                "or 'val' or 'test' must hold some"
-            )
+        for_training, for_testing = _samples_of(folder, train_folder, test_folder, classes)
         found.append(
             Arrival(
                 folder.name,
                 len(train) + np.arange(len(for_training)),
                 len(test) + np.arange(len(for_testing)),
+                str(folder.absolute()),
             )
         )
         train += for_training
@@ -218,6 +210,46 @@ def arrivals(path: Path, image_size: int) -> DataSet:
         IMAGENET_STD,
         tuple(found),
     )
+
+
+def one_arrival(path: Path, image_size: int, num_channels: int = 3) -> DataSet:
+    """A folder as ``arrivals`` reads several; the classes are its own, sorted by name.
+
+    Raises:
+        FileNotFoundError: no such folder.
+        ValueError: no images to train on or to test with.
+    """
+    train_folder, test_folder = _parts(path)
+    both = [each for each in (train_folder, test_folder) if each]
+    classes = sorted({name for each in both for name in _folder_names(each)})
+    train, test = _samples_of(path, train_folder, test_folder, classes)
+    return DataSet(
+        path.name,
+        FileImages(train, image_size, num_channels),
+        FileImages(test, image_size, num_channels),
+        tuple(classes),
+        IMAGENET_MEAN,
+        IMAGENET_STD,
+    )
+
+
+def _samples_of(
+    arrival: Path, train_folder: Path, test_folder: Path | None, classes: list[str]
+) -> tuple[Samples, Samples]:
+    """An arrival's samples for training and for testing."""
+    for_training = _class_samples(train_folder, classes)
+    if test_folder is None:
+        for_training, for_testing = _hold_out(for_training)
+    else:
+        for_testing = _class_samples(test_folder, classes)
+    if not for_training:
+        raise ValueError(f"data: {train_folder} has no images to train on")
+    if not for_testing:
+        raise ValueError(
+            f"data: {arrival} has no image to test with: a class must have two or more images, "
+            "or 'val' or 'test' must hold some"
+        )
+    return for_training, for_testing
 
 
 def _parts(arrival: Path) -> tuple[Path, Path | None]:

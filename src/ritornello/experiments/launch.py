@@ -6,17 +6,37 @@ import logging
 import os
 import signal
 import subprocess
+import sys
+import threading
+import time
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from types import FrameType
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 
+from ritornello import PeerLostError
+from ritornello.experiments.interruption import SIGNALS, RunInterruptedError
+from ritornello.experiments.progress import say
+
+OTHERS_FIRST_SECONDS = 2.0
+"""How long a rank that has lost another waits before it fails: the launcher shows the first error,
+and that of the lost rank says why."""
+
 
 class LaunchError(RuntimeError):
-    """A rank failed; the others were ended."""
+    """A rank failed; the others were ended.
+
+    Attributes:
+        signal_number: of the signal that this process got, if that is why.
+    """
+
+    def __init__(self, message: str, signal_number: int = 0) -> None:
+        super().__init__(message)
+        self.signal_number = signal_number
 
 
 @dataclass(frozen=True)
@@ -31,24 +51,29 @@ class Place:
     port: int
 
 
-def launch(num_ranks: int | None, target: Callable[..., Any], *arguments: Any) -> Any:
+def launch(
+    num_ranks: int | None, target: Callable[..., Any], *arguments: Any, num_restarts: int = 0
+) -> Any:
     """Calls ``target(*arguments)`` on every rank.
 
     Inside a job of torchrun, srun or mpirun this process is one rank of it. Otherwise starts
-    ``num_ranks`` local processes with torch's elastic launcher; for one rank, none.
+    ``num_ranks`` local processes with torch's elastic launcher; for one rank that is not
+    restarted, none.
 
     Args:
         num_ranks: None: those of the job, else 1.
         target: a module-level function.
         arguments: must pickle.
+        num_restarts: how often all ranks start again after one has failed; see ``restarted``.
 
     Returns:
         What rank 0's call returned, on the process that launched it (or on every rank of a
         joined job, its own).
 
     Raises:
-        ValueError: ``num_ranks`` contradicts the job.
+        ValueError: ``num_ranks`` or ``num_restarts`` contradicts the job.
         LaunchError: a rank failed or was killed; no other rank is left behind.
+        RunInterruptedError: the ranks raised it: they were asked to stop.
     """
     place = place_in_job(os.environ)
     if place is not None:
@@ -57,12 +82,22 @@ def launch(num_ranks: int | None, target: Callable[..., Any], *arguments: Any) -
                 f"--ranks {num_ranks}, but {place.launcher} has started {place.num_ranks} "
                 "rank(s): leave --ranks out, or start without a launcher"
             )
+        if num_restarts:
+            raise ValueError(
+                f"--restarts {num_restarts}, but {place.launcher} has started the ranks: leave it "
+                "out, and have the launcher start them again (torchrun: --max-restarts)"
+            )
         return _join(place, target, *arguments)
     if num_ranks is not None and num_ranks < 1:
         raise ValueError(f"--ranks {num_ranks}: it must be at least 1")
-    if num_ranks in (None, 1):
+    if num_ranks in (None, 1) and not num_restarts:
         return target(*arguments)
-    return _start(int(num_ranks or 1), target, *arguments)
+    return _start(num_ranks or 1, num_restarts, target, *arguments)
+
+
+def restarted() -> bool:
+    """Whether an elastic launcher, such as torchrun or this one, has started this rank again."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
 
 def place_in_job(environment: Mapping[str, str]) -> Place | None:
@@ -153,16 +188,22 @@ def _join(place: Place, target: Callable[..., Any], *arguments: Any) -> Any:
         dist.destroy_process_group()
 
 
-def _start(num_ranks: int, target: Callable[..., Any], *arguments: Any) -> Any:
+def _start(num_ranks: int, num_restarts: int, target: Callable[..., Any], *arguments: Any) -> Any:
     """Starts local ranks and waits for them."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    # Ranks share the processors; without this each would take all of them.
-    threads = max(1, (os.cpu_count() or 1) // num_ranks)
-    added = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(threads)}
+    wanted = {
+        # Ranks share the processors; without this each would take all of them.
+        "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // num_ranks)),
+        # Else ranks that start again may find the addresses of those that died.
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+    }
+    added = {name: value for name, value in wanted.items() if name not in os.environ}
     os.environ.update(added)
+    # The launcher passes on to the ranks what it gets; of itself it would not know this one.
+    before = signal.signal(signal.SIGUSR1, _pass_on) if _is_main_thread() else None
     # The launcher's log repeats, at length, what LaunchError says; this process only waits.
     disabled = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
@@ -174,7 +215,7 @@ def _start(num_ranks: int, target: Callable[..., Any], *arguments: Any) -> Any:
         rdzv_backend="c10d",
         rdzv_endpoint="127.0.0.1:0",
         local_addr="127.0.0.1",
-        max_restarts=0,
+        max_restarts=num_restarts,
         monitor_interval=0.1,
         start_method="spawn",
     )
@@ -182,15 +223,20 @@ def _start(num_ranks: int, target: Callable[..., Any], *arguments: Any) -> Any:
         return elastic_launch(config, _started)(target, *arguments)[0]
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
+        if failure.exitcode in [128 + number for number in SIGNALS]:
+            raise RunInterruptedError(failure.exitcode - 128, "all ranks were ended") from None
         if failure.exitcode < 0:
             reason = f"was killed (signal {-failure.exitcode})"
         else:
             reason = f"failed: {_reason(failure.message)}"
         raise LaunchError(f"rank {rank} {reason}; the other ranks were ended") from error
     except SignalException as error:
-        raise LaunchError(f"stopped by {error.sigval.name}; all ranks were ended") from None
+        message = f"stopped by {error.sigval.name}; all ranks were ended"
+        raise LaunchError(message, error.sigval) from None
     finally:
         logging.disable(disabled)
+        if before is not None:
+            signal.signal(signal.SIGUSR1, before)
         for name in added:
             del os.environ[name]
 
@@ -206,9 +252,30 @@ def _started(target: Callable[..., Any], *arguments: Any) -> Any:
     def main() -> Any:
         place = place_in_job(os.environ)
         assert place is not None
-        return _join(place, target, *arguments)
+        try:
+            return _join(place, target, *arguments)
+        except RunInterruptedError as end:
+            if place.rank == 0:
+                say(str(end))
+            status = end.status
+        except PeerLostError:
+            time.sleep(OTHERS_FIRST_SECONDS)
+            raise
+        # Not before the error is gone: it holds what must not outlive the interpreter.
+        sys.exit(status)
 
     return main()
+
+
+def _pass_on(number: int, frame: FrameType | None) -> NoReturn:
+    """Has the launcher send a signal to the ranks, and wait for their end."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+
+    raise SignalException(f"signal {number}", signal.Signals(number))
+
+
+def _is_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
 
 
 def _reason(message: Any) -> str:

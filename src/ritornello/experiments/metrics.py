@@ -1,9 +1,13 @@
 """Measures of continual learning, as functions of the accuracy matrix.
 
-``matrix[i, j]`` is the accuracy on task ``j`` after training on task ``i``, from 0 to 1.
+``matrix[i, j]`` is the accuracy on task ``j`` after training on task ``i``, from 0 to 1. Where it
+was not measured, as when a task's test samples are gone, it is NaN (null in ``results.json``), and
+means are over the others.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -13,14 +17,19 @@ from torch import Tensor
 Matrix = NDArray[np.float64]
 
 
+def matrix_of(rows: Sequence[Sequence[float | None]]) -> Matrix:
+    """A matrix as ``results.json`` holds it."""
+    return np.array(rows, dtype=np.float64)
+
+
 def average_accuracy(matrix: Matrix) -> float:
     """Mean accuracy over all tasks at the end (Lopez-Paz & Ranzato 2017, ACC)."""
-    return float(matrix[-1].mean())
+    return _mean(matrix[-1])
 
 
 def average_after_each_task(matrix: Matrix) -> list[float]:
     """Mean accuracy over the tasks seen so far, after each task."""
-    return [float(row[: number + 1].mean()) for number, row in enumerate(matrix)]
+    return [_mean(row[: number + 1]) for number, row in enumerate(matrix)]
 
 
 def forgetting(matrix: Matrix) -> float:
@@ -30,15 +39,16 @@ def forgetting(matrix: Matrix) -> float:
     """
     if len(matrix) < 2:
         return 0.0
-    best = np.array([matrix[task:-1, task].max() for task in range(len(matrix) - 1)])
-    return float((best - matrix[-1, :-1]).mean())
+    before = np.where(np.isnan(matrix), -np.inf, matrix)
+    best = np.array([before[task:-1, task].max() for task in range(len(matrix) - 1)])
+    return _mean(best - matrix[-1, :-1])
 
 
 def backward_transfer(matrix: Matrix) -> float:
     """Mean change of a task's accuracy since it was learnt (Lopez-Paz & Ranzato 2017, BWT)."""
     if len(matrix) < 2:
         return 0.0
-    return float((matrix[-1, :-1] - np.diag(matrix)[:-1]).mean())
+    return _mean(matrix[-1, :-1] - np.diag(matrix)[:-1])
 
 
 def forward_transfer(matrix: Matrix, at_start: NDArray[np.float64]) -> float:
@@ -52,7 +62,13 @@ def forward_transfer(matrix: Matrix, at_start: NDArray[np.float64]) -> float:
     """
     if len(matrix) < 2:
         return 0.0
-    return float((np.diag(matrix, k=1) - at_start[1:]).mean())
+    return _mean(np.diag(matrix, k=1) - at_start[1:])
+
+
+def _mean(values: Matrix) -> float:
+    """Over what was measured; 0 if nothing was."""
+    measured = values[np.isfinite(values)]
+    return float(measured.mean()) if len(measured) else 0.0
 
 
 def top_k_correct(logits: Tensor, labels: Tensor, ks: tuple[int, ...]) -> Tensor:

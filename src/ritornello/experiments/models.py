@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -155,6 +156,34 @@ SEQUENTIAL: dict[str, Callable[[int, tuple[int, int, int]], nn.Sequential]] = {
 
 OWN = (*SEQUENTIAL, "cifar-resnet18")
 """Models that are not timm's."""
+
+
+def widened(old: Mapping[str, Tensor], fresh: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of a trained model, for the same one with further classes.
+
+    What a layer has for each class is as it was, bit by bit, for the old ones; for the further
+    ones it is that of the fresh model.
+
+    Args:
+        old: the trained model's ``state_dict``.
+        fresh: that of the model with further classes, untrained.
+
+    Raises:
+        ValueError: they are not of the same model.
+    """
+    odd = set(old) ^ set(fresh)
+    odd |= {
+        name
+        for name in set(old) & set(fresh)
+        if old[name].shape[1:] != fresh[name].shape[1:]
+        or old[name].shape[:1] > fresh[name].shape[:1]
+    }
+    if odd:
+        raise ValueError(f"the weights are those of another model: see {min(odd)}")
+    return {
+        name: torch.cat([own.to(new.device), new[len(own) :]]) if own.shape != new.shape else own
+        for (name, new), own in zip(fresh.items(), (old[each] for each in fresh), strict=True)
+    }
 
 
 def features(model: nn.Module, images: Tensor) -> Tensor:

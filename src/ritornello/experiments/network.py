@@ -69,6 +69,18 @@ class Network(nn.Module):
             for buffer in self.model.buffers():
                 dist.broadcast(buffer, 0)
 
+    def rehearse_step(self, images: Tensor) -> None:
+        """Makes a step that changes nothing but running statistics and the random state.
+
+        ``DistributedDataParallel`` adds up gradients in another order in its first step than
+        later. A model that goes on in the middle of a run must have its first step behind it,
+        or the last bits of its weights differ from those of a run that never stopped.
+        """
+        if self._num_ranks > 1:
+            self.train()
+            self(images).sum().backward()
+            self.model.zero_grad(set_to_none=True)
+
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
         """What the last layer sees of images as they are in evaluation, float32 ``[b, d]``."""

@@ -1,4 +1,4 @@
-"""Live progress: one bar, on the main rank, and only on a terminal."""
+"""Live progress: one bar, on the main rank, and only on a terminal; and lines that stay."""
 
 from __future__ import annotations
 
@@ -10,6 +10,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 
+def say(text: str, style: str = "") -> None:
+    """Writes a line to stderr, also where there is no terminal."""
+    Console(stderr=True).print(text, style=style, highlight=False, markup=False, soft_wrap=True)
+
+
 class ProgressBar:
     """A bar over all steps of a run; does nothing where nobody would see it.
 
@@ -17,9 +22,10 @@ class ProgressBar:
         name: what runs.
         num_steps: of all tasks.
         visible: whether this rank shows it.
+        num_done: steps that were made before.
     """
 
-    def __init__(self, name: str, num_steps: int, visible: bool) -> None:
+    def __init__(self, name: str, num_steps: int, visible: bool, num_done: int = 0) -> None:
         self._progress = Progress(
             TextColumn("{task.fields[name]:<13}"),
             BarColumn(),
@@ -29,7 +35,7 @@ class ProgressBar:
             disable=not (visible and sys.stderr.isatty()),
             transient=True,
         )
-        self._bar = self._progress.add_task("", total=num_steps, name=name)
+        self._bar = self._progress.add_task("", total=num_steps, completed=num_done, name=name)
 
     def __enter__(self) -> Self:
         self._progress.start()

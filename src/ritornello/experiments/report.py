@@ -10,6 +10,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
+from rich.markup import escape
 from rich.table import Table
 
 from ritornello.experiments import figures, trade_offs
@@ -24,7 +25,7 @@ from ritornello.experiments.sweep import (
     summarise,
 )
 
-__all__ = ["COLOURS", "summary_of", "table_of", "write_report"]
+__all__ = ["COLOURS", "summary_of", "table_of", "table_of_tasks", "write_report"]
 
 MAX_OPEN = 8
 """With more groups, the plots of single groups are folded away."""
@@ -68,6 +69,27 @@ def table_of(results: Mapping[str, Results]) -> Table:
     for row in rows:
         texts = [getattr(row, name) for name in columns.values()]
         table.add_row(row.label, *texts, style="bold" if row.emphasised else None)
+    return table
+
+
+def table_of_tasks(results: Results, num_tasks: int = 10) -> Table:
+    """The last tasks, and the accuracy on each before and after the newest one was learnt.
+
+    Args:
+        results: of a run with two tasks or more.
+        num_tasks: how many are shown.
+    """
+    table = Table(box=None, padding=(0, 1, 0, 0))
+    table.add_column("task", overflow="fold")
+    for name in ("test images", "before", "after"):
+        table.add_column(name, justify="right", no_wrap=True)
+    numbers = range(len(results["tasks"]))[-num_tasks:]
+    for number in numbers:
+        task = results["tasks"][number]
+        accuracies = [results["top1"][row][number] for row in (-2, -1)]
+        texts = ["-" if each is None else f"{100 * each:.1f} %" for each in accuracies]
+        style = "bold" if number == numbers[-1] else None
+        table.add_row(escape(task["name"]), f"{task['test_samples']:,}", *texts, style=style)
     return table
 
 

@@ -17,17 +17,35 @@ from torch import nn
 import ritornello
 from ritornello.experiments import metrics
 from ritornello.experiments.config import Recipe
+from ritornello.experiments.data_set import DataSet
 from ritornello.experiments.scenarios import Task
 
 Results = dict[str, Any]
 
 
 @dataclass
+class StepSeconds:
+    """Where the time of the steps went, in seconds altogether."""
+
+    load: float = 0.0
+    """Waiting for the loader."""
+    step: float = 0.0
+    """Everything else that is done for a step."""
+    in_buffer: float = 0.0
+    """Of it, in the buffer, and measuring what the sampling policy goes by."""
+    saving: float = 0.0
+    """Making checkpoints; part of no step."""
+    num_steps: int = 0
+
+
+@dataclass
 class TaskLog:
     """What is written down task by task."""
 
-    top1: list[list[float]] = field(default_factory=list)
-    top5: list[list[float]] = field(default_factory=list)
+    at_start: tuple[list[float | None], list[float | None]] | None = None
+    """Top-1 and top-5 accuracies of the untrained model; None: not measured."""
+    top1: list[list[float | None]] = field(default_factory=list)
+    top5: list[list[float | None]] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     steps: list[int] = field(default_factory=list)
 
@@ -36,17 +54,14 @@ def results_of(
     recipe: Recipe,
     tasks: Sequence[Task],
     log: TaskLog,
+    seconds: StepSeconds,
     *,
-    at_start: tuple[list[float], list[float]],
-    load_seconds: float,
-    step_seconds: float,
-    measuring_seconds: float,
-    num_steps: int,
+    num_resumed: int,
     buffer: dict[str, Any] | None,
     model: nn.Module,
     device: torch.device,
     num_ranks: int,
-    num_train_samples: int,
+    data: DataSet,
 ) -> Results:
     """Everything that ``results.json`` holds.
 
@@ -54,25 +69,20 @@ def results_of(
         recipe: with sizes of all ranks.
         tasks: of the stream.
         log: of all tasks.
-        at_start: top-1 and top-5 accuracies of the untrained model.
-        load_seconds: that the steps waited for the loader.
-        step_seconds: that they took besides.
-        measuring_seconds: of these, what the sampling policy took outside of the buffer's calls.
-        num_steps: of all tasks.
+        seconds: of all tasks' steps.
+        num_resumed: how often the run has gone on from a checkpoint.
         buffer: its statistics, if there is one.
         model: trained.
         device: it was trained on.
         num_ranks: by how many.
-        num_train_samples: of the whole data set.
+        data: that it was trained on.
     """
-    top1, top5 = np.array(log.top1), np.array(log.top5)
+    top1, top5 = metrics.matrix_of(log.top1), metrics.matrix_of(log.top5)
     # A task that is not trained on when it comes can be neither forgotten nor transferred.
     learnt = top1 if all(log.steps) else top1[-1:]
-    in_buffer = measuring_seconds
-    if buffer is not None:
-        parts = ("seconds_waited", "seconds_joining", "seconds_offering")
-        in_buffer += sum(buffer[part] for part in parts)
-    steps = max(1, num_steps)
+    at_start = log.at_start
+    assert at_start is not None
+    steps = max(1, seconds.num_steps)
     return {
         "format": 1,
         "recipe": recipe.name,
@@ -92,13 +102,22 @@ def results_of(
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
         },
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "train_samples": num_train_samples,
+        "data": {
+            "kind": recipe.data,
+            "path": _absolute_path(recipe),
+            "image_shape": list(data.image_shape),
+            "mean": list(data.mean),
+            "std": list(data.std),
+        },
+        "train_samples": len(data.train),
+        "class_names": list(data.class_names),
         "tasks": [
             {
                 "name": task.name,
                 "classes": list(task.classes),
-                "train_samples": len(task.train_indices),
+                "train_samples": task.num_train,
                 "test_samples": len(task.test_indices),
+                **({} if task.path is None else {"path": task.path}),
             }
             for task in tasks
         ],
@@ -110,18 +129,32 @@ def results_of(
         "average_top5": metrics.average_accuracy(top5),
         "forgetting": metrics.forgetting(learnt),
         "backward_transfer": metrics.backward_transfer(learnt),
-        "forward_transfer": metrics.forward_transfer(learnt, np.array(at_start[0])),
+        "forward_transfer": metrics.forward_transfer(
+            learnt, np.array(at_start[0], dtype=np.float64)
+        ),
         "seconds": sum(log.seconds),
         "seconds_per_task": log.seconds,
         "steps_per_task": log.steps,
         "step_seconds": {
-            "load": load_seconds / steps,
-            "wait": in_buffer / steps,
-            "train": (step_seconds - in_buffer) / steps,
+            "load": seconds.load / steps,
+            "wait": seconds.in_buffer / steps,
+            "train": (seconds.step - seconds.in_buffer) / steps,
         },
+        "resumed": num_resumed,
+        "seconds_saving": seconds.saving,
         "buffer": buffer,
         "weights_sha256": weights_digest(model),
     }
+
+
+def _absolute_path(recipe: Recipe) -> str | None:
+    """Where the data are, for runs that go on in another folder; None if they come with a package.
+
+    Without a path it is torchvision's folder; see ``data.load``.
+    """
+    if recipe.data_path is not None:
+        return os.path.abspath(recipe.data_path)
+    return None if recipe.data == "digits" else os.path.abspath("data")
 
 
 def weights_digest(model: nn.Module) -> str:

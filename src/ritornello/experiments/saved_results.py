@@ -7,8 +7,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ritornello.experiments.sweep import Results, labels_of
 
 FORMAT = 1
@@ -58,7 +56,7 @@ def load_results(folders: Sequence[str | Path]) -> dict[str, Results]:
                 f"{folder} holds neither results.json nor comparison.json: give the output "
                 "folder of 'ritornello run' or 'ritornello compare'"
             )
-        found += [(folder, run) for run in _runs_in(path)]
+        found += [(folder, run) for run in runs_in(path)]
     labels = labels_of([run for _, run in found])
     results: dict[str, Results] = {}
     for label, (folder, run) in zip(labels, found, strict=True):
@@ -94,7 +92,7 @@ def find_results(sources: Sequence[str | Path]) -> list[Results]:
                 "archive"
             )
         for path in paths:
-            for run in _runs_in(path):
+            for run in runs_in(path):
                 identity = [run[name] for name in ("config", "strategy", "world_size", "date")]
                 runs.setdefault(json.dumps(identity, sort_keys=True), run)
     return list(runs.values())
@@ -118,7 +116,9 @@ def archive(runs: Iterable[Results], path: Path) -> None:
 def _compact(run: Results) -> dict[str, Any]:
     compact = {name: run[name] for name in ARCHIVED if name in run}
     for name in ("top1", "top5"):
-        compact[name] = np.round(run[name], 4).tolist()
+        compact[name] = [
+            [None if each is None else round(each, 4) for each in row] for row in run[name]
+        ]
     if compact.get("buffer"):
         compact["buffer"] = {k: v for k, v in run["buffer"].items() if k != "held_per_class"}
     return compact
@@ -134,7 +134,7 @@ def _result_files(folder: Path) -> list[Path]:
     return sorted(singles + comparisons)
 
 
-def _runs_in(path: Path) -> Iterator[Results]:
+def runs_in(path: Path) -> Iterator[Results]:
     """The runs of a ``results.json``, a ``comparison.json`` or an archive.
 
     Raises:

@@ -33,6 +33,15 @@ class Task:
     view: Callable[[Tensor], Tensor] | None = None
     """How the task sees the images, uint8 ``[b, C, H, W]``; None: as they are. It is the same for
     every sample, and applied before anything is offered to the buffer."""
+    path: str | None = None
+    """Where its samples are, absolute, if each task has a place of its own."""
+    num_train_gone: int = 0
+    """Training samples that were learnt in an earlier run, and are not at hand."""
+
+    @property
+    def num_train(self) -> int:
+        """Training samples, also those that are gone."""
+        return len(self.train_indices) + self.num_train_gone
 
 
 def class_incremental(
@@ -203,6 +212,7 @@ def by_arrival(data: DataSet) -> list[Task]:
             tuple(np.unique(data.train.labels[arrival.train_indices]).tolist()),
             arrival.train_indices,
             arrival.test_indices,
+            path=arrival.path,
         )
         for arrival in data.arrivals
     ]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -82,6 +84,38 @@ def positions_of_pass(
     return [np.array_split(each, num_ranks)[rank] for each in whole]
 
 
+def positions_of_passes(
+    num_samples: int,
+    global_batch_size: int,
+    key: Sequence[int],
+    rank: int,
+    num_ranks: int,
+    *,
+    num_passes: int,
+    first: int = 0,
+) -> Iterator[NDArray[np.int64]]:
+    """One rank's mini-batches in several passes over a task: see ``positions_of_pass``.
+
+    Args:
+        num_samples: of the task.
+        global_batch_size: of all ranks together.
+        key: of the shuffling, without the pass.
+        rank: whose.
+        num_ranks: how many there are.
+        num_passes: in all, with those that are skipped.
+        first: so many mini-batches are left out; they cost nothing.
+    """
+    first_pass, within = divmod(first, steps_per_pass(num_samples, global_batch_size))
+    positions = (
+        each
+        for number in range(first_pass, num_passes)
+        for each in positions_of_pass(
+            num_samples, global_batch_size, (*key, number), rank, num_ranks
+        )
+    )
+    return islice(positions, within, None)
+
+
 def load_batches(
     images: LabelledImages,
     positions: Iterable[NDArray[np.int64]],
@@ -90,7 +124,9 @@ def load_batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Loads given mini-batches, in worker processes if there are any, onto a device.
 
-    Starting workers takes seconds: better one call for many passes than one for each.
+    Starting workers takes seconds: better one call for many passes than one for each. Nothing
+    is drawn from torch's global random state, so that a run that goes on in the middle of a task
+    draws the same numbers as one that never stopped.
     """
     loader: DataLoader[Batch] = DataLoader(
         images,
@@ -98,9 +134,20 @@ def load_batches(
         collate_fn=_as_it_is,
         num_workers=num_workers,
         pin_memory=device.type == "cuda",
+        generator=torch.Generator(),
+        worker_init_fn=_ignore_signals,
     )
     for batch in loader:
         yield batch[0].to(device, non_blocking=True), batch[1].to(device, non_blocking=True)
+
+
+def _ignore_signals(worker: int) -> None:
+    """Has workers outlive a signal to all processes of a job: the trainer ends them.
+
+    It still needs its next mini-batch to come to the step after which it is saved.
+    """
+    for each in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(each, signal.SIG_IGN)
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -1,58 +1,60 @@
-"""The training loop: build, train task by task, evaluate, write down.
+"""Runs of recipes: one or several, from the beginning or from a checkpoint, to their results.
 
-Every rank calls ``run``; with a default process group the model is trained data-parallel.
+Every rank calls ``run``; with a default process group the model is trained data-parallel. The
+training loop is in ``trainer``.
 """
 
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from itertools import repeat
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from numpy.typing import NDArray
-from torch import Tensor
 
 from ritornello import sampling, selection
-from ritornello.experiments import exemplars, metrics
+from ritornello.errors import CheckpointError
+from ritornello.experiments import exemplars
 from ritornello.experiments.augmentation import AUGMENTATIONS
+from ritornello.experiments.checkpoints import Checkpoints, on_disk
 from ritornello.experiments.config import Recipe
-from ritornello.experiments.data import Batch, DataSet, load
-from ritornello.experiments.network import Network
-from ritornello.experiments.progress import ProgressBar
-from ritornello.experiments.results import Results, TaskLog, results_of
-from ritornello.experiments.scenarios import SCENARIOS, scenario_of, task_mask
-from ritornello.experiments.strategies import GDumb, RehearsalStrategy, strategy_named, strategy_of
-from ritornello.experiments.strategies.base import Criterion, cross_entropy
-from ritornello.experiments.stream import (
-    TaskImages,
-    load_batches,
-    positions_of_pass,
-    steps_per_pass,
-)
-from ritornello.experiments.sweep import folder_name
+from ritornello.experiments.data import DataSet, load
+from ritornello.experiments.folder_lock import locked
+from ritornello.experiments.interruption import NotedSignals
+from ritornello.experiments.launch import restarted
+from ritornello.experiments.progress import say
+from ritornello.experiments.ranks import Ranks
+from ritornello.experiments.results import Results
+from ritornello.experiments.saving import Saver, Saving
+from ritornello.experiments.scenarios import SCENARIOS
+from ritornello.experiments.strategies import GDumb, RehearsalStrategy, strategy_named
+from ritornello.experiments.sweep import DESCRIPTIONS, folder_name
+from ritornello.experiments.trainer import Trainer
 
-EVALUATION_BATCH_SIZE = 500
+OFF = Saving()
+"""No checkpoints."""
 
-EXEMPLARS = 1_000_005
-"""What the random choice of exemplars is keyed by, beside the seed and the task."""
+MAY_CHANGE = ("data_path", "device", "num_workers", "channels_last", "compile", *DESCRIPTIONS)
+"""Settings that a run need not go on with."""
 
 
 def compare(
-    variants: Mapping[str, Recipe], output: str | None, command: str = ""
+    variants: Mapping[str, Recipe],
+    output: str | None,
+    command: str = "",
+    saving: Saving = OFF,
 ) -> dict[str, Results]:
     """Runs several recipes, one after another; data sets that they share are loaded once.
 
     Args:
         variants: label to recipe.
-        output: where the main rank writes a folder for each and ``comparison.json``.
+        output: where a folder for each is written, and ``comparison.json``.
         command: what was typed, for the results.
+        saving: see ``run``; runs that have finished are not run again.
 
     Returns:
         Label to results.
@@ -63,45 +65,110 @@ def compare(
     comparison = {}
     for label, recipe in variants.items():
         key = (recipe.data, recipe.data_path, recipe.image_size)
-        if key not in loaded:
-            loaded.clear()  # two at a time might not fit
-            loaded[key] = load(*key)
+
+        def data(key: tuple[Any, ...] = key) -> DataSet:
+            if key not in loaded:
+                loaded.clear()  # two at a time might not fit
+                loaded[key] = load(*key)
+            return loaded[key]
+
         folder = None if output is None else f"{output}/{folder_name(label)}"
-        comparison[label] = run(recipe, folder, loaded[key], command)
+        comparison[label] = run(recipe, folder, data, command, saving)
         if output is not None and _rank() == 0:
-            _write_json(Path(output) / "comparison.json", comparison)
+            write_json(Path(output) / "comparison.json", comparison)
     return comparison
 
 
 def run(
-    recipe: Recipe, output: str | None = None, data: DataSet | None = None, command: str = ""
+    recipe: Recipe,
+    output: str | None = None,
+    data: DataSet | Callable[[], DataSet] | None = None,
+    command: str = "",
+    saving: Saving = OFF,
 ) -> Results:
-    """Runs a recipe.
+    """Runs a recipe, or goes on with a run.
 
     Args:
         recipe: what to run.
-        output: where the main rank writes ``results.json`` and ``model.pt``; None: nowhere.
-        data: the data set, if it is loaded already.
+        output: the folder for ``results.json``, ``model.pt``, ``buffer`` and ``checkpoints``, by
+            the first rank's word; None: nothing is written. All ranks must see the folder.
+        data: the data set, or what loads it, if it is not the recipe's own.
         command: what was typed, for the results.
+        saving: whether and when there are checkpoints, and whether to go on from one. A rank that
+            an elastic launcher has started again always goes on.
 
     Returns:
-        The results, the same on every rank but for times and the buffer's statistics.
+        The results, the same on every rank but for times and the buffer's statistics. Those that
+        are there, if the run has finished before.
+
+    Raises:
+        ValueError: a setting breaks its rule; or the run to go on with is another one.
+        CheckpointError: no checkpoint can be read, or one could not be written, or another job
+            writes into the folder.
+        RunInterruptedError: SIGTERM or SIGUSR1 came; the run is saved.
     """
     check(recipe, _num_ranks())
-    data = data or load(recipe.data, recipe.data_path, recipe.image_size)
-    device = _device(recipe.device)
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        trainer = Trainer(recipe, data, device)
-        try:
-            # As JSON would give it back: what is returned is what is written.
-            results: Results = json.loads(json.dumps({**trainer.train(), "command": command}))
-        finally:
-            trainer.close()
-    if output is not None and _rank() == 0:
-        Path(output).mkdir(parents=True, exist_ok=True)
-        torch.save(trainer.network.model.state_dict(), Path(output) / "model.pt")
-        _write_json(Path(output) / "results.json", results)
+    saving.check()
+    with ExitStack() as stack:
+        ranks = stack.enter_context(Ranks())
+        output = ranks.tell(output)
+        if output is None and saving.is_on:
+            raise ValueError("checkpoints need an output folder")
+        folder = None if output is None else Path(output)
+        if folder is not None:
+            with ranks.together("cannot begin"):
+                if ranks.rank == 0:
+                    stack.enter_context(locked(folder, wait_seconds=30.0 * restarted()))
+        resumes = folder is not None and saving.is_on and (saving.resume or restarted())
+        if folder is not None and resumes:
+            done = ranks.tell(finished(recipe, folder, ranks.num_ranks))
+            if done is not None:
+                return Results(done)
+        signals = stack.enter_context(NotedSignals()) if saving.is_on else None
+        device = device_named(recipe.device)
+        stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
+        data = data() if callable(data) else data
+        data = data or load(recipe.data, recipe.data_path, recipe.image_size)
+        trainer = stack.enter_context(Trainer(recipe, data, device, ranks.rank, ranks.num_ranks))
+        saver = checkpoints = None
+        if folder is not None and signals is not None:
+            checkpoints = Checkpoints(folder / "checkpoints", saving.keep, ranks)
+            saver = Saver(saving, checkpoints, ranks, signals)
+            if resumes:
+                go_on(trainer, checkpoints)
+        # As JSON would give it back: what is returned is what is written.
+        results: Results = json.loads(json.dumps({**trainer.train(saver), "command": command}))
+        if folder is not None:
+            write_outcome(folder, results, trainer, ranks, saving.keep_buffer == "on")
+        if checkpoints is not None:
+            checkpoints.remove()
     return results
+
+
+def finished(recipe: Recipe, folder: Path, num_ranks: int) -> Results | None:
+    """The results of a run that has finished; None if there are none.
+
+    Raises:
+        ValueError: they are those of another recipe.
+    """
+    path = folder / "results.json"
+    if not path.exists():
+        return None
+    results: Results = json.loads(path.read_text())
+    _check_same(recipe.on(num_ranks), results["config"], folder, results["world_size"])
+    return results
+
+
+def all_finished(recipes: Mapping[str, Recipe], folder: Path, num_ranks: int) -> bool:
+    """Whether ``run`` (of one recipe) or ``compare`` (of several) into a folder has finished."""
+    several = len(recipes) > 1
+    if several and not (folder / "comparison.json").exists():
+        return False
+    folders = [folder / folder_name(label) if several else folder for label in recipes]
+    return all(
+        finished(recipe, folder, num_ranks) is not None
+        for recipe, folder in zip(recipes.values(), folders, strict=True)
+    )
 
 
 def check(recipe: Recipe, num_ranks: int) -> None:
@@ -138,310 +205,85 @@ def check(recipe: Recipe, num_ranks: int) -> None:
         )
 
 
-@dataclass
-class StepSeconds:
-    """Where the time of the steps went, in seconds altogether."""
-
-    load: float = 0.0
-    """Waiting for the loader."""
-    step: float = 0.0
-    """Everything else that is done for a step."""
-    measuring: float = 0.0
-    """Of it, measuring what the sampling policy goes by."""
-    num_steps: int = 0
-
-
-@dataclass
-class _Accuracies:
-    """Top-1 and top-5 accuracies on every task."""
-
-    top1: list[float] = field(default_factory=list)
-    top5: list[float] = field(default_factory=list)
-
-
-class Trainer:
-    """One run on one rank.
+def go_on(trainer: Trainer, checkpoints: Checkpoints, fix: str = "give another --output") -> bool:
+    """Goes on from the newest checkpoint that can be read, if there is any.
 
     Args:
-        recipe: what to run.
-        data: its data set.
-        device: of this rank.
+        trainer: of the run.
+        checkpoints: of the run.
+        fix: what to do about checkpoints of another run.
+
+    Returns:
+        Whether there was one.
+
+    Raises:
+        ValueError: it is of another run.
+        CheckpointError: none can be read.
     """
-
-    def __init__(self, recipe: Recipe, data: DataSet, device: torch.device) -> None:
-        self.rank, self.num_ranks = _rank(), _num_ranks()
-        self.recipe, self.data, self.device = recipe.on(self.num_ranks), data, device
-        self.tasks = scenario_of(data, recipe)
-        self._check_exemplars()
-        self.seconds = StepSeconds()
-        self.log = TaskLog()
-        self.optimiser: torch.optim.Optimizer | None = None
-        self.scaler = torch.amp.GradScaler(device.type, enabled=recipe.amp == "float16")
-        self.start_afresh()
-        self.strategy = strategy_of(
-            self.recipe,
-            self.rank,
-            self.num_ranks,
-            num_train_samples=len(data.train),
-            num_classes=data.num_classes,
-            criterion=self._criterion(),
-        )
-
-    def train(self) -> Results:
-        """Trains on all tasks, one after another."""
-        at_start = self.evaluate()
-        num_steps = sum(self.num_steps(number) for number in range(len(self.tasks)))
-        with ProgressBar(self.recipe.strategy, num_steps, visible=self.rank == 0) as bar:
-            for number, task in enumerate(self.tasks):
-                bar.describe(f"task {number + 1} of {len(self.tasks)}: {task.name}")
-                began, steps_before = time.perf_counter(), self.seconds.num_steps
-                self.train_task(number, bar)
-                if self.device.type == "cuda":
-                    torch.cuda.synchronize()
-                self.log.seconds.append(time.perf_counter() - began)
-                self.log.steps.append(self.seconds.num_steps - steps_before)
-                bar.describe("evaluating")
-                accuracies = self.evaluate()
-                self.log.top1.append(accuracies.top1)
-                self.log.top5.append(accuracies.top5)
-        return results_of(
-            self.recipe,
-            self.tasks,
-            self.log,
-            at_start=(at_start.top1, at_start.top5),
-            load_seconds=self.seconds.load,
-            step_seconds=self.seconds.step,
-            measuring_seconds=self.seconds.measuring,
-            num_steps=self.seconds.num_steps,
-            buffer=self.strategy.stats(),
-            model=self.network.model,
-            device=self.device,
-            num_ranks=self.num_ranks,
-            num_train_samples=len(self.data.train),
-        )
-
-    def start_afresh(self) -> None:
-        """Makes the untrained model, the same on every rank."""
-        torch.manual_seed(self.recipe.seed)
-        self.network = Network(self.recipe, self.data, self.device, self.num_ranks)
-        # Augmentation and dropout shall differ between ranks.
-        torch.manual_seed(
-            int(np.random.SeedSequence([self.recipe.seed, self.rank]).generate_state(1)[0])
-        )
-        self.optimiser = None
-
-    def train_task(self, number: int, bar: ProgressBar) -> None:
-        """Trains on one task, for all its epochs; then remembers it."""
-        self.strategy.begin_task(number, self.tasks[number].classes)
-        if isinstance(self.strategy, GDumb):
-            for images, labels in self.batches(number, 1):
-                began = time.perf_counter()
-                self.strategy.observe(images, labels)
-                self.seconds.step += time.perf_counter() - began
-        if self.strategy.restarts:
-            self.start_afresh()
-        if self.optimiser is None or not self.recipe.keeps_optimiser:
-            self.optimiser = self.new_optimiser()
-        self.network.train()
-        num_steps = self.num_steps(number)
-        steps_per_epoch = self.steps_per_epoch(number)
-        batches = self.batches(number, -(-num_steps // max(1, steps_per_epoch)))
-        if isinstance(self.strategy, GDumb):  # it learns from the buffer alone
-            batches = repeat(exemplars.nothing_like(self.data.train, self.device))
-        for step in range(num_steps):
-            if step % steps_per_epoch == 0:
-                self.begin_epoch()
-            factor = self.recipe.learning_rate_factor(step / steps_per_epoch, 1 / steps_per_epoch)
-            for group in self.optimiser.param_groups:
-                group["lr"] = self.recipe.learning_rate * factor
-            began = time.perf_counter()
-            images, labels = next(batches)
-            loaded = time.perf_counter()
-            self.optimiser.zero_grad(set_to_none=True)
-            self.strategy.backward(self.network, images, labels, self._backward)
-            self.scaler.step(self.optimiser)
-            self.scaler.update()
-            self.seconds.load += loaded - began
-            self.seconds.step += time.perf_counter() - loaded
-            self.seconds.num_steps += 1
-            bar.advance()
-        self.network.agree()
-        if self.recipe.remembers != "stream" and isinstance(self.strategy, RehearsalStrategy):
-            self.remember(number, self.strategy)
-
-    def begin_epoch(self) -> None:
-        """Measures what the sampling policy goes by, if it goes by anything."""
-        if self.recipe.sampling == "grasp" and isinstance(self.strategy, RehearsalStrategy):
-            self.network.agree()
-            len(self.strategy.buffer)  # the buffer counts itself what it waits for its round
-            began = time.perf_counter()
-            self.strategy.buffer.measure_distances(lambda batch: self.network.features(batch[0]))
-            self.seconds.measuring += time.perf_counter() - began
-            self.seconds.step += time.perf_counter() - began
-
-    def new_optimiser(self) -> torch.optim.Optimizer:
-        """The recipe's optimiser for the model as it is."""
-        recipe, parameters = self.recipe, self.network.model.parameters()
-        if recipe.optimiser == "adam":
-            return torch.optim.Adam(
-                parameters, lr=recipe.learning_rate, weight_decay=recipe.weight_decay
-            )
-        return torch.optim.SGD(
-            parameters,
-            lr=recipe.learning_rate,
-            momentum=recipe.momentum,
-            weight_decay=recipe.weight_decay,
-        )
-
-    def training_images(self, number: int) -> TaskImages | None:
-        """The samples that the strategy trains on when a task has come; None: no training yet."""
-        tasks = self.strategy.training_tasks(self.tasks, number)
-        return TaskImages(self.data.train, tasks) if tasks else None
-
-    def num_steps(self, number: int) -> int:
-        """The steps that the strategy trains for when a task has come."""
-        if self.recipe.iterations is not None:
-            return self.recipe.iterations * len(self.strategy.training_tasks(self.tasks, number))
-        return self.recipe.epochs * self.steps_per_epoch(number)
-
-    def steps_per_epoch(self, number: int) -> int:
-        """Full global mini-batches in one pass; what is left over comes another epoch."""
-        if isinstance(self.strategy, GDumb):  # a pass over what the buffer can hold by then
-            num_seen = sum(len(task.train_indices) for task in self.tasks[: number + 1])
-            num_held = min(num_seen, self.recipe.num_stored(len(self.data.train)))
-            return max(1, num_held // self.recipe.global_num_representatives)
-        images = self.training_images(number)
-        return 0 if images is None else steps_per_pass(len(images), self.recipe.global_batch_size)
-
-    def batches(self, number: int, num_passes: int) -> Iterator[Batch]:
-        """This rank's mini-batches in some passes over the training samples of a task."""
-        images = self.training_images(number)
-        if images is None:
-            return
-        size, seed = self.recipe.global_batch_size, self.recipe.seed
-        positions = (
-            positions
-            for each in range(num_passes)
-            for positions in positions_of_pass(
-                len(images), size, (seed, number, each), self.rank, self.num_ranks
-            )
-        )
-        yield from load_batches(images, positions, self.recipe.num_workers, self.device)
-
-    def remember(self, number: int, strategy: RehearsalStrategy) -> None:
-        """Fills the buffer with exemplars of the task that has ended."""
-        recipe, device = self.recipe, self.device
-        images = TaskImages(self.data.train, self.tasks[number : number + 1])
-        seen = set[int]().union(*self._labels_of_tasks()[: number + 1])
-        num_sharing = self.data.num_classes if recipe.fixed_shares else len(seen)
-        num_stored = recipe.num_stored(len(self.data.train))
-        hands = exemplars.deal(
-            exemplars.choose(
-                recipe.remembers,
-                images.labels,
-                num_stored // num_sharing,
-                np.random.default_rng([recipe.seed, number, EXEMPLARS]),
-                lambda classes: exemplars.features_over_ranks(
-                    classes,
-                    images,
-                    self.network.features,
-                    self.rank,
-                    self.num_ranks,
-                    recipe.num_workers,
-                    device,
-                ),
-            ),
-            self.num_ranks,
-        )
-        began = time.perf_counter()
-        exemplars.store(strategy, images, hands, self.rank, recipe.num_workers, device)
-        self.seconds.step += time.perf_counter() - began
-
-    def _labels_of_tasks(self) -> list[set[int]]:
-        """The labels of each task's training samples, which may be more than its own classes."""
-        labels = self.data.train.labels
-        return [set(np.unique(labels[task.train_indices]).tolist()) for task in self.tasks]
-
-    def _check_exemplars(self) -> None:
-        """Checks, before anything is trained, that all classes can have exemplars.
-
-        Raises:
-            ValueError: the buffer is too small, or would keep those of the first task alone.
-        """
-        recipe = self.recipe
-        if recipe.remembers == "stream" or not strategy_named(recipe.strategy).rehearses:
-            return
-        of_tasks = self._labels_of_tasks()
-        num_classes = len(set[int]().union(*of_tasks))
-        if recipe.fixed_shares:
-            num_classes = self.data.num_classes
-        if recipe.num_stored(len(self.data.train)) < num_classes:
-            raise ValueError(
-                f"capacity={recipe.capacity}: with remembers={recipe.remembers!r} it must be at "
-                f"least the number of classes ({num_classes}), so that each has an exemplar"
-            )
-        if sum(map(len, of_tasks)) > len(set[int]().union(*of_tasks)) and recipe.selection in (
-            "first-offered",
-            "greedy-balanced",
+    while (found := checkpoints.newest()) is not None:
+        saved = found.description
+        _check_same(trainer.recipe, saved["recipe"], found.path, saved["num_ranks"], fix)
+        names = [task.name for task in trainer.tasks]
+        for what, then, now in (
+            ("were", saved["task_names"], names),
+            ("had (training, test) samples", saved["data_sizes"], trainer.data_sizes),
         ):
-            raise ValueError(
-                f"scenario={recipe.scenario!r}: classes come again in later tasks, and "
-                f"selection={recipe.selection!r} keeps the exemplars of the first one alone; use "
-                "remembers='random' with selection='class-balanced'"
-            )
+            if then != now:
+                raise ValueError(
+                    f"{found.path} is of a run on other data: its tasks {what} {then}, now {now}; "
+                    f"{fix}"
+                )
+        try:
+            trainer.go_on(found)
+        except CheckpointError as error:
+            checkpoints.reject(found, error)
+            continue
+        if trainer.rank == 0:
+            say(f"resumed at {trainer.where}")
+        return True
+    return False
 
-    @torch.no_grad()
-    def evaluate(self) -> _Accuracies:
-        """Accuracy on every task, each sample counted once over all ranks."""
-        correct = torch.zeros(len(self.tasks), 2, dtype=torch.int64)
-        mask = self._task_mask()
-        self.network.eval()
-        images_of_tasks = TaskImages(self.data.test, self.tasks, testing=True)
-        parts = self._positions_for_evaluation()
-        batches = load_batches(
-            images_of_tasks, (part for _, part in parts), self.recipe.num_workers, self.device
-        )
-        for (number, _), (images, labels) in zip(parts, batches, strict=True):
-            logits = self.network(images)
-            if mask is not None:
-                logits = logits.masked_fill(~mask[labels], -torch.inf)
-            correct[number] += metrics.top_k_correct(logits, labels, (1, 5)).cpu()
-        if self.num_ranks > 1:
-            dist.all_reduce(correct)
-        sizes = torch.tensor([[max(1, len(task.test_indices))] for task in self.tasks])
-        return _Accuracies(*(correct / sizes).T.tolist())
 
-    def _positions_for_evaluation(self) -> list[tuple[int, NDArray[np.int64]]]:
-        """This rank's part of each task's test samples, in mini-batches: task, positions."""
-        parts, first = [], 0
-        for number, task in enumerate(self.tasks):
-            end = first + len(task.test_indices)
-            mine = np.arange(first + self.rank, end, self.num_ranks)
-            batches = np.array_split(mine, -(-len(mine) // EVALUATION_BATCH_SIZE) or 1)
-            parts += [(number, batch) for batch in batches if len(batch)]
-            first = end
-        return parts
+def _check_same(
+    recipe: Recipe,
+    saved: Mapping[str, Any],
+    path: Path,
+    num_ranks: int,
+    fix: str = "give another --output",
+) -> None:
+    """Checks that a run that was saved is the one that is asked for.
 
-    def close(self) -> None:
-        """Gives back what the strategy holds."""
-        self.strategy.close()
-
-    def _backward(self, loss: Tensor) -> None:
-        self.scaler.scale(loss).backward()
-
-    def _criterion(self) -> Criterion:
-        """The loss of a sample; if its task is known, only that task's classes compete."""
-        mask = self._task_mask()
-        if mask is None:
-            return cross_entropy
-        return lambda logits, labels: cross_entropy(
-            logits.masked_fill(~mask[labels], torch.finfo(logits.dtype).min), labels
+    Raises:
+        ValueError: names the settings that differ.
+    """
+    now = json.loads(json.dumps(asdict(recipe)))
+    differing = [
+        f"{name} was {saved[name]!r} and is {value!r}"
+        for name, value in now.items()
+        if name in saved and name not in MAY_CHANGE and saved[name] != value
+    ]
+    if differing:
+        raise ValueError(
+            f"{path} is of another run ({num_ranks} rank{'s' if num_ranks > 1 else ''}): "
+            f"{', '.join(differing)}; give the same settings, or {fix}"
         )
 
-    def _task_mask(self) -> Tensor | None:
-        if self.recipe.scenario != "task-incremental":
-            return None
-        return task_mask(self.tasks, self.data.num_classes).to(self.device)
+
+def write_outcome(
+    folder: Path, results: Results, trainer: Trainer, ranks: Ranks, keep_buffer: bool
+) -> None:
+    """Writes what a finished run leaves; the results last, as they say that all is there."""
+    strategy = trainer.strategy
+    with ranks.together(f"cannot write into {folder}"):
+        if ranks.rank == 0:
+            with (folder / "model.pt").open("wb") as file:
+                torch.save(trainer.network.model.state_dict(), file)
+                on_disk(file)
+        if keep_buffer and isinstance(strategy, RehearsalStrategy):
+            strategy.buffer.save(folder / "buffer")
+    with ranks.together(f"cannot write into {folder}"):
+        if ranks.rank == 0:
+            write_json(folder / "results.json", results)
 
 
 def _rank() -> int:
@@ -452,7 +294,12 @@ def _num_ranks() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def _device(name: str) -> torch.device:
+def device_named(name: str) -> torch.device:
+    """This rank's device.
+
+    Raises:
+        ValueError: it is not there.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda"):
@@ -462,9 +309,11 @@ def _device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def _write_json(path: Path, content: Any) -> None:
+def write_json(path: Path, content: Any) -> None:
     """Writes beside, then renames: a reader never sees half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_suffix(".tmp")
-    beside.write_text(json.dumps(content, indent=1))
+    with beside.open("w") as file:
+        file.write(json.dumps(content, indent=1))
+        on_disk(file)
     beside.replace(path)

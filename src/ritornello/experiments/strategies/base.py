@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from types import TracebackType
+from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 
 import numpy as np
 import torch
@@ -141,8 +142,29 @@ class Strategy:
         """What the results say about the buffer, if there is one."""
         return None
 
+    def state_dict(self) -> dict[str, Any]:
+        """What this rank needs to go on, besides the buffer and ``begin_task`` of every task.
+
+        Numbers, strings, tensors and None in any nesting of dicts and lists.
+        """
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from what ``state_dict`` gave."""
+
     def close(self) -> None:
         """Gives back what the strategy holds."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
 
     def _mean(self, losses: Tensor, num_global: int | None) -> Tensor:
         if self.sizes is None or num_global is None:
@@ -232,9 +254,25 @@ class RehearsalStrategy(Strategy):
         """The buffer's own."""
         return vars(self.buffer.stats())
 
+    def state_dict(self) -> dict[str, Any]:
+        """See ``Strategy.state_dict``."""
+        return {"dice": self._dice.bit_generator.state}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See ``Strategy.load_state_dict``."""
+        self._dice.bit_generator.state = state["dice"]
+
     def close(self) -> None:
         """Closes the buffer."""
         self.buffer.close()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.buffer.__exit__(kind, error, traceback)
 
     @property
     def _leaves_out(self) -> bool:

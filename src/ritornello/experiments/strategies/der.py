@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from ritornello import RehearsalBuffer
 from ritornello.experiments.config import Recipe
-from ritornello.experiments.strategies.base import RehearsalStrategy
+from ritornello.experiments.strategies.base import Past, RehearsalStrategy
+from ritornello.experiments.strategies.finite_logits import FiniteLogits
 
 
 class DER(RehearsalStrategy):
@@ -40,6 +41,7 @@ class DER(RehearsalStrategy):
     ) -> None:
         super().__init__(buffer, **others)
         self.alpha, self.logits_dtype = alpha, logits_dtype
+        self._finite_logits = FiniteLogits()
 
     @classmethod
     def options(cls, recipe: Recipe) -> dict[str, Any]:
@@ -51,14 +53,58 @@ class DER(RehearsalStrategy):
         draws = self.draw()
         parts = [images, *(past.images for past in draws)]
         new, *old = model(torch.cat(parts)).split([len(part) for part in parts])
-        self.offer(images, labels, new.detach().to(self.logits_dtype))
+        self.offer_with_logits(images, labels, new)
         loss = self.mean_new(self.criterion(new, labels))
         if draws:
             loss = loss + self.alpha * self.mean_past(distance(old[0], draws[0].logits))
         return loss
+
+    def draw(self) -> list[Past]:
+        """See ``RehearsalStrategy.draw``.
+
+        Raises:
+            FloatingPointError: logits that were offered on a GPU are not finite.
+        """
+        self._finite_logits.check(self.task_number)
+        return super().draw()
+
+    def offer_with_logits(self, images: Tensor, labels: Tensor, logits: Tensor) -> None:
+        """Offers a mini-batch with the model's logits for it.
+
+        Raises:
+            FloatingPointError: they are not finite (on a GPU, the next ``draw`` says so).
+        """
+        stored = logits.detach().to(self.logits_dtype)
+        self._finite_logits.look(stored, self.task_number)
+        self.offer(images, labels, stored)
+
+    def state_dict(self) -> dict[str, Any]:
+        """See ``Strategy.state_dict``.
+
+        Raises:
+            FloatingPointError: logits in the buffer are not finite, so that it must not be saved.
+        """
+        self._finite_logits.check(self.task_number, wait=True)
+        return super().state_dict()
 
 
 def distance(logits: Tensor, stored: Tensor | None) -> Tensor:
     """The squared distance of each sample's logits to the stored ones, mean over the classes."""
     assert stored is not None
     return (logits - stored.to(logits.dtype)).square().mean(dim=1)
+
+
+def with_further_logits(batch: tuple[Tensor, Tensor, Tensor], num_classes: int) -> Any:
+    """Representatives of a buffer that knew fewer classes, with logits for all of them.
+
+    A class that is not a sample's own gets a low logit in training. So a class that nobody knew
+    yet gets the lowest of the sample's logits.
+
+    Args:
+        batch: images, labels, and logits ``[n, num_known]``.
+        num_classes: of the model as it is now.
+    """
+    images, labels, logits = batch
+    lowest = logits.min(dim=1, keepdim=True).values
+    further = lowest.expand(-1, num_classes - logits.shape[1])
+    return images, labels, torch.cat((logits, further), dim=1)

@@ -43,7 +43,7 @@ class DERPlusPlus(DER):
         draws = self.draw()
         parts = [images, *(past.images for past in draws)]
         new, *old = model(torch.cat(parts)).split([len(part) for part in parts])
-        self.offer(images, labels, new.detach().to(self.logits_dtype))
+        self.offer_with_logits(images, labels, new)
         loss = self.mean_new(self.criterion(new, labels))
         if draws:
             loss = loss + self.alpha * self.mean_past(distance(old[0], draws[0].logits))

@@ -1,0 +1,72 @@
+"""Removing samples from the saved buffers of a run, on request."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ritornello import Forgotten, SavedFolder, forget
+from ritornello.experiments.inspection import find_buffers
+from ritornello.experiments.inspection_tables import shown
+from ritornello.where import Where
+
+
+def conditions_of(texts: Sequence[str]) -> dict[str, str]:
+    """``["label=3", "id=1,2"]`` as a dict.
+
+    Raises:
+        ValueError: none at all, one that is no condition, or a name that comes twice.
+    """
+    conditions: dict[str, str] = {}
+    for text in texts:
+        name, sign, value = (part.strip() for part in text.partition("="))
+        if not name or not sign or not value:
+            raise ValueError(f"--where {text}: it must be NAME=VALUE, such as label=3")
+        if name in conditions:
+            raise ValueError(
+                f"--where {name} comes twice, but all conditions must hold; several values are one "
+                f"condition: --where {name}={conditions[name]},{value}"
+            )
+        conditions[name] = value
+    if not conditions:
+        raise ValueError("forget: say with --where what; without a condition all would go")
+    return conditions
+
+
+def forget_everywhere(
+    folder: Path, conditions: dict[str, str], dry_run: bool
+) -> dict[Path, Forgotten]:
+    """Removes samples from all buffers in a folder: one, or those of a run and its checkpoints.
+
+    Raises:
+        ValueError: a condition that some buffer's samples cannot meet; nothing is changed.
+        CheckpointError: see ``ritornello.forget``; the buffers before are done.
+    """
+    buffers = find_buffers(folder)
+    for each in buffers:
+        Where(conditions, SavedFolder(each).manifest)
+    return {each: forget(each, conditions, dry_run=dry_run) for each in buffers}
+
+
+def outcome_text(path: Path, forgotten: Forgotten, dry_run: bool) -> str:
+    """What happened to one buffer."""
+    where = f"[bold]{shown(str(path))}[/bold]:"
+    if not forgotten.num_removed:
+        return f"{where} nothing matches, of {forgotten.num_left:,} representatives"
+    verb = "would be forgotten" if dry_run else "forgotten"
+    num = forgotten.num_removed
+    lines = [
+        f"{where} {num:,} sample{'s' if num > 1 else ''} {verb}, "
+        f"{forgotten.num_left:,} representatives left"
+    ]
+    parts = {
+        "class": {str(label): count for label, count in forgotten.removed_per_class.items()},
+        "task": {name or "(none)": n for name, n in forgotten.removed_per_task.items()},
+    }
+    for what, counts in parts.items():
+        if counts:
+            several = ", ".join(f"{shown(name)} ({n:,})" for name, n in counts.items())
+            lines.append(f"  {what}: {several}")
+    if forgotten.receipt:
+        lines.append(f"  receipt: {forgotten.receipt}")
+    return "\n".join(lines)

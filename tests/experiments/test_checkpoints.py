@@ -1,0 +1,371 @@
+"""A run that is stopped and goes on must end as the one that never stopped, bit by bit."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ritornello import RehearsalBuffer
+from ritornello.errors import CheckpointError
+from ritornello.experiments import checkpoints, train
+from ritornello.experiments.config import Recipe
+from ritornello.experiments.interruption import RunInterruptedError
+from ritornello.experiments.launch import LaunchError, launch
+from ritornello.experiments.recipes import recipe_named
+from ritornello.experiments.results import Results
+from ritornello.experiments.saving import Saver, Saving
+from ritornello.experiments.strategies import STRATEGIES
+
+EVERY_7 = Saving(save_every=7, resume=True)
+
+AS_UNDISTURBED = ("weights_sha256", "top1", "top5", "steps_per_task", "top1_at_start")
+
+
+class CrashError(RuntimeError):
+    """Stands for the end of a process."""
+
+
+def quick(**changes: Any) -> Recipe:
+    return recipe_named("digits", **{"epochs": 2, "num_tasks": 3, **changes})
+
+
+def preempt() -> None:
+    signal.raise_signal(signal.SIGUSR1)
+
+
+def crash() -> None:
+    raise CrashError
+
+
+StopAt = Callable[[int, Callable[[], None]], None]
+
+
+@pytest.fixture
+def stop_at(monkeypatch: pytest.MonkeyPatch) -> StopAt:
+    """Has runs crash, or get a signal, when they come to a given moment."""
+    between_steps = Saver.between_steps
+
+    def patch(count: int, stop: Callable[[], None]) -> None:
+        def stopping(saver: Saver, now: int, *rest: Any) -> None:
+            if now == count:
+                stop()
+            between_steps(saver, now, *rest)
+
+        monkeypatch.setattr(Saver, "between_steps", stopping)
+
+    return patch
+
+
+def check_goes_on(recipe: Recipe, folder: Path, stop_at: StopAt, *counts: int) -> Results:
+    """Stops a run at some moments, one after another, and compares its end.
+
+    First by a signal, so that it goes on from that very moment, then by a crash, and so on.
+    """
+    expected = train.run(recipe)
+    for number, count in enumerate(counts):
+        stop_at(count, crash if number % 2 else preempt)
+        with pytest.raises(CrashError if number % 2 else RunInterruptedError):
+            train.run(recipe, str(folder), saving=EVERY_7)
+    stop_at(-1, crash)
+    results = train.run(recipe, str(folder), saving=EVERY_7)
+    assert results["resumed"] == len(counts)
+    for name in AS_UNDISTURBED:
+        assert results[name] == expected[name], name
+    if expected["buffer"] is not None:
+        for name in ("held_per_class", "held_per_rank", "num_rounds"):
+            assert results["buffer"][name] == expected["buffer"][name], name
+    return results
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_every_strategy_goes_on_bit_by_bit(strategy: str, tmp_path: Path, stop_at: StopAt) -> None:
+    recipe = quick(strategy=strategy)
+    # Where tasks have 66, 50 and 48 steps: in an epoch, between two, at a task's end.
+    check_goes_on(recipe, tmp_path, stop_at, 10, 20, 33, 60, 66, 81, 94, 150)
+    assert (tmp_path / "buffer").exists() == STRATEGIES[strategy].rehearses
+    assert not (tmp_path / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"strategy": "incremental", "optimiser": "adam", "keeps_optimiser": True},
+        {"strategy": "incremental", "amp": "float16", "momentum": 0.9},
+        {"strategy": "incremental", "num_workers": 1},
+        {"strategy": "incremental", "augmentation": "crop-flip", "scenario": "blurry"},
+        {"strategy": "incremental", "augmentation": "resized-crop-flip", "iterations": 40},
+        {"strategy": "from-scratch", "model": "small-cnn", "epochs": 1},
+        {"strategy": "incremental", "model": "resnet10t", "dropout": 0.5, "epochs": 1},
+        {"sampling": "grasp", "selection": "grasp"},
+        {"sampling": "class-balanced", "selection": "reservoir"},
+        {"selection": "class-balanced-reservoir", "scenario": "task-incremental"},
+        {"selection": "per-class-random", "fixed_shares": True, "loss_weights": "by-task"},
+        {"selection": "greedy-balanced"},
+        {"selection": "fifo"},
+        {"remembers": "herding", "selection": "first-offered"},
+        {"remembers": "random"},
+        {"strategy": "der", "logits_dtype": "float16", "augmentation": "crop-flip"},
+    ],
+    ids=lambda changes: "-".join(map(str, changes.values())),
+)
+def test_settings_go_on_bit_by_bit(
+    changes: dict[str, Any], tmp_path: Path, stop_at: StopAt
+) -> None:
+    check_goes_on(quick(**changes), tmp_path, stop_at, 10, 40, 70)
+
+
+def ends_of_runs(recipe: Recipe, folder: str, counts: tuple[int, ...]) -> list[dict[str, Any]]:
+    """On each rank: the end of an undisturbed run, and of one that crashed at some moments."""
+    expected = train.run(recipe)
+    between_steps = Saver.between_steps
+    for count in counts:
+
+        def crashing(saver: Saver, now: int, *rest: Any, count: int = count) -> None:
+            between_steps(saver, now, *rest)
+            if now == count:
+                raise CrashError
+
+        Saver.between_steps = crashing  # type: ignore[method-assign]
+        with pytest.raises(CrashError):
+            train.run(recipe, folder, saving=EVERY_7)
+    Saver.between_steps = between_steps  # type: ignore[method-assign]
+    return [expected, train.run(recipe, folder, saving=EVERY_7)]
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "changes"),
+    [
+        (4, {"strategy": "incremental", "model": "small-cnn", "num_tasks": 2}),
+        (3, {"strategy": "a-gem", "augmentation": "crop-flip", "global_num_candidates": None}),
+        (2, {"strategy": "rehearsal", "sampling": "grasp", "selection": "grasp"}),
+        (2, {"strategy": "der++", "model": "resnet10t", "num_tasks": 2, "epochs": 1}),
+        (2, {"strategy": "gdumb"}),
+    ],
+    ids=lambda value: value if isinstance(value, int) else value["strategy"],
+)
+def test_several_ranks_go_on_bit_by_bit(
+    num_ranks: int, changes: dict[str, Any], tmp_path: Path
+) -> None:
+    recipe = quick(**{"epochs": 1, **changes})
+    counts = (10, 30, 50)
+    expected, results = launch(num_ranks, ends_of_runs, recipe, str(tmp_path), counts)
+    for name in AS_UNDISTURBED:
+        assert results[name] == expected[name], name
+
+
+def test_fewer_and_more_ranks_go_on(tmp_path: Path, stop_at: StopAt) -> None:
+    recipe = quick(epochs=4, num_tasks=5)
+    alone = train.run(recipe)
+    stop_at(60, preempt)
+    with pytest.raises(RunInterruptedError):
+        train.run(recipe, str(tmp_path), saving=EVERY_7)
+    with pytest.raises(LaunchError, match="CrashError"):
+        launch(2, crash_at, recipe, str(tmp_path), 200)
+    stop_at(-1, crash)
+    results = train.run(recipe, str(tmp_path), saving=EVERY_7)
+    assert results["resumed"] == 2
+    assert results["steps_per_task"] == alone["steps_per_task"]
+    assert results["buffer"]["num_held"] == 200
+    assert abs(results["average_top1"] - alone["average_top1"]) < 0.08
+
+
+def crash_at(recipe: Recipe, folder: str, count: int) -> None:
+    between_steps = Saver.between_steps
+
+    def crashing(saver: Saver, now: int, *rest: Any) -> None:
+        between_steps(saver, now, *rest)
+        if now == count:
+            raise CrashError("CrashError")
+
+    Saver.between_steps = crashing  # type: ignore[method-assign]
+    train.run(recipe, folder, saving=EVERY_7)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(each.name for each in (folder / "checkpoints").iterdir())
+
+
+def crash_after(count: int, recipe: Recipe, folder: Path, stop_at: StopAt, **saving: Any) -> None:
+    stop_at(count, crash)
+    with pytest.raises(CrashError):
+        train.run(recipe, str(folder), saving=Saving(**{"save_every": 7, **saving}))
+    stop_at(-1, crash)
+
+
+def test_the_newest_ones_are_kept(tmp_path: Path, stop_at: StopAt) -> None:
+    recipe = quick(strategy="incremental")
+    crash_after(30, recipe, tmp_path, stop_at, keep=3)
+    assert names(tmp_path) == ["step-00000014", "step-00000021", "step-00000028"]
+    (tmp_path / "checkpoints" / "step-00000099.partial").mkdir()
+    crash_after(36, recipe, tmp_path, stop_at, keep=1, resume=True)
+    assert names(tmp_path) == ["step-00000035"]
+    # A task has 66 steps; at its end there is one more.
+    crash_after(69, recipe, tmp_path, stop_at, keep=2, resume=True)
+    assert names(tmp_path) == ["step-00000063", "step-00000067"]
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda folder: cut(folder / "trainer.pt"),
+        lambda folder: cut(folder / "run.json"),
+        lambda folder: (folder / "SHA256SUMS").unlink(),
+        lambda folder: (folder / "SHA256SUMS").write_text(""),
+        lambda folder: cut(
+            max((folder / "buffer").iterdir(), key=lambda each: each.stat().st_size)
+        ),
+        lambda folder: shutil.rmtree(folder / "buffer"),
+    ],
+    ids=["trainer.pt", "run.json", "no sums", "empty sums", "buffer", "no buffer"],
+)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
+    damage: Callable[[Path], object],
+    tmp_path: Path,
+    stop_at: StopAt,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    recipe = quick()
+    expected = train.run(recipe)
+    crash_after(30, recipe, tmp_path, stop_at)
+    damage(tmp_path / "checkpoints" / "step-00000028")
+    crash_after(23, recipe, tmp_path, stop_at, resume=True)
+    said = capsys.readouterr().err
+    assert "step-00000028 is damaged and not used: " in said
+    assert "resumed at task 1 of 3, step 21" in said
+    results = train.run(recipe, str(tmp_path), saving=EVERY_7)
+    assert results["weights_sha256"] == expected["weights_sha256"]
+
+
+def test_no_whole_checkpoint(tmp_path: Path, stop_at: StopAt) -> None:
+    crash_after(20, quick(), tmp_path, stop_at)
+    for name in names(tmp_path):
+        cut(tmp_path / "checkpoints" / name / "trainer.pt")
+    with pytest.raises(CheckpointError, match="no checkpoint is whole; remove the folder"):
+        train.run(quick(), str(tmp_path), saving=EVERY_7)
+
+
+def test_another_run_is_refused(tmp_path: Path, stop_at: StopAt) -> None:
+    recipe = quick(strategy="incremental")
+    crash_after(20, recipe, tmp_path, stop_at)
+    other = quick(strategy="incremental", learning_rate=0.1, momentum=0.5, num_workers=1)
+    with pytest.raises(
+        ValueError, match=r"1 rank\): learning_rate was .* and is 0.1, momentum was"
+    ):
+        train.run(other, str(tmp_path), saving=EVERY_7)
+    # Where the data lie, and what reads them, is no other run.
+    crash_after(30, quick(strategy="incremental", num_workers=1), tmp_path, stop_at, resume=True)
+    train.run(recipe, str(tmp_path), saving=EVERY_7)
+    with pytest.raises(ValueError, match="is of another run .*: seed was 0 and is 1; give"):
+        train.run(quick(strategy="incremental", seed=1), str(tmp_path), saving=EVERY_7)
+
+
+def test_other_data_are_refused(tmp_path: Path, stop_at: StopAt) -> None:
+    recipe = quick(strategy="incremental", data="digits")
+    crash_after(20, recipe, tmp_path, stop_at)
+    path = next(iter((tmp_path / "checkpoints").glob("*14")))
+    description = json.loads((path / "run.json").read_text())
+    assert description["where"] == "task 1 of 3, step 14"
+    data = train.load("digits", None, None)
+    data.train.labels[:20] = 9
+    with pytest.raises(ValueError, match="is of a run on other data: its tasks had"):
+        train.run(recipe, str(tmp_path), data, saving=EVERY_7)
+
+
+def test_a_full_disk_leaves_the_last_one_as_it_was(
+    tmp_path: Path, stop_at: StopAt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = quick()
+    crash_after(16, recipe, tmp_path, stop_at)
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoints, "_write_files", full)
+        with pytest.raises(
+            CheckpointError, match="cannot write .*step-00000021.partial: .*No space"
+        ):
+            train.run(recipe, str(tmp_path), saving=EVERY_7)
+    assert names(tmp_path) == ["step-00000007", "step-00000014"]
+    assert train.run(recipe, str(tmp_path), saving=EVERY_7)["resumed"] == 1
+
+
+def test_checkpoints_by_time(tmp_path: Path, stop_at: StopAt) -> None:
+    recipe = quick(strategy="incremental")
+    crash_after(5, recipe, tmp_path, stop_at, save_every=None, save_minutes=1e-9)
+    assert names(tmp_path) == ["step-00000003", "step-00000004"]
+
+
+def test_compare_keeps_what_has_finished(tmp_path: Path, stop_at: StopAt) -> None:
+    recipes = {each: quick(strategy=each) for each in ("incremental", "rehearsal")}
+    expected = train.compare(recipes, None)
+    run_with = train.Trainer.train
+
+    def crash_in_the_second(trainer: Any, saver: Saver) -> Results:
+        if trainer.recipe.strategy == "rehearsal":
+            stop_at(40, crash)
+        return run_with(trainer, saver)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(train.Trainer, "train", crash_in_the_second)
+        with pytest.raises(CrashError):
+            train.compare(recipes, str(tmp_path), saving=EVERY_7)
+    stop_at(-1, crash)
+    before = (tmp_path / "incremental" / "results.json").read_text()
+    comparison = train.compare(recipes, str(tmp_path), saving=EVERY_7)
+    assert (tmp_path / "incremental" / "results.json").read_text() == before
+    assert [each["resumed"] for each in comparison.values()] == [0, 1]
+    for label, results in comparison.items():
+        assert results["weights_sha256"] == expected[label]["weights_sha256"]
+    assert json.loads((tmp_path / "comparison.json").read_text()) == comparison
+
+
+def test_a_finished_run_leaves_its_buffer(tmp_path: Path) -> None:
+    results = train.run(quick(), str(tmp_path / "with"))
+    with RehearsalBuffer(200, num_representatives=16, seed=1) as buffer:
+        buffer.load(tmp_path / "with" / "buffer")
+        assert len(buffer) == results["buffer"]["num_held"] == 200
+    train.run(quick(), str(tmp_path / "without"), saving=Saving(keep_buffer="off"))
+    assert not (tmp_path / "without" / "buffer").exists()
+
+
+def test_checkpoints_need_a_folder() -> None:
+    with pytest.raises(ValueError, match="checkpoints need an output folder"):
+        train.run(quick(), saving=EVERY_7)
+
+
+@pytest.mark.slow
+def test_real_kills(tmp_path: Path) -> None:
+    """A short run of the benchmark, which takes minutes with its twenty kills."""
+    program = Path(__file__).parents[2] / "benchmarks" / "kill.py"
+    if not program.exists():
+        pytest.skip("needs the benchmarks beside the tests")
+    settings = ("--kills", "2", "--epochs", "2", "--save-every", "10")
+    with subprocess.Popen(
+        [sys.executable, str(program), *settings],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)},
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        try:
+            printed, _ = process.communicate(timeout=110)
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 0, printed
+    assert printed.rstrip().endswith("the same")
