@@ -4,9 +4,11 @@ Start with ``RehearsalBuffer``.
 """
 
 from ritornello.buffer import RehearsalBuffer
+from ritornello.checkpoint import SavedFolder
 from ritornello.contents import Contents
 from ritornello.errors import BufferClosedError, CheckpointError, PeerLostError, RoundError
 from ritornello.exemplars import at_random, closest_to_mean, herding
+from ritornello.forgetting import Forgotten, forget
 from ritornello.loading import rehearse
 from ritornello.sampling import (
     ClassBalancedSampling,
@@ -14,6 +16,7 @@ from ritornello.sampling import (
     SamplingPolicy,
     UniformSampling,
 )
+from ritornello.saved_representatives import SavedRepresentatives
 from ritornello.selection import (
     Assignment,
     ClassBalanced,
@@ -43,6 +46,7 @@ __all__ = [
     "Contents",
     "Fifo",
     "FirstOffered",
+    "Forgotten",
     "GraspEviction",
     "GraspSampling",
     "GreedyBalanced",
@@ -52,6 +56,8 @@ __all__ = [
     "Reservoir",
     "RoundError",
     "SamplingPolicy",
+    "SavedFolder",
+    "SavedRepresentatives",
     "SavedShards",
     "SelectionPolicy",
     "Transport",
@@ -59,6 +65,7 @@ __all__ = [
     "__version__",
     "at_random",
     "closest_to_mean",
+    "forget",
     "herding",
     "rank_of_exemplar",
     "rehearse",

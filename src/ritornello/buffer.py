@@ -28,7 +28,8 @@ import torch
 from torch import Tensor
 
 from ritornello.arguments import Arguments
-from ritornello.checkpoint import SavedFolder
+from ritornello.checkpoint import SavedBuffer, SavedFolder
+from ritornello.converted import Converted
 from ritornello.errors import (
     BufferClosedError,
     CheckpointError,
@@ -176,7 +177,7 @@ class RehearsalBuffer:
         # One path for close(), garbage collection and the interpreter's exit.
         self._process = os.getpid()
         self._finalizer = weakref.finalize(
-            self, _shut_down, self._worker, channel, EXIT_SECONDS, self._process
+            self, _shut_down, self._worker, rounds, EXIT_SECONDS, self._process
         )
 
     @property
@@ -305,6 +306,7 @@ class RehearsalBuffer:
             )
         features = [embed(batch) for batch in self.representatives(batch_size)]
         with self._steps.with_peers("measure_distances"):
+            self._steps.check_in_step("measure_distances")
             self._steps.rounds.measure_distances(
                 torch.cat(features) if features else torch.zeros(0, 0)
             )
@@ -368,9 +370,15 @@ class RehearsalBuffer:
         self._check_open("wait_until_saved")
         self._steps.settle()
         with self._steps.with_peers("wait_until_saved"):
+            self._steps.check_in_step("wait_until_saved")
             self._steps.end_saving()
 
-    def load(self, folder: str | os.PathLike[str]) -> None:
+    def load(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        convert: Callable[[Batch], Batch] | None = None,
+    ) -> None:
         """Takes over a saved buffer, in place of what this one holds.
 
         With as many ranks and the same arguments everything goes on as if it had never stopped,
@@ -384,15 +392,23 @@ class RehearsalBuffer:
 
         Args:
             folder: from ``save``.
+            convert: gives samples another form as they are read, such as a wider field or one more:
+                from a batch of ``n`` representatives to one of as many, with the same labels at the
+                same place. Called more than once, for a few megabytes at a time. What was drawn
+                for the next step is then drawn again.
 
         Raises:
             CheckpointError: on every rank, if there is no saved buffer, it is damaged or of another
-                version of the format, or it does not fit: other samples, another policy. The buffer
-                is as it was.
-            MemoryError: the shard does not fit.
+                version of the format, or it does not fit: other samples, another policy, too
+                little memory. The buffer is as it was.
             PeerLostError, RoundError, BufferClosedError: see ``update``.
         """
-        self._steps.load(lambda: SavedFolder(folder), "load")
+
+        def saved() -> SavedBuffer:
+            found = SavedFolder(folder)
+            return found if convert is None else Converted(found, convert)
+
+        self._steps.load(saved, "load")
 
     def state_dict(self, *, whole: bool = False) -> dict[str, Any]:
         """The buffer's state in memory, as ``save`` would write it: copies, shard included.
@@ -418,6 +434,7 @@ class RehearsalBuffer:
         if not whole:
             return {f"{PREFIX}{self._transport.rank}": entry}
         with self._steps.with_peers("state_dict"):
+            self._steps.check_in_step("state_dict")
             return dict(gathered(entry, self._transport))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -512,13 +529,17 @@ class RehearsalBuffer:
         if self._process != os.getpid() or self._finalizer.detach() is None:
             return
         self._steps.finish(wait_seconds)
-        _shut_down(self._worker, self._transport, min(wait_seconds, EXIT_SECONDS), self._process)
+        rounds, exit_seconds = self._steps.rounds, min(wait_seconds, EXIT_SECONDS)
+        _shut_down(self._worker, rounds, exit_seconds, self._process)
 
 
-def _shut_down(worker: Worker, transport: Transport, wait_seconds: float, process: int) -> None:
+def _shut_down(worker: Worker, rounds: Rounds, wait_seconds: float, process: int) -> None:
     if process != os.getpid():
         return  # in a forked child: worker and transport are the parent's
-    if worker.stop(wait_seconds):
-        transport.close()
+    has_stopped = worker.stop(wait_seconds)
+    if rounds.saving is not None and not rounds.saving.has_ended:
+        rounds.saving.give_up()
+    if has_stopped:
+        rounds.transport.close()
     else:  # it still uses the transport
-        worker.call_at_end(transport.close)
+        worker.call_at_end(rounds.transport.close)

@@ -8,9 +8,11 @@ What a save no longer needs is removed after it, and what a crash left behind be
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import logging
+import math
 import os
 import re
 import secrets
@@ -32,7 +34,7 @@ from ritornello.arrays import Bytes, Ints
 from ritornello.errors import CheckpointError
 from ritornello.manifest import MOST_BYTES, Manifest, SavedFile
 from ritornello.saved_representatives import SavedRepresentatives, read
-from ritornello.shard_file import PIECE_BYTES, NewShardFile, ShardFile
+from ritornello.shard_file import PIECE_BYTES, NewShardFile, ShardFile, open_to_read
 from ritornello.transports import Transport, together
 
 logger = logging.getLogger(__name__)
@@ -40,8 +42,15 @@ logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 LOCK = ".lock"
 
-OURS = re.compile(r"shard-\d{5}-of-\d{5}-[0-9a-f]{16}\.(safetensors|json)(\.partial)?")
+OURS = re.compile(
+    r"shard-[0-9]{5,}-of-[0-9]{5,}-[0-9a-f]{16}\.(begun|(safetensors|json)(\.partial)?)"
+)
 """Files that a save makes beside the manifest."""
+
+NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
+
+TIDY_SECONDS = 1.0
+"""How long a save that is given up waits for its running step, to remove what it has written."""
 
 POLL_SECONDS = 0.02
 """How often rank 0 looks whether the other ranks' files are there."""
@@ -120,8 +129,8 @@ class Saving:
         save_id: the same on every rank.
         to_host: gives rows of the shard in CPU memory.
         transport: to the other ranks.
-        in_background: whether ``step`` is called by the worker; each piece is then brought to
-            the disk at once, so that no step takes long. Else ``wait`` does all the work.
+        in_background: whether the worker calls ``step`` between rounds; each piece is then brought
+            to the disk at once, so that no step takes long. Else ``wait`` does all the work.
     """
 
     def __init__(
@@ -139,29 +148,55 @@ class Saving:
         self._first_kept = 0  # rows before it are written
         self._kept: dict[int, Bytes] = {}
         self._steps = self._run()
-        self._lock: int | None = None
+        self._locks: list[int] = []
         self._error: Exception | None = None
+        self._stepping = threading.Lock()
         self._written = threading.Event()
         self._ended = threading.Event()
+        self._files_due = math.inf  # when rank 0 must have seen the files of all
         self._given_up = False
 
     def begin(self) -> None:
-        """Takes the folder. Rank 0 keeps other jobs out of it, and removes what crashes left.
+        """Takes the folder. All ranks call it.
 
         Raises:
-            CheckpointError: another save is under way there, or it does not fit.
-            OSError: it cannot be made.
+            CheckpointError: on every rank: another save is under way there, it does not fit, or
+                the folder cannot be made or is not the same for all.
+            PeerLostError: another rank is gone.
         """
-        self._folder.mkdir(parents=True, exist_ok=True)
+        try:
+            together(self._transport, self._take_folder, "save")
+            together(self._transport, self._check_folder, "save")
+        except BaseException:
+            self.give_up()
+            raise
+
+    def _take_folder(self) -> None:
+        """Rank 0 keeps other jobs out, removes what crashes left, and leaves a mark."""
         if self._rank == 0:
-            self._lock = lock(self._folder)
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._locks.append(lock(self._folder))
             remove_leftovers(self._folder)
-        needed, free = self._snapshot.rows.numel(), shutil.disk_usage(self._folder).free
+            self._mark.touch()
+
+    def _check_folder(self) -> None:
+        if not self._mark.exists():
+            raise CheckpointError(
+                f"{self._folder}: rank {self._rank} does not see what rank 0 has made there; all "
+                "ranks must save in one folder, on a file system that they share"
+            )
+        manifest = self._snapshot.manifest
+        needed = manifest.num_held * manifest.record_bytes
+        free = shutil.disk_usage(self._folder).free
         if needed > free:
             raise CheckpointError(
-                f"{self._folder} has {free / 1e9:.2f} GB free, but this rank's shard needs "
-                f"{needed / 1e9:.2f} GB"
+                f"{self._folder} has {free / 1e9:.3g} GB free, but the buffer needs "
+                f"{needed / 1e9:.3g} GB (beside the save before, until it is replaced)"
             )
+
+    @property
+    def _mark(self) -> Path:
+        return self._folder / self._name(0, "begun")
 
     def keep(self, slots: Ints) -> None:
         """Sets aside the records at some slots, before others are written there."""
@@ -170,20 +205,27 @@ class Saving:
                 self._kept[slot] = self._to_host(self._snapshot.rows[slot : slot + 1])[0].copy()
 
     def step(self) -> float | None:
-        """Does a part of the work.
+        """Does a part of the work; the worker and who waits for it may both call it.
 
         Returns:
             After how many seconds it wants to be called again; None: it has ended.
         """
-        if self._ended.is_set():
+        if not self._stepping.acquire(timeout=self._transport.timeout_seconds):
+            self.give_up()  # the disk does not answer
             return None
         try:
-            return next(self._steps)
+            pause = next(self._steps)
+            if not self._given_up:
+                return pause
         except StopIteration:
             pass
         except Exception as error:
             self._error = error
+            if isinstance(error, OSError):
+                self._error = CheckpointError(f"{self._folder} could not be written: {error}")
             logger.warning("rank %d: %s was not saved: %s", self._rank, self._folder, error)
+        finally:
+            self._stepping.release()
         self._end()
         return None
 
@@ -196,7 +238,8 @@ class Saving:
         """
         try:
             together(self._transport, lambda: self._await(self._written), "save")
-            # Now rank 0 finds all the files.
+            # Now rank 0 finds all the files, and says so before the others lose patience.
+            self._files_due = time.monotonic() + self._transport.timeout_seconds / 2
             together(self._transport, lambda: self._await(self._ended), "save")
         except BaseException:
             self.give_up()
@@ -207,13 +250,25 @@ class Saving:
         deadline = time.monotonic() + wait_seconds
         while (pause := self.step()) is not None:
             if time.monotonic() > deadline:
+                logger.warning("rank %d: %s was not saved: given up", self._rank, self._folder)
                 self.give_up()
             time.sleep(pause)
 
     def give_up(self) -> None:
-        """Ends it; the save before stays the one that counts."""
+        """Ends it; the save before stays the one that counts.
+
+        Only rank 0 removes what was written: it alone knows whether the manifest counts it.
+        """
         self._given_up = True
         self._end()
+        if self._rank == 0 and self._stepping.acquire(timeout=TIDY_SECONDS):
+            with contextlib.suppress(CheckpointError, OSError):
+                descriptor = lock(self._folder)
+                try:
+                    remove_leftovers(self._folder)
+                finally:
+                    unlock(descriptor)
+            self._stepping.release()
 
     @property
     def has_ended(self) -> bool:
@@ -221,15 +276,9 @@ class Saving:
         return self._ended.is_set()
 
     def _await(self, event: threading.Event) -> None:
-        """Waits for something on this rank; raises what went wrong."""
-        timeout_seconds = self._transport.timeout_seconds
-        if not self._in_background:
-            while not event.is_set() and (pause := self.step()) is not None:
-                time.sleep(pause)
-        elif not event.wait(timeout_seconds):
-            self._error = CheckpointError(
-                f"{self._folder}: not written within {timeout_seconds:g} s (timeout_seconds)"
-            )
+        """Brings it to where it says so on this rank; raises what went wrong."""
+        while not event.is_set() and (pause := self.step()) is not None:
+            time.sleep(pause)
         if self._error is not None:
             raise self._error
         if self._given_up:
@@ -239,8 +288,7 @@ class Saving:
         yield from self._write()
         self._written.set()
         if self._rank == 0:
-            while not self._given_up and not self._is_complete():
-                yield POLL_SECONDS
+            yield from self._find_files()
             if not self._given_up:
                 self._commit()
 
@@ -270,10 +318,20 @@ class Saving:
         self._first_kept = end
         return piece
 
-    def _is_complete(self) -> bool:
-        return all(
-            (self._folder / self._name(rank, "json")).exists() for rank in range(self._num_ranks)
-        )
+    def _find_files(self) -> Iterator[float]:
+        """Waits until the files of all ranks are there."""
+        began, missing = time.monotonic(), list(range(self._num_ranks))
+        timeout_seconds = self._transport.timeout_seconds
+        while missing := [
+            rank for rank in missing if not (self._folder / self._name(rank, "json")).exists()
+        ]:
+            if time.monotonic() > min(began + timeout_seconds, self._files_due):
+                raise CheckpointError(
+                    f"{self._folder}: the files of rank(s) {missing} are not there; all ranks must "
+                    "save in one folder, on a file system that they share, and write at most "
+                    f"{timeout_seconds:g} s longer than others (timeout_seconds)"
+                )
+            yield POLL_SECONDS
 
     def _commit(self) -> None:
         """Makes this save the one that counts."""
@@ -286,15 +344,15 @@ class Saving:
             self._folder,
             self._snapshot.manifest.with_files(tuple(files), self._save_id, now()),
         )
-        remove_leftovers(self._folder)
+        with contextlib.suppress(OSError):  # it is saved all the same
+            remove_leftovers(self._folder)
 
     def _end(self) -> None:
         self._steps = iter(())
         self._first_kept = len(self._snapshot.rows)
         self._kept.clear()
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        while self._locks:
+            unlock(self._locks.pop())
         self._written.set()
         self._ended.set()
 
@@ -329,11 +387,17 @@ def now() -> str:
 
 def _write_text(path: Path, text: str) -> None:
     partial = path.with_name(path.name + ".partial")
-    with open(partial, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    partial.unlink(missing_ok=True)  # of a crash, or a link to somewhere else
+    try:
+        with open(partial, "x") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise
     sync_folder(path.parent)
 
 
@@ -347,7 +411,12 @@ def sync_folder(folder: Path) -> None:
 
 
 def lock(folder: Path) -> int:
-    """Keeps other jobs out of a folder as long as the descriptor is open."""
+    """Keeps other jobs out of a folder until ``unlock``, or the end of this process.
+
+    Raises:
+        CheckpointError: another one is in it.
+        OSError: it cannot be written.
+    """
     descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -356,17 +425,42 @@ def lock(folder: Path) -> int:
         raise CheckpointError(
             f"{folder}: another job is saving a buffer there; give each job a folder of its own"
         ) from None
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            os.close(descriptor)
+            raise
+        logger.warning("%s: its file system has no locks; no other job may save there", folder)
     return descriptor
 
 
+def unlock(descriptor: int) -> None:
+    """Lets others in."""
+    with contextlib.suppress(OSError):
+        # Closing alone would not do: a forked process, such as a DataLoader's, has it open, too.
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
+    os.close(descriptor)
+
+
 def remove_leftovers(folder: Path) -> None:
-    """Removes what no manifest names, of older saves and of those that a crash interrupted."""
+    """Removes what no manifest names, of older saves and of those that a crash interrupted.
+
+    Nothing if the manifest cannot be understood: what it names may be worth keeping.
+    """
+    for path in leftovers(folder):
+        path.unlink(missing_ok=True)
+
+
+def leftovers(folder: Path) -> list[Path]:
+    """What ``remove_leftovers`` would remove."""
     wanted = set[str]()
-    with contextlib.suppress(CheckpointError, FileNotFoundError):
-        wanted = {file.name for file in _read_manifest(folder).files}
-    for path in folder.iterdir():
-        if OURS.fullmatch(path.name) and path.name not in wanted:
-            path.unlink(missing_ok=True)
+    if os.path.lexists(folder / MANIFEST):
+        try:
+            wanted = {file.name for file in _read_manifest(folder).files}
+        except CheckpointError:
+            return []
+    return [
+        path for path in folder.iterdir() if OURS.fullmatch(path.name) and path.name not in wanted
+    ]
 
 
 # Reading.
@@ -387,10 +481,9 @@ class SavedFolder(SavedBuffer):
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
-        try:
-            self.manifest = _read_manifest(self.folder)
-        except FileNotFoundError:
-            raise CheckpointError(f"{folder} holds no saved buffer: it has no {MANIFEST}") from None
+        if not os.path.lexists(self.folder / MANIFEST):
+            raise CheckpointError(f"{folder} holds no saved buffer: it has no {MANIFEST}")
+        self.manifest = _read_manifest(self.folder)
         if not self.manifest.files:
             raise CheckpointError(f"{self.folder / MANIFEST} names no files")
 
@@ -448,8 +541,9 @@ class SavedFolder(SavedBuffer):
 
 def _read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
-    with open(path, "rb") as file:
-        content = file.read(MOST_BYTES + 1)
+    with open(open_to_read(path), "rb") as file:
+        # `read` takes as much memory as it may give, so the file's size first.
+        content = file.read(min(os.fstat(file.fileno()).st_size, MOST_BYTES) + 1)
     if len(content) > MOST_BYTES:
         raise CheckpointError(f"{path} is no manifest: it has more than {MOST_BYTES} bytes")
     return Manifest.from_json(content, str(path))

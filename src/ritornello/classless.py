@@ -6,6 +6,7 @@ import numpy as np
 
 from ritornello.arrays import Floats, Ints
 from ritornello.assignment import Assignment, SavedShards, SelectionPolicy, State, part_of_rank
+from ritornello.saved_classes import MOST_OFFERED
 
 
 class Fifo(SelectionPolicy):
@@ -27,6 +28,8 @@ class Fifo(SelectionPolicy):
     def restore(self, state: State, size: int) -> None:
         """See ``SelectionPolicy.restore``."""
         self._num_offered = _num_offered(state, size)
+        if size < self.num_slots and self._num_offered != size:
+            raise ValueError(f"offered={self._num_offered}, but only {size} are stored")
 
     def adopt(
         self, saved: SavedShards, capacity: int, generator: np.random.Generator
@@ -121,7 +124,7 @@ class Reservoir(SelectionPolicy):
 
 def _num_offered(state: State, size: int) -> int:
     (num_offered,) = state["offered"].tolist()
-    if num_offered < size:
+    if not size <= num_offered < MOST_OFFERED:
         raise ValueError(f"offered={num_offered}, but {size} are stored")
     return int(num_offered)
 

@@ -14,6 +14,9 @@ import numpy as np
 
 from ritornello.arrays import Floats, Ints
 
+MOST_DISTANCE = 1e150
+"""Distances are far smaller; sums of smaller ones are finite."""
+
 
 class Contents:
     """The whole buffer as a sampling policy sees it; the same on every rank.
@@ -174,6 +177,7 @@ class Contents:
             raise ValueError("labels must differ and be at least 0")
         if distances.shape != self._distances.shape or turns.shape != (1,) or turns[0] < 0:
             raise ValueError("distances must be as many as there is room, and turns one number")
+        check_distances(distances.astype(np.float64))
         ends = counts.cumsum()
         self._members = {
             label: array("q", places[end - count : end].tolist())
@@ -251,3 +255,13 @@ class Contents:
                 for start, size in zip(self._starts, self.sizes, strict=True)
             ]
         )
+
+
+def check_distances(distances: Floats) -> None:
+    """Checks what was saved as distances, which ``GraspSampling`` may have raised.
+
+    Raises:
+        ValueError: some cannot be.
+    """
+    if not (np.isnan(distances) | ((distances >= 0) & (distances < MOST_DISTANCE))).all():
+        raise ValueError("distances must be at least 0, or not measured")

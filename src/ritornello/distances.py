@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ritornello.arrays import Floats, Ints
-from ritornello.transports import Transport
+from ritornello.transports import Transport, gather_counts
 
 NUMBERS_AT_ONCE = 2**22
 """How many numbers of all ranks together are gathered at once."""
@@ -66,7 +66,7 @@ def gather_padded(values: Numbers, transport: Transport) -> list[Numbers]:
         values: int64 or float64 ``[n, ...]``.
         transport: to the other ranks.
     """
-    lengths = transport.all_gather(np.array([len(values)]))[:, 0]
+    lengths = gather_counts(transport, len(values))
     longest = int(lengths.max())
     if longest == 0:
         return [values for _ in lengths]

@@ -11,13 +11,16 @@ import os
 import secrets
 import shutil
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
+import torch
 
-from ritornello.arrays import Bools, Ints
+from ritornello.arrays import Bools, Bytes, Ints
+from ritornello.assignment import State
 from ritornello.checkpoint import (
     Arrays,
     SavedFolder,
@@ -89,51 +92,199 @@ def forget(
             policy cannot forget. The folder is as it was.
     """
     path = Path(folder)
-    saved = SavedFolder(path)  # before anything is made there
+    saved = SavedFolder(path)  # first, so that nothing is made where there is none
     if dry_run:
-        return _Search(saved, where).outcome()
+        return _find(saved, Where(where, saved.manifest)).outcome()
     descriptor = lock(path)
     try:
-        remove_leftovers(path)
+        remove_leftovers(path)  # a crash may have left what was to be forgotten
         sync_folder(path)
         saved = SavedFolder(path)
-        search = _Search(saved, where)
-        if search.outcome().num_removed == 0:
-            return search.outcome()
-        return _rewrite(saved, search, selection)
+        conditions = Where(where, saved.manifest)
+        found = _find(saved, conditions)
+        outcome = found.outcome()
+        if outcome.num_removed == 0:
+            return outcome
+        receipt = secrets.token_hex(16) if conditions.is_private else ""
+        removal = Removal(
+            conditions.as_proof(receipt), outcome.num_removed, outcome.num_left, now()
+        )
+        try:
+            _rewrite(saved, found, removal, selection)
+        finally:
+            remove_leftovers(path)  # the files before, or, if it failed, the new ones
+            sync_folder(path)
+        return replace(outcome, receipt=receipt)
     except OSError as error:
-        raise CheckpointError(f"{path} could not be written: {error}") from error
+        raise CheckpointError(f"{path} could not be rewritten: {error}") from error
     finally:
         os.close(descriptor)
 
 
-class _Search:
-    """Looks for what is meant; reads every file, and checks it."""
+@dataclass
+class _Found:
+    """What is meant in a saved buffer."""
 
-    def __init__(self, saved: SavedFolder, where: Mapping[str, Values]) -> None:
-        self.where = Where(where, saved.manifest)
-        self._manifest = manifest = saved.manifest
-        self.removed: list[Ints] = []
-        self.waits: list[Bools] = []
-        self._labels, self._tasks = Counter[int](), Counter[str]()
-        for rank in range(manifest.num_ranks):
-            self.removed.append(self._slots(saved, rank))
-            with saved.shard(rank) as shard:
-                arrays = shard.arrays()
-            if manifest.layout is None:
-                self.waits.append(np.zeros(0, np.bool_))
-                continue
-            with _understanding(saved.folder):
-                waiting = records_of(arrays, "waiting", manifest.record_bytes)
-            # They would be admitted in the next round.
-            rounds = np.full(len(waiting), manifest.num_rounds)
-            self.waits.append(self.where.matches(waiting, rounds))
+    manifest: Manifest
+    slots: list[Ints] = field(default_factory=list)
+    """Of each shard, ascending."""
+    waiting: list[Bools] = field(default_factory=list)
+    """Of each rank's candidates that wait for their round, whether it is meant."""
+    num_per_class: Counter[int] = field(default_factory=Counter)
+    num_per_task: Counter[str] = field(default_factory=Counter)
 
-    def _slots(self, saved: SavedFolder, rank: int) -> Ints:
-        """The slots of a shard's representatives that are meant, ascending."""
-        manifest = self._manifest
+    def outcome(self) -> Forgotten:
+        """In numbers."""
+        num_slots = sum(map(len, self.slots))
+        return Forgotten(
+            num_removed=num_slots + sum(int(each.sum()) for each in self.waiting),
+            num_left=self.manifest.num_held - num_slots,
+            removed_per_class=dict(sorted(self.num_per_class.items())),
+            removed_per_task=dict(self.num_per_task),
+        )
+
+
+def _find(saved: SavedFolder, where: Where) -> _Found:
+    """Reads the whole buffer, and checks it.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    manifest = saved.manifest
+    found = _Found(manifest)
+    for rank in range(manifest.num_ranks):
+        arrays = _arrays(saved, rank)
+        waiting = _records(arrays, "waiting", manifest)
+        # They would be admitted in the next round.
+        rounds = np.full(len(waiting), manifest.num_rounds)
+        found.waiting.append(where.matches(waiting, rounds))
         admitted_in = admission_rounds(saved, rank)
-        found = [np.zeros(0, dtype=np.int64)]
-        for slots, records in saved.checked_rows(rank):
-            meant = self.where.matches(records, admitted_in[slots])
-            found.append(slots[meant])
+        slots = [np.zeros(0, dtype=np.int64)]
+        for at, records in saved.checked_rows(rank):
+            meant = where.matches(records, admitted_in[at])
+            slots.append(at[meant])
+            if manifest.layout is not None and manifest.label is not None:
+                rows = torch.from_numpy(records[meant])
+                found.num_per_class.update(manifest.layout.integers(rows, manifest.label).tolist())
+        found.slots.append(np.sort(np.concatenate(slots)))
+        for number in manifest.task_numbers(admitted_in[found.slots[rank]]).tolist():
+            found.num_per_task[manifest.tasks[number].name if number >= 0 else ""] += 1
+    return found
+
+
+def _rewrite(
+    saved: SavedFolder, found: _Found, removal: Removal, selection: SelectionPolicy | None
+) -> None:
+    """Writes the shards without what was found, and makes them those that count."""
+    folder, manifest = saved.folder, saved.manifest
+    with _understanding(folder):
+        states, kept = _without(saved, found.slots, selection or _policy_of(manifest))
+    _check_room(saved)
+    before, after = _places(manifest, kept)
+    save_id, files = f"{random_id():016x}", []
+    for rank, slots in enumerate(kept):
+        arrays = _arrays(saved, rank)
+        with _understanding(folder):
+            arrays |= {POLICY + name: each for name, each in states[rank].items()}
+            arrays["admitted_in"] = arrays["admitted_in"][slots]
+            arrays["staged"] = _records(arrays, "staged", manifest)[:0]
+            arrays["waiting"] = _records(arrays, "waiting", manifest)[~found.waiting[rank]]
+            if contents := part_of(arrays, CONTENTS):
+                moved = Contents.moved(contents, before, after)
+                arrays |= {CONTENTS + name: each for name, each in moved.items()}
+        name = f"{shard_name(rank, manifest.num_ranks, save_id)}.safetensors"
+        size = manifest.record_bytes
+        with (
+            saved.shard(rank) as shard,
+            NewShardFile(folder / name, arrays, len(slots), size) as file,
+        ):
+            num_at_once = max(1, PIECE_BYTES // max(1, size))
+            for first in range(0, len(slots), num_at_once):
+                wanted = slots[first : first + num_at_once]
+                piece = np.empty((len(wanted), size), np.uint8)
+                for positions, records in shard.rows(wanted):
+                    piece[positions] = records
+                file.write(piece.reshape(-1))
+            files.append(SavedFile(name, file.num_bytes, file.finish()))
+    sync_folder(folder)
+    left = replace(
+        manifest,
+        held_per_rank=tuple(map(len, kept)),
+        num_staged=0,
+        removals=(*manifest.removals, removal),
+    )
+    replace_manifest(folder, left.with_files(tuple(files), save_id, manifest.saved_at))
+
+
+def _without(
+    saved: SavedFolder, removed: list[Ints], policy: SelectionPolicy
+) -> tuple[list[State], list[Ints]]:
+    """What changes in the state of each shard's policy, and the slots whose records stay."""
+    states, kept = list[State](), list[Ints]()
+    for rank, size in enumerate(saved.manifest.held_per_rank):
+        state, slots = State(), np.arange(size)
+        if len(removed[rank]):
+            before = part_of(_arrays(saved, rank), POLICY)
+            state, slots = policy.forget(before, size, removed[rank])
+        states.append(state)
+        kept.append(slots)
+    return states, kept
+
+
+def _places(manifest: Manifest, kept: list[Ints]) -> tuple[Ints, Ints]:
+    """Where in the whole buffer, see ``Contents``, the records that stay were, and are now."""
+    num_ranks = manifest.num_ranks
+    rooms = np.array([rows_of_rank(manifest.capacity, i, num_ranks) for i in range(num_ranks)])
+    firsts = np.repeat(rooms.cumsum() - rooms, [len(slots) for slots in kept])
+    after = np.concatenate([np.arange(len(slots)) for slots in kept])
+    return firsts + np.concatenate(kept), firsts + after
+
+
+def _arrays(saved: SavedFolder, rank: int) -> Arrays:
+    with saved.shard(rank) as shard:
+        return shard.arrays()
+
+
+def _records(arrays: Arrays, name: str, manifest: Manifest) -> Bytes:
+    """Records beside the shard's own; none before the first mini-batch."""
+    if manifest.layout is None:
+        return np.zeros((0, 0), np.uint8)
+    with _understanding(name):
+        return records_of(arrays, name, manifest.record_bytes)
+
+
+def _policy_of(manifest: Manifest) -> SelectionPolicy:
+    """An unused policy of the buffer's kind.
+
+    Raises:
+        CheckpointError: it is none of ours.
+    """
+    text = manifest.arguments.get("selection", "")
+    kind = text.partition("(")[0]
+    for name, policy in POLICIES.items():
+        if kind in (name, policy.__qualname__):
+            return policy()
+    raise CheckpointError(
+        f"the saved buffer has the selection policy {text}, which is none of Ritornello's: call "
+        "ritornello.forget from Python, with selection= one of its kind"
+    )
+
+
+def _check_room(saved: SavedFolder) -> None:
+    needed = sum(file.num_bytes for file in saved.manifest.files)
+    free = shutil.disk_usage(saved.folder).free
+    if needed > free:
+        raise CheckpointError(
+            f"{saved.folder} has {free / 1e9:.2f} GB free, but needs {needed / 1e9:.2f} GB: the "
+            "files are written anew beside the old ones"
+        )
+
+
+@contextmanager
+def _understanding(what: str | Path) -> Iterator[None]:
+    """Around what believes nothing that was saved."""
+    try:
+        yield
+    except (ValueError, KeyError, IndexError, TypeError) as error:
+        kind = "" if isinstance(error, (ValueError, TypeError)) else f"{type(error).__name__}: "
+        raise CheckpointError(f"{what} cannot be understood: {kind}{error}") from error

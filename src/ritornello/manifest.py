@@ -5,9 +5,12 @@ Nothing in a manifest is believed: every value is checked, and what can be compu
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import platform
 import re
+import reprlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -25,11 +28,17 @@ FORMAT = "ritornello rehearsal buffer"
 
 FORMAT_VERSION = 1
 
-MOST_BYTES = 2**26
-"""A manifest has a line for each shard and task; a longer one is none of ours."""
+MOST_BYTES = 2**24
+"""A manifest has a few lines for each shard and task; a longer one is none of ours."""
 
-MOST_DIMENSION = 2**40
+MOST_ROUNDS = 2**48
+"""Nobody has more steps; what is computed from fewer fits into 64 bits."""
+
+MOST_RECORD_BYTES = 2**40
 MOST_DIMENSIONS = 64
+MOST_FIELDS = 10_000
+MOST_LEVELS = 64
+"""Of a sample's nesting."""
 
 DTYPES = {
     str(dtype).removeprefix("torch."): dtype
@@ -37,8 +46,14 @@ DTYPES = {
     if isinstance(dtype, torch.dtype) and not str(dtype).startswith(("torch.q", "torch.bits"))
 }
 
-SHARD_FILE = re.compile(r"shard-\d{5}-of-\d{5}-[0-9a-f]{16}\.safetensors")
+SHARD_FILE = re.compile(r"shard-[0-9]{5,}-of-[0-9]{5,}-[0-9a-f]{16}\.safetensors")
 """The only names of files that a manifest may give: none leads out of its folder."""
+
+
+def with_checksum(content: dict[str, Any]) -> dict[str, Any]:
+    """The content of a manifest with the checksum of all the rest: against accidents."""
+    rest = {name: value for name, value in content.items() if name != "checksum"}
+    return {**rest, "checksum": hashlib.sha256(json.dumps(rest).encode()).hexdigest()}
 
 
 @dataclass(frozen=True)
@@ -123,6 +138,11 @@ class Manifest:
         return self.layout.record_bytes if self.layout else 0
 
     @property
+    def in_common(self) -> str:
+        """What is the same on every rank: each has noted by its own clock when tasks began."""
+        return replace(self, tasks=()).as_json()
+
+    @property
     def lacks_draw(self) -> bool:
         """Whether representatives must be drawn again for the next step: see ``forget``."""
         return self.num_rounds > 0 and self.num_held > 0 and self.num_staged == 0
@@ -143,7 +163,7 @@ class Manifest:
         for name in ("tasks", "removals", "files"):
             content[name] = [asdict(each) for each in content[name]]
         content["layout"] = None if self.layout is None else _layout_to_json(self.layout)
-        return json.dumps(content, indent=1)
+        return json.dumps(with_checksum(content), indent=1)
 
     @classmethod
     def from_json(cls, text: str | bytes, where: str) -> Manifest:
@@ -157,7 +177,7 @@ class Manifest:
             CheckpointError: it is none, or of another version.
         """
         try:
-            content = json.loads(text)
+            content = json.loads(text, parse_constant=_no_number)
             if not isinstance(content, dict) or content.get("format") != FORMAT:
                 raise CheckpointError(f"{where} is no manifest of a rehearsal buffer")
             version = content.get("format_version")
@@ -167,6 +187,8 @@ class Manifest:
                     f"({__version__}) reads version {FORMAT_VERSION}: use the release that wrote "
                     "it, or a newer one"
                 )
+            if content != with_checksum(content):
+                raise ValueError("its checksum is that of another text")
             return cls._checked(content)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
@@ -177,20 +199,22 @@ class Manifest:
         layout = None if content["layout"] is None else _layout_from_json(content["layout"])
         label = content["label"]
         if label is not None and (layout is None or checked_count(label) >= len(layout.fields)):
-            raise ValueError(f"label={label!r} is no field of the layout")
+            raise ValueError(f"label={reprlib.repr(label)} is no field of the layout")
         manifest = cls(
             arguments=_texts(content["arguments"]),
             capacity=checked_count(content["capacity"]),
             held_per_rank=tuple(map(checked_count, content["held_per_rank"])),
-            num_rounds=checked_count(content["num_rounds"]),
-            num_offers=checked_count(content["num_offers"]),
-            is_offered=content["is_offered"] is True,
+            num_rounds=checked_count(content["num_rounds"], MOST_ROUNDS),
+            num_offers=checked_count(content["num_offers"], MOST_ROUNDS),
+            is_offered=_yes_or_no(content["is_offered"]),
             num_staged=checked_count(content["num_staged"]),
             layout=layout,
             label=label,
             tasks=tuple(
                 TaskMark(
-                    _text(each["name"]), checked_count(each["first_round"]), float(each["began_at"])
+                    _text(each["name"]),
+                    checked_count(each["first_round"]),
+                    _seconds(each["began_at"]),
                 )
                 for each in content["tasks"]
             ),
@@ -213,20 +237,32 @@ class Manifest:
             saved_at=_text(content["saved_at"]),
             versions=_texts(content["versions"]),
         )
-        if not manifest.held_per_rank or manifest.num_held > manifest.capacity:
-            raise ValueError(
-                f"held_per_rank={list(manifest.held_per_rank)} for a capacity of "
-                f"{manifest.capacity}"
-            )
-        first_rounds = [task.first_round for task in manifest.tasks]
-        if first_rounds != sorted(first_rounds):
-            raise ValueError(f"tasks begin in rounds {first_rounds}: they must be in that order")
-        if manifest.files and len(manifest.files) != manifest.num_ranks:
-            raise ValueError(f"{len(manifest.files)} files for {manifest.num_ranks} shards")
-        for file in manifest.files:
-            if not SHARD_FILE.fullmatch(file.name):
-                raise ValueError(f"{file.name!r} is no name of a shard's file")
+        manifest._check()
         return manifest
+
+    def _check(self) -> None:
+        """Raises ValueError where something contradicts something else."""
+        if not self.held_per_rank or self.num_held > self.capacity:
+            raise ValueError(
+                f"held_per_rank={reprlib.repr(self.held_per_rank)} for a capacity of "
+                f"{self.capacity}"
+            )
+        counts = (self.num_rounds, self.num_offers, self.num_held, self.num_staged)
+        if (self.layout is None and any(counts)) or self.is_offered > self.num_offers:
+            raise ValueError(f"rounds, offers, representatives and staged ones cannot be {counts}")
+        first_rounds = [task.first_round for task in self.tasks]
+        if first_rounds != sorted(first_rounds) or max(first_rounds, default=0) > self.num_rounds:
+            raise ValueError(
+                f"tasks begin in rounds {reprlib.repr(first_rounds)}: they must be in that order, "
+                f"and there were {self.num_rounds}"
+            )
+        if self.files and len(self.files) != self.num_ranks:
+            raise ValueError(f"{len(self.files)} files for {self.num_ranks} shards")
+        if len({file.name for file in self.files}) < len(self.files):
+            raise ValueError("two shards have the same file")
+        for file in self.files:
+            if not SHARD_FILE.fullmatch(file.name):
+                raise ValueError(f"{reprlib.repr(file.name)} is no name of a shard's file")
 
     def with_files(self, files: tuple[SavedFile, ...], save_id: str, saved_at: str) -> Manifest:
         """As it was saved."""
@@ -248,17 +284,19 @@ def _layout_to_json(layout: Layout) -> dict[str, Any]:
 
 
 def _layout_from_json(content: dict[str, Any]) -> Layout:
+    if len(content["fields"]) > MOST_FIELDS:
+        raise ValueError(f"{len(content['fields'])} fields")
     leaves = []
     for each in content["fields"]:
         shape = [checked_count(size) for size in each["shape"]]
-        if max(shape, default=0) > MOST_DIMENSION or len(shape) > MOST_DIMENSIONS:
-            raise ValueError(f"a field of the shape {shape}")
-        if each["dtype"] not in DTYPES:
-            raise ValueError(f"a field of the dtype {each['dtype']!r}")
-        try:
-            leaves.append(torch.empty((0, *shape), dtype=DTYPES[each["dtype"]]))
-        except RuntimeError as error:
-            raise ValueError(f"a field of the shape {shape}") from error
+        dtype = DTYPES.get(_text(each["dtype"]))
+        if dtype is None:
+            raise ValueError(f"a field of the dtype {reprlib.repr(each['dtype'])}")
+        # Zeros count as ones: no stride may be too large for PyTorch.
+        num_bytes = dtype.itemsize * math.prod(max(1, size) for size in shape[:MOST_DIMENSIONS])
+        if len(shape) > MOST_DIMENSIONS or num_bytes > MOST_RECORD_BYTES:
+            raise ValueError(f"a field of the shape {reprlib.repr(shape)}")
+        leaves.append(torch.empty((0, *shape), dtype=dtype))
     remaining = iter(leaves)
     batch = _nesting_from_json(content["nesting"], lambda: next(remaining))
     if sum(1 for _ in leaves_of(batch)) != len(leaves):
@@ -282,7 +320,9 @@ def _nesting_to_json(template: Batch) -> Any:
     return "field"
 
 
-def _nesting_from_json(content: Any, leaf: Callable[[], torch.Tensor]) -> Batch:
+def _nesting_from_json(content: Any, leaf: Callable[[], torch.Tensor], level: int = 0) -> Batch:
+    if level > MOST_LEVELS:
+        raise ValueError(f"a nesting of more than {MOST_LEVELS} levels")
     if content == "field":
         try:
             return leaf()
@@ -290,26 +330,42 @@ def _nesting_from_json(content: Any, leaf: Callable[[], torch.Tensor]) -> Batch:
             raise ValueError("the nesting has more leaves than there are fields") from None
     ((kind, inside),) = content.items()
     if kind == "dict":
-        pairs = ((key, _nesting_from_json(each, leaf)) for key, each in inside)
+        pairs = ((key, _nesting_from_json(each, leaf, level + 1)) for key, each in inside)
         return dict(_with_plain_keys(pairs))
     if kind not in ("tuple", "list"):
-        raise ValueError(f"a nesting of the kind {kind!r}")
-    children = [_nesting_from_json(each, leaf) for each in inside]
+        raise ValueError(f"a nesting of the kind {reprlib.repr(kind)}")
+    children = [_nesting_from_json(each, leaf, level + 1) for each in inside]
     return tuple(children) if kind == "tuple" else children
 
 
 def _with_plain_keys(pairs: Iterator[tuple[Any, Batch]]) -> Iterator[tuple[str | int, Batch]]:
     for key, value in pairs:
         if type(key) not in (str, int):
-            raise ValueError(f"a key {key!r}")
+            raise ValueError(f"a key {reprlib.repr(key)}")
         yield key, value
 
 
 def _text(value: Any) -> str:
     if not isinstance(value, str):
-        raise ValueError(f"{value!r} must be a text")
+        raise ValueError(f"{reprlib.repr(value)} must be a text")
     return value
 
 
 def _texts(value: Any) -> dict[str, str]:
     return {_text(key): _text(each) for key, each in value.items()}
+
+
+def _yes_or_no(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"{reprlib.repr(value)} must be true or false")
+    return value
+
+
+def _seconds(value: Any) -> float:
+    if type(value) not in (int, float) or not 0 <= value < 2**53:
+        raise ValueError(f"{reprlib.repr(value)} must be seconds since 1970")
+    return float(value)
+
+
+def _no_number(text: str) -> Any:
+    raise ValueError(f"{text} is no number")

@@ -19,17 +19,18 @@ from numpy.typing import NDArray
 
 from ritornello.arrays import Bytes, Floats, Ints
 from ritornello.checkpoint import SavedBuffer, Saving
-from ritornello.contents import Contents
+from ritornello.contents import Contents, check_distances
 from ritornello.distances import cosine_distances, gather_padded
 from ritornello.random_streams import Purpose, Streams
 from ritornello.records import Layout
 from ritornello.sampling import Planner, SamplingPolicy
-from ritornello.saved_arrays import CONTENTS, POLICY, integers, part_of
+from ritornello.saved_arrays import CONTENTS, DISTANCES, POLICY, part_of
+from ritornello.saved_representatives import admission_rounds_of
 from ritornello.selection import POLICIES, Assignment, SavedShards, SelectionPolicy
 from ritornello.shard import Shard
 from ritornello.staging import Candidates, Staging
 from ritornello.storage import Storage
-from ritornello.transports import Transport, together
+from ritornello.transports import Transport, gather_counts, together
 
 STAGES = ("admit", "plan", "exchange", "stage")
 
@@ -220,8 +221,7 @@ class Rounds:
         reads_twice = self.contents.num_held > 0
 
         def understand() -> tuple[SelectionPolicy, Contents, Ints]:
-            if np.any(sizes > self._limits):
-                raise ValueError(f"{sizes.tolist()} representatives in shards of {self._limits}")
+            _check_sizes(sizes, self._limits)
             with saved.shard(rank) as shard:
                 arrays = shard.arrays()
             policy = self._new_selection()
@@ -230,9 +230,10 @@ class Rounds:
             contents.resize(sizes)
             if knows_contents:
                 contents.restore(part_of(arrays, CONTENTS))
-            admitted_in = integers(arrays, "admitted_in", int(sizes[rank]))
+            admitted_in = admission_rounds_of(arrays, saved.manifest, rank)
             if reads_twice:  # what is there must not be overwritten by anything damaged
-                saved.check(rank)
+                for _, found in saved.checked_rows(rank):
+                    self.check_records(torch.from_numpy(found))
             return policy, contents, admitted_in
 
         policy, contents, admitted_in = together(self.transport, understand, "load")
@@ -257,8 +258,10 @@ class Rounds:
         rooms = np.array([rows_of_rank(manifest.capacity, i, num_ranks) for i in range(num_ranks)])
 
         def understand() -> tuple[SelectionPolicy, Ints, Ints, Ints, Floats | None]:
+            _check_sizes(sizes, rooms)
             for rank in range(self.transport.rank, num_ranks, self.transport.num_ranks):
-                saved.check(rank)
+                for _, found in saved.checked_rows(rank):
+                    self.check_records(torch.from_numpy(found))
             arrays = []
             for rank in range(num_ranks):
                 with saved.shard(rank) as shard:
@@ -269,13 +272,11 @@ class Rounds:
                 self.capacity,
                 self._adoption_streams.at(manifest.num_rounds),
             )
-            rounds = [
-                integers(each, "admitted_in", size)
-                for each, size in zip(arrays, sizes.tolist(), strict=True)
-            ]
+            rounds = [admission_rounds_of(each, manifest, rank) for rank, each in enumerate(arrays)]
             admitted_in = np.concatenate(rounds)[(sizes.cumsum() - sizes)[owners] + slots]
-            distances = arrays[0].get(CONTENTS + "distances")
+            distances = part_of(arrays[0], CONTENTS).get(DISTANCES)
             if distances is not None:
+                check_distances(distances)
                 distances = distances[(rooms.cumsum() - rooms)[owners] + slots]
             return policy, owners, slots, admitted_in, distances
 
@@ -295,17 +296,37 @@ class Rounds:
         if contents.knows_labels:
             self._tell_contents(distances)
 
+    def check_records(self, records: torch.Tensor) -> None:
+        """Checks the labels of saved records.
+
+        Raises:
+            ValueError: one is out of range.
+        """
+        if self.needs_labels:
+            check_labels(self._labels_of(records), self.selection.num_classes)
+
     def _take(self, records: Callable[[], Iterator[tuple[Ints, Bytes]]]) -> None:
         """Writes records to the shard; they come with their slots."""
-        shard = self.make_shard()
+        failure: Exception | None = None
+        try:
+            shard = self.make_shard()
+        except (MemoryError, ValueError) as error:
+            failure = error
+
+        def check() -> None:
+            if failure is not None:
+                raise failure
+
+        together(self.transport, check, "load")
         self.transport.await_readers()
 
         def write() -> None:
             self.is_torn = self.num_held > 0
             with self._staging.worker_stream():
                 for slots, found in records():
-                    rows = torch.from_numpy(found).to(shard.rows.device)
-                    shard.write(slots, rows, np.arange(len(found)))
+                    rows = torch.from_numpy(found)
+                    self.check_records(rows)
+                    shard.write(slots, rows.to(shard.rows.device), np.arange(len(found)))
 
         together(self.transport, write, "load")
         self.is_torn = False
@@ -322,7 +343,6 @@ class Rounds:
     def _tell_contents(self, distances: Floats | None) -> None:
         """Tells all ranks which labels, and which distances if they are known, this one holds."""
         labels = self.labels()
-        check_labels(labels, self.selection.num_classes)
         self._learn_labels(np.stack([np.arange(len(labels)), labels], axis=1))
         if distances is not None:
             for rank, of_rank in enumerate(gather_padded(distances, self.transport)):
@@ -381,7 +401,7 @@ class Rounds:
         """
         if self.shard is not None:
             return self.shard
-        digests = self.transport.all_gather(np.array([self._layout.digest]))[:, 0]
+        digests = gather_counts(self.transport, self._layout.digest)
         others = np.flatnonzero(digests != self._layout.digest).tolist()
         if others:
             raise ValueError(
@@ -398,7 +418,7 @@ class Rounds:
     def _learn_sizes(self, size: int) -> None:
         """All-gathers the shards' sizes, as long as some shard is still filling."""
         if not self._full:
-            self.contents.resize(self.transport.all_gather(np.array([size]))[:, 0].copy())
+            self.contents.resize(gather_counts(self.transport, size))
             self._full = np.array_equal(self.contents.sizes, self._limits)
 
     def _learn_labels(self, admitted: Ints) -> None:
@@ -413,6 +433,11 @@ class Rounds:
             self.seconds_per_stage[self.stage] += now - self._stage_began
         self._stage_began = None if stage is None else now
         self.stage = stage or self.stage
+
+
+def _check_sizes(sizes: Ints, rooms: Ints) -> None:
+    if np.any(sizes > rooms):
+        raise ValueError(f"there is no room for {sizes.max()} representatives in a shard")
 
 
 def check_labels(labels: Ints, num_classes: int | None) -> None:

@@ -13,6 +13,9 @@ from ritornello.arrays import Bytes, Ints
 POLICY, CONTENTS = "policy.", "contents."
 """Whose arrays they are, by the beginnings of their names."""
 
+DISTANCES = "distances"
+"""The only ones that are no integers."""
+
 Arrays = Mapping[str, NDArray[Any]]
 
 
@@ -20,12 +23,16 @@ def part_of(arrays: Arrays, prefix: str) -> dict[str, Any]:
     """Those arrays whose names begin with ``prefix``, without it.
 
     Raises:
-        ValueError: one of a policy is no list of integers.
+        ValueError: one is no list of integers (nor, of the contents, of distances).
     """
-    for name, array in arrays.items():
-        if name.startswith(POLICY) and (array.dtype != np.int64 or array.ndim != 1):
-            raise ValueError(f"{name} is {array.dtype} {list(array.shape)}: it must be int64 [n]")
-    return {k.removeprefix(prefix): each for k, each in arrays.items() if k.startswith(prefix)}
+    part = {name: each for name, each in arrays.items() if name.startswith(prefix)}
+    for name, array in part.items():
+        dtype = np.float64 if name == CONTENTS + DISTANCES else np.int64
+        if array.dtype != dtype or array.ndim != 1:
+            raise ValueError(
+                f"{name} is {array.dtype} {list(array.shape)}: it must be {np.dtype(dtype)} [n]"
+            )
+    return {name.removeprefix(prefix): each for name, each in part.items()}
 
 
 def integers(arrays: Arrays, name: str, num: int) -> Ints:

@@ -12,10 +12,11 @@ import torch
 from ritornello.arrays import Bytes, Ints
 from ritornello.errors import CheckpointError
 from ritornello.records import Batch
-from ritornello.saved_arrays import integers
+from ritornello.saved_arrays import Arrays, integers
 
 if TYPE_CHECKING:
     from ritornello.checkpoint import SavedBuffer
+    from ritornello.manifest import Manifest
 
 
 @dataclass(frozen=True)
@@ -67,9 +68,21 @@ def admission_rounds(saved: SavedBuffer, rank: int) -> Ints:
     with saved.shard(rank) as shard:
         arrays = shard.arrays()
     try:
-        return integers(arrays, "admitted_in", saved.manifest.held_per_rank[rank])
+        return admission_rounds_of(arrays, saved.manifest, rank)
     except (ValueError, KeyError) as error:
         raise CheckpointError(f"the shard of rank {rank} is damaged: {error}") from error
+
+
+def admission_rounds_of(arrays: Arrays, manifest: Manifest, rank: int) -> Ints:
+    """The same, out of the shard's arrays.
+
+    Raises:
+        ValueError, KeyError: they are not there, or cannot be.
+    """
+    rounds = integers(arrays, "admitted_in", manifest.held_per_rank[rank])
+    if rounds.min(initial=0) < 0 or rounds.max(initial=-1) >= manifest.num_rounds:
+        raise ValueError(f"admitted_in must be from 0 to {manifest.num_rounds - 1}")
+    return rounds
 
 
 def _pieces(saved: SavedBuffer, rank: int, slots: Ints | None) -> Iterator[tuple[Ints, Bytes]]:

@@ -13,6 +13,7 @@ import hashlib
 import json
 import math
 import os
+import reprlib
 import stat
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,12 +26,15 @@ from numpy.typing import NDArray
 
 from ritornello.arrays import Bytes, Ints
 from ritornello.errors import CheckpointError
+from ritornello.storage import free_memory_bytes
 
 MOST_HEADER_BYTES = 2**20
 """A header has a line for each of a few arrays; a longer one is none of ours."""
 
 PIECE_BYTES = 2**22
 """What is written or read at a time: it fits into the processor's cache."""
+
+MOST_DIMENSIONS = 2
 
 READ_THROUGH_BYTES = 2**16
 """Records that are no farther apart are read together with what lies between them."""
@@ -122,7 +126,7 @@ class NewShardFile:
         self.num_bytes = 0
 
     def __enter__(self) -> NewShardFile:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         self._file = os.open(self._partial, flags, 0o644)
         self._checksum = Checksum()
         try:
@@ -168,7 +172,7 @@ class NewShardFile:
         if isinstance(error, OSError):
             raise CheckpointError(
                 f"{self._path} could not be written: {error.strerror} (after "
-                f"{self.num_bytes / 1e9:.2f} of {math.prod(self._shape) / 1e9:.2f} GB)"
+                f"{self.num_bytes / 1e9:.3g} of {math.prod(self._shape) / 1e9:.3g} GB)"
             ) from error
 
 
@@ -184,16 +188,9 @@ class ShardFile:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._pieces = [np.empty(PIECE_BYTES, np.uint8), np.empty(PIECE_BYTES, np.uint8)]
+        self._pieces = [np.empty(0, np.uint8), np.empty(0, np.uint8)]
+        self._file = open_to_read(path)
         try:
-            # No link, which may lead out of the folder; and no pipe, which would block.
-            flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
-            self._file = os.open(path, flags)
-        except OSError as error:
-            raise CheckpointError(f"{path} cannot be opened: {error.strerror}") from error
-        try:
-            if not stat.S_ISREG(os.fstat(self._file).st_mode):
-                raise CheckpointError(f"{path} is no ordinary file")
             os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_SEQUENTIAL)
             self._read_header()
         except BaseException:
@@ -223,7 +220,17 @@ class ShardFile:
         return int(self._entries[ROWS][1][1])
 
     def arrays(self) -> dict[str, NDArray[Any]]:
-        """All arrays but the rows."""
+        """All arrays but the rows.
+
+        Raises:
+            CheckpointError: they do not fit into memory.
+        """
+        needed = sum(entry[3] for name, entry in self._entries.items() if name != ROWS)
+        free = free_memory_bytes()
+        if free is not None and needed > free:
+            raise self._damaged(
+                f"it has {needed / 1e9:.2f} GB beside the rows: too much for memory"
+            )
         found = {}
         for name, (dtype, shape, first, num_bytes) in self._entries.items():
             if name != ROWS:
@@ -260,10 +267,12 @@ class ShardFile:
         Raises:
             CheckpointError: at the end, if it is another one.
         """
-        before = np.empty(self._entries[ROWS][2], np.uint8)
-        self._read(before, 0)
         with Checksum() as checksum:
-            checksum.update(before)
+            end = self._entries[ROWS][2]
+            for first in range(0, end, PIECE_BYTES):
+                piece = self._next_piece(min(PIECE_BYTES, end - first))
+                self._read(piece, first)
+                checksum.update(piece)
             for positions, records in self.rows(np.arange(self.num_rows)):
                 checksum.update(records.reshape(-1))
                 yield positions, records
@@ -302,7 +311,7 @@ class ShardFile:
     def _next_piece(self, num_bytes: int) -> Bytes:
         """Room for bytes; that of the call before stays as it is, as it may still be in use."""
         self._pieces.reverse()
-        if num_bytes > len(self._pieces[0]):  # a single record may be larger than usual
+        if num_bytes > len(self._pieces[0]):
             self._pieces[0] = np.empty(num_bytes, np.uint8)
         return self._pieces[0][:num_bytes]
 
@@ -310,7 +319,10 @@ class ShardFile:
         """Fills ``out`` with the bytes from ``first`` on."""
         done = 0
         while done < len(out):
-            num_bytes = os.preadv(self._file, [out[done:].data], first + done)
+            try:
+                num_bytes = os.preadv(self._file, [out[done:].data], first + done)
+            except OSError as error:
+                raise CheckpointError(f"{self._path} cannot be read: {error.strerror}") from error
             if not num_bytes:
                 raise CheckpointError(f"{self._path} has become shorter while it was read")
             done += num_bytes
@@ -318,7 +330,8 @@ class ShardFile:
     def _compare(self, found: str, sha256: str) -> None:
         if found != sha256:
             raise CheckpointError(
-                f"{self._path} is damaged: its SHA-256 is {found}, but the manifest says {sha256}"
+                f"{self._path} is damaged: its SHA-256 is {found}, but the manifest says "
+                f"{reprlib.repr(sha256)}"
             )
 
     def _read_header(self) -> None:
@@ -338,11 +351,14 @@ class ShardFile:
                 )
             )
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise self._damaged(f"its header cannot be understood ({error})") from error
+            how = f"its header cannot be understood ({type(error).__name__}: {str(error)[:200]})"
+            raise self._damaged(how) from error
         end = 0
         for name, (dtype, shape, first, num_bytes) in self._entries.items():
             if first != end or num_bytes != dtype.itemsize * math.prod(shape):
-                raise self._damaged(f"the array {name!r} is not where and as long as it should be")
+                raise self._damaged(
+                    f"the array {reprlib.repr(name)} is not where and as long as it should be"
+                )
             end += num_bytes
         if 8 + header_bytes + end != file_bytes:
             raise self._damaged(f"it has {file_bytes} bytes instead of {8 + header_bytes + end}")
@@ -354,18 +370,39 @@ class ShardFile:
 
     def _entry(self, entry: Any) -> tuple[np.dtype[Any], tuple[int, ...], int, int]:
         first, end = map(checked_count, entry["data_offsets"])
-        return DTYPES[entry["dtype"]], tuple(map(checked_count, entry["shape"])), first, end - first
+        shape = tuple(map(checked_count, entry["shape"]))
+        if len(shape) > MOST_DIMENSIONS or math.prod(max(1, size) for size in shape) >= 2**59:
+            raise ValueError(f"an array of the shape {reprlib.repr(shape)}")
+        return DTYPES[entry["dtype"]], shape, first, end - first
 
     def _damaged(self, how: str) -> CheckpointError:
         return CheckpointError(f"{self._path} is damaged, or no file of a shard: {how}")
 
 
-def checked_count(value: Any) -> int:
+def open_to_read(path: Path) -> int:
+    """Opens an ordinary file of a saved buffer; its descriptor.
+
+    Raises:
+        CheckpointError: it is not there, or none.
+    """
+    try:
+        # No link, which may lead out of the folder; and no pipe, which would block.
+        flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+        descriptor = os.open(path, flags)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be opened: {error.strerror}") from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise CheckpointError(f"{path} is no ordinary file")
+    return descriptor
+
+
+def checked_count(value: Any, most: int = 2**62) -> int:
     """A non-negative integer out of JSON.
 
     Raises:
-        ValueError: it is none.
+        ValueError: it is none, or not below ``most``.
     """
-    if type(value) is not int or not 0 <= value < 2**62:
-        raise ValueError(f"{value!r} must be a non-negative integer")
+    if type(value) is not int or not 0 <= value < most:
+        raise ValueError(f"{reprlib.repr(value)} must be a non-negative integer")
     return value

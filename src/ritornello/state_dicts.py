@@ -8,6 +8,8 @@ inside it are texts and tensors, which ``torch.load(weights_only=True)`` accepts
 from __future__ import annotations
 
 import json
+import re
+import reprlib
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -24,6 +26,8 @@ from ritornello.shard_file import PIECE_BYTES, ROWS, bytes_of_array
 from ritornello.transports import Transport
 
 PREFIX = "rank_"
+
+RANK_KEY = re.compile(PREFIX + "([0-9]{1,9})")
 
 Entry = tuple[str, dict[str, Tensor]]
 """A manifest, and tensors."""
@@ -44,7 +48,7 @@ def gathered(entry: Entry, transport: Transport) -> dict[str, Entry]:
     text, tensors = entry
     about = {
         "manifest": text,
-        "tensors": {name: [str(t.dtype), list(t.shape)] for name, t in tensors.items()},
+        "tensors": {name: [t.numpy().dtype.name, list(t.shape)] for name, t in tensors.items()},
     }
     texts = _gather(np.frombuffer(json.dumps(about).encode(), np.uint8), transport)
     contents = [_gather(bytes_of_array(each.numpy()), transport) for each in tensors.values()]
@@ -56,9 +60,7 @@ def gathered(entry: Entry, transport: Transport) -> dict[str, Entry]:
         entries[f"{PREFIX}{rank}"] = (
             about["manifest"],
             {
-                name: torch.from_numpy(content[rank])
-                .view(getattr(torch, dtype.removeprefix("torch.")))
-                .view(shape)
+                name: torch.from_numpy(content[rank].view(dtype).reshape(shape))
                 for content, (name, (dtype, shape)) in zip(
                     contents, about["tensors"].items(), strict=True
                 )
@@ -95,18 +97,25 @@ class SavedState(SavedBuffer):
     """
 
     def __init__(self, state: Mapping[str, Any]) -> None:
-        self._shards = {}
+        if not isinstance(state, Mapping):
+            raise CheckpointError("the state is no dict")
+        self._shards, texts = {}, set[str]()
         for key, entry in state.items():
-            number = str(key).removeprefix(PREFIX)
-            if not number.isdigit() or not isinstance(entry, (tuple, list)) or len(entry) != 2:
-                raise CheckpointError(f"the state has {key!r}: it is none of a rehearsal buffer")
+            known = RANK_KEY.fullmatch(str(key))
+            if not known or not isinstance(entry, (tuple, list)) or len(entry) != 2:
+                raise CheckpointError(
+                    f"the state has {reprlib.repr(key)}: it is none of a rehearsal buffer"
+                )
             text, tensors = entry
-            if not isinstance(text, (str, bytes)):
-                raise CheckpointError(f"the state's {key!r} has no manifest")
-            self.manifest = Manifest.from_json(text, f"the state's {key!r}")
-            self._shards[int(number)] = _ShardInMemory(tensors, int(number), self.manifest)
-        if not self._shards:
+            if not isinstance(text, str):
+                raise CheckpointError(f"the state's {key} has no manifest")
+            self.manifest = Manifest.from_json(text, f"the state's {key}")
+            texts.add(self.manifest.in_common)
+            self._shards[int(known[1])] = _ShardInMemory(tensors, int(known[1]), self.manifest)
+        if not texts:
             raise CheckpointError("the state is empty")
+        if len(texts) > 1:
+            raise CheckpointError("the state has entries of different states")
 
     def shard(self, rank: int) -> AbstractContextManager[SavedShard]:
         """See ``SavedBuffer.shard``."""
@@ -131,10 +140,7 @@ class _ShardInMemory(SavedShard):
     """An entry's tensors, checked."""
 
     def __init__(self, tensors: Any, rank: int, manifest: Manifest) -> None:
-        if not isinstance(tensors, dict) or not all(
-            isinstance(each, Tensor) and each.dtype in (torch.uint8, torch.int64, torch.float64)
-            for each in tensors.values()
-        ):
+        if not isinstance(tensors, dict) or not all(map(_is_ours, tensors, tensors.values())):
             raise CheckpointError(f"the state's entry of rank {rank} is no dict of its tensors")
         expected = None
         if rank < manifest.num_ranks:
@@ -157,3 +163,13 @@ class _ShardInMemory(SavedShard):
         for first in range(0, len(slots), num_at_once):
             positions = np.arange(first, min(first + num_at_once, len(slots)))
             yield positions, rows[slots[positions]]
+
+
+def _is_ours(name: Any, value: Any) -> bool:
+    return (
+        isinstance(name, str)
+        and isinstance(value, Tensor)
+        and value.layout == torch.strided
+        and value.device.type != "meta"
+        and value.dtype in (torch.uint8, torch.int64, torch.float64)
+    )

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ritornello.arguments import Arguments
-from ritornello.checkpoint import SavedBuffer, SavedFolder, Saving, Snapshot, new_save_id
+from ritornello.checkpoint import SavedBuffer, Saving, Snapshot, new_save_id
 from ritornello.digest import digest
 from ritornello.errors import CheckpointError, PeerLostError, RoundError, round_error
 from ritornello.manifest import Manifest, Removal, TaskMark
@@ -30,7 +30,7 @@ from ritornello.records import Batch, Layout
 from ritornello.rounds import Rounds, check_labels
 from ritornello.saved_arrays import records_of
 from ritornello.staging import Staging
-from ritornello.storage import Storage
+from ritornello.storage import Storage, free_memory_bytes
 from ritornello.transports import together
 from ritornello.worker import Worker
 
@@ -38,6 +38,18 @@ logger = logging.getLogger(__name__)
 
 GRACE_SECONDS = 1.0
 """How much longer than a peer the trainer waits, so that the error that names the peer is first."""
+
+CALLS = (
+    "save",
+    "wait_until_saved",
+    "load",
+    "load_state_dict",
+    "state_dict",
+    "measure_distances",
+)
+"""What all ranks do together while no round runs."""
+
+MOST_FIELDS_NAMED = 8
 
 DRAWN_BY = ("num_representatives", "num_draws", "rounds_per_exchange", "sampling")
 """The arguments that say what is drawn, and how much is staged for a step."""
@@ -250,6 +262,8 @@ class Steps:
         """Around what involves the other ranks: without one of them nothing goes on."""
         try:
             yield
+        except CheckpointError as error:
+            raise CheckpointError(self.here(str(error))) from error.__cause__
         except PeerLostError as error:
             self.failure = PeerLostError(self.here(f"{call} failed: {error}"), error.peers)
             raise self.failure from error
@@ -270,7 +284,13 @@ class Steps:
         if self._staging is not None:
             arrays["staged"] = self._staging.staged(self._num_staged).numpy()
             arrays["waiting"] = self._staging.collected(self._num_waiting).numpy()
-        manifest = Manifest(
+        manifest = self._manifest()
+        manifest.as_json()  # fails here, if at all
+        return Snapshot(manifest, arrays, self.rounds.used_rows(manifest.record_bytes))
+
+    def _manifest(self) -> Manifest:
+        """What all ranks know, while no round runs."""
+        return Manifest(
             arguments=self.arguments,
             capacity=self.capacity,
             held_per_rank=tuple(self.rounds.contents.sizes.tolist()),
@@ -283,19 +303,12 @@ class Steps:
             tasks=self.tasks,
             removals=self._removals,
         )
-        manifest.as_json()  # fails here, if at all
-        return Snapshot(manifest, arrays, self.rounds.used_rows(manifest.record_bytes))
 
     def begin_saving(self, folder: str | os.PathLike[str], background: bool) -> None:
         """Begins a save, once that before has ended; see ``RehearsalBuffer.save``."""
         self.settle()
+        self.check_in_step("save")
         self.end_saving()
-        offers = self._transport.all_gather(np.array([self._num_offers, self._is_offered]))
-        if (offers != offers[0]).any():
-            raise CheckpointError(
-                self.here(f"save: the ranks have offered {offers[:, 0].tolist()} mini-batches: ")
-                + "all must call it after as many"
-            )
         snapshot = together(self._transport, self.snapshot, "save")
         saving = Saving(
             Path(folder),
@@ -305,14 +318,37 @@ class Steps:
             self._transport,
             background,
         )
-        try:
-            together(self._transport, saving.begin, "save")
-        except BaseException:
-            saving.give_up()
-            raise
+        saving.begin()
         self.rounds.saving = saving
         if background:
             self._worker.while_idle(saving.step)
+
+    def check_in_step(self, call: str) -> None:
+        """Checks that all ranks are in the same call after as many offers; all call it.
+
+        One number is gathered, as at the beginning of a round, but a negative one: so a rank that
+        is in a round instead, and one that finds another there, both notice.
+
+        Raises:
+            CheckpointError: they are not.
+            PeerLostError: some are in a round.
+        """
+        own = (self._num_offers * 2 + self._is_offered) * len(CALLS) + CALLS.index(call)
+        told = self._transport.all_gather(np.array([-1 - own]))[:, 0]
+        in_round = tuple(np.flatnonzero(told >= 0).tolist())
+        if in_round:
+            raise PeerLostError(
+                f"rank(s) {list(in_round)} are in a round: all ranks must call update equally "
+                f"often, and {call} after as many",
+                in_round,
+            )
+        if (told != told[0]).any():
+            offers, numbers = np.divmod(-1 - told, len(CALLS))
+            calls = [CALLS[number] for number in numbers]
+            raise CheckpointError(
+                f"the ranks have called {calls} after {(offers // 2).tolist()} mini-batches: all "
+                "must make the same call after as many"
+            )
 
     def end_saving(self) -> None:
         """Waits for the save under way, if any. All ranks have one, or none has."""
@@ -324,19 +360,21 @@ class Steps:
         """Takes over a saved buffer; see ``RehearsalBuffer.load``."""
         self.settle()
         with self.with_peers(call):
+            self.check_in_step(call)
             self.end_saving()
             saved = together(self._transport, open_saved, call)
-            ids = self._transport.all_gather(np.array([digest(saved.manifest.as_json())]))
-            if isinstance(saved, SavedFolder) and (ids != ids[0]).any():
-                raise CheckpointError(self.here(f"{call}: the ranks see different saves there"))
+            ids = self._transport.all_gather(np.array([digest(saved.manifest.in_common)]))
+            if (ids != ids[0]).any():
+                raise CheckpointError(f"{call}: the ranks see different saves")
             together(self._transport, lambda: self._check_fits(saved.manifest), call)
             had_begun = self.layout is not None
             try:
                 self._take_over(saved, call)
-            except (CheckpointError, MemoryError):
+            except CheckpointError:
                 if not had_begun:
                     self.layout = self._label = self._staging = None
                     self.rounds.shard = None
+                    self._is_restored = False
                 if self.rounds.is_torn:
                     self.failure = RoundError(
                         self.here(f"{call} failed when parts of the shard were overwritten")
@@ -353,38 +391,35 @@ class Steps:
             saved, own = manifest.arguments.get(name), self.arguments[name]
             if saved != own:
                 raise CheckpointError(
-                    self.here(f"the saved buffer has {name}={saved}, this one {name}={own}: they ")
-                    + "must be the same"
+                    f"the saved buffer has {name}={str(saved)[:200]}, this one {name}={own}: they "
+                    "must be the same"
                 )
         if self.layout and manifest.layout and self.layout.digest != manifest.layout.digest:
             raise CheckpointError(
-                self.here("the saved buffer holds other samples: ")
-                + f"{'; '.join(map(str, manifest.layout.fields))}; this one holds "
-                + "; ".join(map(str, self.layout.fields))
+                f"the saved buffer holds other samples: {_fields_text(manifest.layout)}; this one "
+                f"holds {_fields_text(self.layout)}"
             )
         if manifest.layout is not None:
             position = manifest.layout.label_position(self._label_path, self.rounds.needs_labels)
             if position != manifest.label:
-                raise CheckpointError(self.here("the saved buffer has its label elsewhere"))
+                raise CheckpointError("the saved buffer has its label elsewhere")
 
     def _take_over(self, saved: SavedBuffer, call: str) -> None:
         """Becomes a saved buffer that fits."""
         manifest, rank = saved.manifest, self._transport.rank
-        own = self.snapshot().manifest
+        own = self._manifest()
         has_same_shards = manifest.num_ranks == own.num_ranks and manifest.capacity == own.capacity
         goes_on = has_same_shards and all(
             manifest.arguments.get(name) == own.arguments[name] for name in DRAWN_BY
         )
         if manifest.layout is None:
             if own.num_rounds or own.num_offers:
-                raise CheckpointError(
-                    self.here(f"{call}: the saved buffer had not begun, but this one has")
-                )
+                raise CheckpointError(f"{call}: the saved buffer had not begun, but this one has")
+            self.tasks, self._removals = manifest.tasks, manifest.removals
             return
         if self.layout is None:
-            self._label = manifest.label
-            self._open(manifest.layout, torch.device("cpu"))
-            self._is_restored = True
+            layout, self._label = manifest.layout, manifest.label
+            together(self._transport, lambda: self._open_saved(layout), call)
         staged = waiting = torch.zeros((0, manifest.record_bytes), dtype=torch.uint8)
 
         def understand() -> tuple[Tensor, Tensor]:
@@ -394,8 +429,13 @@ class Steps:
                 torch.from_numpy(records_of(arrays, name, manifest.record_bytes))
                 for name in ("staged", "waiting")
             )
-            if len(staged) != manifest.num_staged:
-                raise ValueError(f"{len(staged)} staged, not {manifest.num_staged}")
+            num_drawn = min(self._num_representatives, manifest.num_held) * self._draws_per_round
+            if len(staged) != manifest.num_staged or len(staged) not in (0, num_drawn):
+                raise ValueError(
+                    f"{len(staged)} staged, but {manifest.num_staged} according to the manifest, "
+                    f"and {num_drawn} were to be drawn"
+                )
+            self.rounds.check_records(waiting)
             return staged, waiting
 
         if goes_on:
@@ -446,11 +486,30 @@ class Steps:
             raise type(error)(self.here(str(error))) from None
         return leaves
 
+    @property
+    def _draws_per_round(self) -> int:
+        return self.num_draws * self._rounds_per_exchange
+
+    def _open_saved(self, layout: Layout) -> None:
+        """Like ``_open``, before any mini-batch, and with room only for records that fit.
+
+        Raises:
+            MemoryError: they do not.
+        """
+        num_per_round = self._num_representatives * self._draws_per_round
+        needed = 2 * num_per_round * layout.record_bytes
+        free = free_memory_bytes()
+        if free is not None and needed > free:
+            raise MemoryError(
+                f"{num_per_round} representatives of {layout.record_bytes} bytes do not fit"
+            )
+        self._open(layout, torch.device("cpu"))
+        self._is_restored = True
+
     def _open(self, layout: Layout, device: torch.device) -> None:
         """Makes what depends on the layout, and on where mini-batches are."""
-        draws_per_round = self.num_draws * self._rounds_per_exchange
-        num_per_round = self._num_representatives * draws_per_round
-        reorders = draws_per_round > 1
+        num_per_round = self._num_representatives * self._draws_per_round
+        reorders = self._draws_per_round > 1
         self._staging = Staging(layout, device, self._storage.device, num_per_round, reorders)
         self.rounds.open(layout, self._label, self._staging)
         self.layout = layout
@@ -469,6 +528,11 @@ class Steps:
         waiting = self._staging.collected(self._num_waiting)
         self._open(layout, device)
         self._staging.put_back(staged, waiting)
+
+
+def _fields_text(layout: Layout) -> str:
+    text = "; ".join(map(str, layout.fields[:MOST_FIELDS_NAMED]))
+    return text + "; ..." * (len(layout.fields) > MOST_FIELDS_NAMED)
 
 
 def _device_of(leaves: list[Tensor]) -> torch.device:

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from ritornello.errors import PeerLostError
+from ritornello.errors import BufferClosedError, PeerLostError
 from ritornello.random_streams import Purpose, stream
 from ritornello.sampling import UniformSampling, plan_draw
 from ritornello.storage import Storage
@@ -226,6 +226,27 @@ class TransportConformance:
                 time.sleep(1.5)
 
         self._play(2, rank_main, timeout_seconds=0.5)
+
+    def test_a_call_of_another_thread_can_be_interrupted(self) -> None:
+        """It fails long before the timeout."""
+
+        def rank_main(transport: Transport) -> None:
+            if transport.rank == 1:
+                time.sleep(1.0)
+                return
+            began = time.monotonic()
+            interrupting = threading.Timer(0.2, transport.interrupt)
+            interrupting.start()
+            failed = False
+            try:
+                transport.all_gather(np.zeros(1, dtype=np.int64))
+            except (PeerLostError, BufferClosedError):
+                failed = True
+            interrupting.join()
+            assert failed, "it was not interrupted"
+            assert time.monotonic() - began < 5.0
+
+        self._play(2, rank_main)
 
     def test_close_twice(self) -> None:
         """Closing is idempotent."""

@@ -49,7 +49,8 @@ class Where:
         if not conditions:
             raise ValueError("where: give a condition, such as label=3; without any all would go")
         self._manifest = manifest
-        self._conditions = [self._condition(*each) for each in conditions.items()]
+        has_begun = manifest.layout is not None  # else there are neither fields nor samples
+        self._conditions = [self._condition(*each) for each in conditions.items() if has_begun]
 
     def matches(self, records: Bytes, admitted_in: Ints) -> Bools:
         """Which samples are meant, bool ``[n]``.
@@ -97,7 +98,8 @@ class Where:
             return self._task_condition(values)
         if name != "label":
             position = self._position(name)
-            return self._field_condition(_short_name(self._fields[position]), position, values, True)
+            short = _short_name(self._fields[position])
+            return self._field_condition(short, position, values, True)
         if self._manifest.label is None:
             raise ValueError(
                 "where label: the saved buffer does not know which field is the class label; give "

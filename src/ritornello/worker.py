@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import queue
 import threading
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -71,9 +70,9 @@ class InlineWorker(Worker):
         return _unwrap(self._outcome)
 
     def while_idle(self, work: IdleWork) -> None:
-        """See ``Worker.while_idle``. Does all of it at once."""
-        while (pause := work()) is not None:
-            time.sleep(pause)
+        """See ``Worker.while_idle``. Does at once what needs no waiting."""
+        while work() == 0.0:
+            pass
 
     def stop(self, wait_seconds: float) -> bool:
         """See ``Worker.stop``."""

@@ -53,13 +53,13 @@ def test_switches_and_orders_can_be_taken_back() -> None:
 
 def help_of(kind: type) -> dict[str, str]:
     """Field to the text below it."""
-    [body] = [
+    bodies = [
         node.body
         for node in ast.parse(inspect.getsource(changes)).body
-        if isinstance(node, ast.ClassDef) and node.name == kind.__name__
+        if isinstance(node, ast.ClassDef) and node.name in [each.__name__ for each in kind.__mro__]
     ]
     texts = {}
-    for field, text in itertools.pairwise(body):
+    for field, text in itertools.chain.from_iterable(map(itertools.pairwise, bodies)):
         if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
             assert isinstance(field.target, ast.Name)
             assert isinstance(text.value, ast.Constant)

@@ -6,7 +6,7 @@ import numpy as np
 import torch.distributed as dist
 
 from ritornello.storage import Storage
-from ritornello.transports.base import Transport, check_agreement, together
+from ritornello.transports.base import Transport, check_agreement, gather_counts, together
 from ritornello.transports.collective import CollectiveTransport
 from ritornello.transports.local import LocalTransport
 from ritornello.transports.mpi import MpiTransport
@@ -19,6 +19,7 @@ __all__ = [
     "SharedMemoryTransport",
     "Transport",
     "check_agreement",
+    "gather_counts",
     "open_transport",
     "together",
 ]

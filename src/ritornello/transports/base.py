@@ -16,11 +16,10 @@ import numpy as np
 from torch import Tensor
 
 from ritornello.arrays import Ints
-from ritornello.errors import CheckpointError
+from ritornello.errors import CheckpointError, PeerLostError
 from ritornello.sampling import Plan
 from ritornello.shard import Shard
 from ritornello.storage import Storage
-
 
 Result = TypeVar("Result")
 
@@ -83,9 +82,28 @@ class Transport(ABC):
                 all, this rank included.
         """
 
+    def interrupt(self) -> None:  # noqa: B027  (nothing to do where no call waits for long)
+        """Makes a call that another thread is in fail at once; then only ``close`` may follow."""
+
     @abstractmethod
     def close(self) -> None:
         """Gives back what the transport holds. May be called twice; never blocks for long."""
+
+
+def gather_counts(transport: Transport, count: int) -> Ints:
+    """Gives every rank the count of all, int64 ``[num_ranks]``, none of which is negative.
+
+    Raises:
+        PeerLostError: a rank is somewhere else, in a call between rounds.
+    """
+    counts = transport.all_gather(np.array([count]))[:, 0].copy()
+    elsewhere = tuple(np.flatnonzero(counts < 0).tolist())
+    if elsewhere:
+        raise PeerLostError(
+            f"rank(s) {list(elsewhere)} have called something like save, after fewer updates",
+            elsewhere,
+        )
+    return counts
 
 
 def together(transport: Transport, act: Callable[[], Result], doing: str) -> Result:

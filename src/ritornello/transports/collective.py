@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -18,15 +19,18 @@ from ritornello.sampling import Plan
 from ritornello.shard import Shard
 from ritornello.transports.base import Transport
 
-PROBE_TAG = 1
-"""Tag of the empty messages that tell, after a fault, which peers can still be reached."""
+RECORDS_TAG, SIZES_TAG, NO_TAG = range(3)
+"""What a message is; none has the last."""
+
+GATHERING, EXCHANGING = "gathering sizes", "exchanging records"
 
 
 class CollectiveTransport(Transport):
     """Sends each peer at most one message a round, and only if there are records for it.
 
     Records in CPU memory go by gloo's send and receive, those on a GPU by one NCCL
-    all-to-all that skips empty pairs. Sizes are all-gathered by gloo.
+    all-to-all that skips empty pairs. Sizes go from everybody to everybody at once: gloo's ring
+    would take the network's latency once for each rank, and not tell who is silent.
 
     Args:
         group: a process group that nobody else uses (collectives of two threads on one group
@@ -86,17 +90,13 @@ class CollectiveTransport(Transport):
     def all_gather(self, values: Ints) -> Ints:
         """See ``Transport.all_gather``."""
         mine = torch.from_numpy(np.array(values, dtype=np.int64))
-        everyone = torch.empty((self.num_ranks, len(mine)), dtype=torch.int64)
-        try:
-            with _lost_peers("gathering sizes", self.timeout_seconds):
-                self._group.allgather([list(everyone)], [mine]).wait()
-        except PeerLostError as error:
-            peers = self._unreachable()
-            if not peers:
-                raise
-            raise PeerLostError(
-                f"{_ranks_text(peers)} cannot be reached any more: {error}", peers
-            ) from error
+        everyone = mine.repeat(self.num_ranks, 1)
+        works = []
+        for peer in self._peers():
+            with _lost_peers(GATHERING, self.timeout_seconds, (peer,)):
+                works.append((peer, self._group.recv([everyone[peer]], peer, SIZES_TAG)))
+                works.append((peer, self._group.send([mine], peer, SIZES_TAG)))
+        self._await(works, GATHERING)
         return everyone.numpy()
 
     def exchange(
@@ -115,28 +115,32 @@ class CollectiveTransport(Transport):
         send_counts, receive_counts = counts_to_send.tolist(), plan.receive_counts.tolist()
         if out.device.type == "cuda":
             assert peers is None
-            with _lost_peers("exchanging records", self.timeout_seconds):
+            with _lost_peers(EXCHANGING, self.timeout_seconds):
                 self._group.alltoall_base(out, outgoing, receive_counts, send_counts).wait()
             return
         blocks = outgoing.split(send_counts)
         places = out.split(receive_counts)
+        if peers is None or self.rank in peers:
+            places[self.rank].copy_(blocks[self.rank])
         works = []
-        for distance in range(self.num_ranks):
-            # Every rank begins with its neighbour, so that no rank is everybody's first.
-            peer = (self.rank + distance) % self.num_ranks
+        for peer in self._peers():
             if peers is not None and peer not in peers:
                 continue
-            if peer == self.rank:
-                places[peer].copy_(blocks[peer])
-                continue
-            with _lost_peers("exchanging records", self.timeout_seconds, (peer,)):
+            with _lost_peers(EXCHANGING, self.timeout_seconds, (peer,)):
                 if receive_counts[peer]:
-                    works.append((peer, self._group.recv([places[peer]], peer, 0)))
+                    works.append((peer, self._group.recv([places[peer]], peer, RECORDS_TAG)))
                 if send_counts[peer]:
-                    works.append((peer, self._group.send([blocks[peer]], peer, 0)))
-        for peer, work in works:
-            with _lost_peers("exchanging records", self.timeout_seconds, (peer,)):
-                work.wait()
+                    works.append((peer, self._group.send([blocks[peer]], peer, RECORDS_TAG)))
+        self._await(works, EXCHANGING)
+
+    def interrupt(self) -> None:
+        """See ``Transport.interrupt``."""
+        if self._group is None or self.num_ranks == 1:
+            return
+        # A receive that times out closes all connections of its gloo group.
+        with suppress(RuntimeError):
+            nothing = torch.empty(1, dtype=torch.uint8)
+            self._group.recv([nothing], self._peers()[0], NO_TAG).wait(timedelta(milliseconds=1))
 
     def close(self) -> None:
         """See ``Transport.close``."""
@@ -144,17 +148,17 @@ class CollectiveTransport(Transport):
         if on_close is not None:
             on_close()
 
-    def _unreachable(self) -> tuple[int, ...]:
-        """The peers whose connection is broken, found by sending each an empty message."""
-        lost = []
-        for peer in range(self.num_ranks):
-            if peer == self.rank:
-                continue
-            try:
-                self._group.send([torch.empty(0, dtype=torch.uint8)], peer, PROBE_TAG)
-            except RuntimeError:
-                lost.append(peer)
-        return tuple(lost)
+    def _peers(self) -> list[int]:
+        """The other ranks; every rank begins with its neighbour: none is everybody's first."""
+        return [(self.rank + distance) % self.num_ranks for distance in range(1, self.num_ranks)]
+
+    def _await(self, works: list[tuple[int, Any]], doing: str) -> None:
+        """Waits for all, no longer than the timeout together."""
+        deadline = time.monotonic() + self.timeout_seconds
+        for peer, work in works:
+            with _lost_peers(doing, self.timeout_seconds, (peer,)):
+                # Gloo takes 0 for "no limit of its own".
+                work.wait(timedelta(seconds=max(0.001, deadline - time.monotonic())))
 
 
 @contextmanager
@@ -163,13 +167,9 @@ def _lost_peers(doing: str, timeout_seconds: float, peers: tuple[int, ...] = ())
     try:
         yield
     except RuntimeError as error:
-        who = _ranks_text(peers) if peers else "a peer"
+        who = f"rank {peers[0]}" if peers else "a peer"
         if "timed out" in str(error).lower() or "timeout" in str(error).lower():
             fault = f"sent nothing for {timeout_seconds:g} s (timeout_seconds)"
         else:
-            fault = "has ended or was killed (its connection is closed)"
+            fault = "has ended, was killed or gave up (its connection is closed)"
         raise PeerLostError(f"{who} {fault}, while {doing}", peers) from error
-
-
-def _ranks_text(peers: tuple[int, ...]) -> str:
-    return f"rank{'s' if len(peers) > 1 else ''} {', '.join(map(str, peers))}"

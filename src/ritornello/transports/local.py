@@ -78,6 +78,11 @@ class LocalTransport(Transport):
             if len(places[peer]):
                 places[peer].copy_(self._receive(peer))
 
+    def interrupt(self) -> None:
+        """See ``Transport.interrupt``. What waits takes its peer for closed."""
+        for peer in range(self.num_ranks):
+            self._room.mailboxes[peer, self.rank].put(None)
+
     def close(self) -> None:
         """See ``Transport.close``."""
         if not self._room.closed[self.rank].is_set():

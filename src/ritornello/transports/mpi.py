@@ -171,6 +171,10 @@ class MpiTransport(Transport):
             if peers is None or self.rank in peers:
                 shard.gather(slots[self.rank], places[self.rank])
 
+    def interrupt(self) -> None:
+        """See ``Transport.interrupt``."""
+        self._closed = True
+
     def close(self) -> None:
         """See ``Transport.close``."""
         if self._closed:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ritornello.arrays import Ints
 from ritornello.digest import digest
-from ritornello.errors import PeerLostError
+from ritornello.errors import BufferClosedError, PeerLostError
 from ritornello.sampling import Plan
 from ritornello.shard import LARGE_RECORD_BYTES, Shard
 from ritornello.storage import MappedMemory, Storage
@@ -78,7 +78,7 @@ class SharedMemoryTransport(Transport):
         self._inner = inner
         self._host: Shard | None = None
         self._readers: list[int] = []
-        self._closed = False
+        self._closed = self._interrupted = False
         # Everybody's first memory is a few bytes that prove who can be reached. The one of the
         # first rank on a host then becomes what that host's ranks coordinate by.
         token = np.frombuffer(secrets.token_bytes(TOKEN_BYTES), dtype=np.int64)
@@ -308,6 +308,11 @@ class SharedMemoryTransport(Transport):
                 self._host.gather(rows[part], out[part])
                 self._post(READ, (owner,))
 
+    def interrupt(self) -> None:
+        """See ``Transport.interrupt``."""
+        self._interrupted = True
+        self._inner.interrupt()
+
     def close(self) -> None:
         """See ``Transport.close``."""
         if self._closed:
@@ -335,6 +340,7 @@ class SharedMemoryTransport(Transport):
 
         Raises:
             PeerLostError: one has ended, or does not come within the timeout.
+            BufferClosedError: interrupted.
         """
         deadline = time.monotonic() + self.timeout_seconds
         for sender in senders:
@@ -342,6 +348,8 @@ class SharedMemoryTransport(Transport):
             if self._semaphores.wait(number, min(POLL_SECONDS, self.timeout_seconds)):
                 continue
             while True:
+                if self._interrupted:
+                    raise BufferClosedError(f"the transport was closed while {doing}")
                 fault = self._fault_of(sender)
                 # What it posted before it ended still counts.
                 if self._semaphores.wait(number, 0.0 if fault else POLL_SECONDS):
