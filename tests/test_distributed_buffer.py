@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -400,3 +401,26 @@ def test_a_peer_that_never_makes_its_buffer() -> None:
     message, other = spawn_ranks(2, _absent_peer_in_a_process)
     assert other == "absent"
     assert "making the buffer's private process group" in str(message)
+
+
+@pytest.mark.parametrize(
+    "connect", [LocalTransport.connect, connect_collective, connect_shared_memory]
+)
+def test_an_error_in_the_trainer_ends_a_worker_that_waits(connect: Connect) -> None:
+    """A thread that were left inside torch would abort the process at its end."""
+    has_left = threading.Event()
+
+    def rank_main(end: Transport) -> None:
+        buffer = RehearsalBuffer(9, num_representatives=2, transport=end)
+        if end.rank == 1:  # comes to no round
+            assert has_left.wait(60.0)
+            buffer.close()
+            return
+        with pytest.raises(KeyError), buffer:
+            buffer.update(labelled(0, 0, 4, 2))
+            time.sleep(0.2)
+            raise KeyError
+        assert "ritornello-rank-0" not in [thread.name for thread in threading.enumerate()]
+        has_left.set()
+
+    run_ranks(connect(2), rank_main)

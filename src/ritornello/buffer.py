@@ -539,6 +539,10 @@ def _shut_down(worker: Worker, rounds: Rounds, wait_seconds: float, process: int
     has_stopped = worker.stop(wait_seconds)
     if rounds.saving is not None and not rounds.saving.has_ended:
         rounds.saving.give_up()
+    if not has_stopped:
+        # Python must not end while a thread is inside torch: that would abort the process.
+        rounds.transport.interrupt()
+        has_stopped = worker.stop(EXIT_SECONDS)
     if has_stopped:
         rounds.transport.close()
     else:  # it still uses the transport
