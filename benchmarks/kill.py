@@ -3,8 +3,9 @@
     python benchmarks/kill.py --kills 20
     python benchmarks/kill.py --cost
 
-A kill is SIGKILL to one rank or to the whole job, while it starts, trains or writes a checkpoint. Ends with status 1 unless the weights are the same bit by bit and no checkpoint was
-ever damaged. With ``--cost``: what a step costs more while checkpoints are on and none is due.
+A kill is SIGKILL to one rank or to the whole job, while it starts, trains or writes a checkpoint.
+Ends with status 1 unless the weights are the same bit by bit and no checkpoint was ever damaged.
+With ``--cost``: what a step costs more while checkpoints are on and none is due.
 """
 
 from __future__ import annotations

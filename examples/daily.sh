@@ -13,7 +13,7 @@ ritornello run arrivals --data history --output living \
 
 # Each day that comes, on as many ranks as are free. With --resume the same line can be run again.
 for day in incoming/*; do
-    ritornello extend living --data "$day" --ranks 2 --resume
+    ritornello extend living --data "$day" --ranks "${RANKS:-2}" --resume
 done
 
 ritornello inspect living

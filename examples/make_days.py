@@ -12,28 +12,24 @@ import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
 
-DAYS = {"2024-05-01": "012", "2024-05-02": "134"}, {
-    "2024-05-03": "056",
-    "2024-05-04": "78",
-    "2024-05-05": "359",
-}
-"""The digits that arrive on a day; some come again."""
+HISTORY = {"2024-05-01": (0, 1, 2), "2024-05-02": (1, 3, 4)}
+INCOMING = {"2024-05-03": (0, 5, 6), "2024-05-04": (7, 8), "2024-05-05": (3, 5, 9)}
+"""Which digits arrive on a day; some come again."""
 
 
-def main(folders: list[str]) -> None:
+def write_days(history: Path, incoming: Path) -> None:
+    """Writes all images; of a digit that comes on two days, half on each."""
     digits = load_digits()
-    for folder, days in zip(folders, DAYS, strict=True):
-        for day, classes in days.items():
-            for label in map(int, classes):
-                numbers = np.flatnonzero(digits.target == label)
-                # Of a digit that comes on two days, each has half.
-                together = [d for each in DAYS for d, listed in each.items() if str(label) in listed]
-                for number in numbers[together.index(day) :: len(together)]:
-                    image = Image.fromarray((digits.images[number] * (255 / 16)).astype(np.uint8))
-                    file = Path(folder, day, str(label), f"{number:04}.png")
-                    file.parent.mkdir(parents=True, exist_ok=True)
-                    image.save(file)
+    images = np.round(digits.images * (255 / 16)).astype(np.uint8)
+    days = {history / day: classes for day, classes in HISTORY.items()}
+    days |= {incoming / day: classes for day, classes in INCOMING.items()}
+    for label in range(10):
+        folders = [day / str(label) for day, classes in days.items() if label in classes]
+        for turn, number in enumerate(np.flatnonzero(digits.target == label)):
+            folder = folders[turn % len(folders)]
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(images[number]).save(folder / f"{number:04}.png")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    write_days(*map(Path, sys.argv[1:]))

@@ -277,7 +277,7 @@ def hostile_size_of_job(folder: Path, dice: Dice) -> None:
 
 def hostile_rounds(folder: Path, dice: Dice) -> None:
     content = read_manifest(folder)
-    huge = int(2 ** dice.integers(30, 62)) - int(dice.integers(2))
+    huge = int(2 ** dice.integers(30, 62)) - 1000 * int(dice.integers(2))
     for name in ("num_rounds", "num_offers"):
         if dice.random() < 0.7:
             content[name] = huge

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
@@ -39,3 +41,31 @@ def test_the_difference_is_small() -> None:
     )
     changed = [line for line in difflib.ndiff(plain, rehearsal) if line[0] in "+-"]
     assert len(changed) == 3, changed
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_every_day_new_data(tmp_path: Path) -> None:
+    """The example of docs/production.md, as a reader runs it, on one rank."""
+    scripts = Path(sys.executable).parent
+    ran = subprocess.run(
+        ["bash", str(EXAMPLES / "daily.sh")],
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "RANKS": "1",
+            "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}",
+        },
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert "2024-05-05: 326 training and 36 test images of 3 classes, new: 9" in ran.stderr
+    [*_, last] = re.findall(r"rehearsal\s+([\d.]+) %", ran.stdout)
+    assert float(last) > 85.0
+    assert "200 representatives, of a capacity of 200" in ran.stdout
+    for name in ("results.json", "model.pt", "buffer", "report.html"):
+        assert (tmp_path / "living" / name).exists()

@@ -50,7 +50,7 @@ OURS = re.compile(
 NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 
 TIDY_SECONDS = 1.0
-"""How long a save that is given up waits for its running step, to remove what it has written."""
+"""How long a save that is given up waits for its running step, to end it and remove its files."""
 
 POLL_SECONDS = 0.02
 """How often rank 0 looks whether the other ranks' files are there."""
@@ -148,7 +148,7 @@ class Saving:
         self._first_kept = 0  # rows before it are written
         self._kept: dict[int, Bytes] = {}
         self._steps = self._run()
-        self._locks: list[int] = []
+        self._lock: int | None = None
         self._error: Exception | None = None
         self._stepping = threading.Lock()
         self._written = threading.Event()
@@ -175,7 +175,7 @@ class Saving:
         """Rank 0 keeps other jobs out, removes what crashes left, and leaves a mark."""
         if self._rank == 0:
             self._folder.mkdir(parents=True, exist_ok=True)
-            self._locks.append(lock(self._folder))
+            self._lock = lock(self._folder)
             remove_leftovers(self._folder)
             self._mark.touch()
 
@@ -210,23 +210,19 @@ class Saving:
         Returns:
             After how many seconds it wants to be called again; None: it has ended.
         """
-        if not self._stepping.acquire(timeout=self._transport.timeout_seconds):
-            self.give_up()  # the disk does not answer
-            return None
-        try:
-            pause = next(self._steps)
-            if not self._given_up:
-                return pause
-        except StopIteration:
-            pass
-        except Exception as error:
-            self._error = error
-            if isinstance(error, OSError):
-                self._error = CheckpointError(f"{self._folder} could not be written: {error}")
-            logger.warning("rank %d: %s was not saved: %s", self._rank, self._folder, error)
-        finally:
-            self._stepping.release()
-        self._end()
+        with self._stepping:
+            try:
+                pause = next(self._steps)
+                if not self._given_up:
+                    return pause
+            except StopIteration:
+                pass
+            except Exception as error:
+                self._error = error
+                if isinstance(error, OSError):
+                    self._error = CheckpointError(f"{self._folder} could not be written: {error}")
+                logger.warning("rank %d: %s was not saved: %s", self._rank, self._folder, error)
+            self._end()
         return None
 
     def wait(self) -> None:
@@ -260,14 +256,14 @@ class Saving:
         Only rank 0 removes what was written: it alone knows whether the manifest counts it.
         """
         self._given_up = True
-        self._end()
-        if self._rank == 0 and self._stepping.acquire(timeout=TIDY_SECONDS):
-            with contextlib.suppress(CheckpointError, OSError):
-                descriptor = lock(self._folder)
-                try:
+        if not self._stepping.acquire(timeout=TIDY_SECONDS):
+            return  # the step that runs will end it
+        try:
+            self._end()
+            if self._rank == 0:
+                with contextlib.suppress(CheckpointError, OSError), locked(self._folder):
                     remove_leftovers(self._folder)
-                finally:
-                    unlock(descriptor)
+        finally:
             self._stepping.release()
 
     @property
@@ -351,8 +347,9 @@ class Saving:
         self._steps = iter(())
         self._first_kept = len(self._snapshot.rows)
         self._kept.clear()
-        while self._locks:
-            unlock(self._locks.pop())
+        if self._lock is not None:
+            unlock(self._lock)
+            self._lock = None
         self._written.set()
         self._ended.set()
 
@@ -439,6 +436,16 @@ def unlock(descriptor: int) -> None:
         # Closing alone would not do: a forked process, such as a DataLoader's, has it open, too.
         fcntl.flock(descriptor, fcntl.LOCK_UN)
     os.close(descriptor)
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Between ``lock`` and ``unlock``."""
+    descriptor = lock(folder)
+    try:
+        yield
+    finally:
+        unlock(descriptor)
 
 
 def remove_leftovers(folder: Path) -> None:

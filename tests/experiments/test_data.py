@@ -10,6 +10,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from ritornello.experiments import data
+from ritornello.experiments.data_set import InMemoryImages, Joined, Relabelled
 
 
 def save_npz(path: Path, **changes: np.ndarray | None) -> Path:
@@ -323,3 +324,31 @@ def test_real_mnist(shared_data: Path) -> None:
     mnist = data.load("mnist", str(shared_data / "mnist.npz"))
     assert (len(mnist.train), len(mnist.test)) == (60_000, 10_000)
     assert np.allclose([*mnist.mean, *mnist.std], [0.1307, 0.3081], atol=1e-4)
+
+
+def test_one_arrival(tmp_path: Path) -> None:
+    save_images(tmp_path / "day" / "dog", *(f"{number}.png" for number in range(3)))
+    save_images(tmp_path / "day" / "cat", *(f"{number:02}.png" for number in range(12)))
+    arrival = data.load_arrival(tmp_path / "day", (1, 8, 8))
+    assert (arrival.name, arrival.class_names) == ("day", ("cat", "dog"))
+    assert arrival.image_shape == (1, 8, 8)
+    assert arrival.train.labels.tolist() == [0] * 11 + [1] * 2
+    assert arrival.test.labels.tolist() == [0, 1]
+    assert data.load_arrival(tmp_path / "day", (3, 8, 8)).image_shape == (3, 8, 8)
+    with pytest.raises(ValueError, match="of files are square and have 1 or 3 channels, but those"):
+        data.load_arrival(tmp_path / "day", (4, 8, 8))
+    with pytest.raises(FileNotFoundError, match="there is no folder .*night"):
+        data.load_arrival(tmp_path / "night", (3, 8, 8))
+
+
+def test_several_data_sets_as_one() -> None:
+    images = np.arange(6, dtype=np.uint8).reshape(6, 1, 1, 1)
+    first = InMemoryImages(images[:2], np.array([0, 1]))
+    second = Relabelled(InMemoryImages(images[2:], np.array([0, 1, 1, 0])), np.array([5, 0]))
+    joined = Joined([first, InMemoryImages(images[:0], np.zeros(0, np.int64)), second])
+    assert joined.labels.tolist() == [0, 1, 5, 0, 0, 5]
+    assert len(joined) == 6
+    drawn, labels = joined.__getitems__([5, 0, 2, 5, 1])
+    assert drawn.flatten().tolist() == [5, 0, 2, 5, 1]
+    assert labels.tolist() == [5, 0, 5, 5, 1]
+    assert joined[3][1] == 0

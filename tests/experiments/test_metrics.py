@@ -36,3 +36,26 @@ def test_top_k() -> None:
     labels = torch.tensor([1, 2, 2])
     assert metrics.top_k_correct(logits, labels, (1, 2)).tolist() == [1, 2]
     assert metrics.top_k_correct(logits, labels, (1, 5)).tolist() == [1, 3]
+
+
+def test_what_was_not_measured_is_left_out() -> None:
+    matrix = metrics.matrix_of(
+        [
+            [0.9, None, None, None],
+            [0.8, 0.7, 0.1, None],
+            [None, 0.5, 0.9, 0.2],
+            [None, 0.6, 0.7, 0.8],
+        ]
+    )
+    assert metrics.average_accuracy(matrix) == pytest.approx((0.6 + 0.7 + 0.8) / 3)
+    assert metrics.average_after_each_task(matrix) == pytest.approx([0.9, 0.75, 0.7, 0.7])
+    assert metrics.forgetting(matrix) == pytest.approx(((0.7 - 0.6) + (0.9 - 0.7)) / 2)
+    assert metrics.backward_transfer(matrix) == pytest.approx(((0.6 - 0.7) + (0.7 - 0.9)) / 2)
+    at_start = np.array([0.1, 0.1, 0.05, np.nan])
+    assert metrics.forward_transfer(matrix, at_start) == pytest.approx(0.1 - 0.05)
+
+
+def test_nothing_to_compare_with() -> None:
+    matrix = metrics.matrix_of([[0.9, None], [None, 0.8]])
+    assert metrics.forgetting(matrix) == metrics.backward_transfer(matrix) == 0.0
+    assert metrics.forward_transfer(matrix, np.array([0.1, np.nan])) == 0.0

@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
+
 import pytest
 from torch import nn
 
 from ritornello.experiments import models
 from ritornello.experiments.augmentation import AUGMENTATIONS
+from ritornello.experiments.config import Recipe
 from ritornello.experiments.data import NAMES
 from ritornello.experiments.published import BUZZEGA_MNIST, VAN_DE_VEN_MNIST
 from ritornello.experiments.recipes import RECIPES, recipe_named
@@ -71,3 +75,9 @@ def test_the_papers_imagenet_runs() -> None:
     assert (ghostnet.dropout, ghostnet.weight_decay) == (0.225, 1.5e-5)
     assert ghostnet.model == "ghostnet_050"
     assert ghostnet.learning_rate_factor(16) == 0.5
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_comes_back_from_json(name: str) -> None:
+    recipe = RECIPES[name]()
+    assert Recipe.from_results(json.loads(json.dumps(asdict(recipe)))) == recipe

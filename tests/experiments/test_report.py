@@ -281,3 +281,30 @@ def test_a_strategy_has_its_colour_where_it_appears_once() -> None:
     assert colours[0] == figures.COLOURS["incremental"]
     assert colours[-1] == figures.COLOURS["from-scratch"]
     assert len(set(colours)) == 6
+
+
+def test_what_was_not_measured_is_a_dash(tmp_path: Path) -> None:
+    matrix = [[0.98, None, None], [0.9, 0.98, None], [None, 0.9, 0.98]]
+    results = {str(seed): results_of("rehearsal", top1=matrix, seed=seed) for seed in range(2)}
+    page_of(results, tmp_path)
+    [group] = summarise(results)
+    texts = [text.get_text() for text in drawn(figures.heat_map(group)).texts]
+    assert texts == ["98", "-", "-", "90", "98", "-", "-", "90", "98"]
+    [line, *_] = drawn(figures.tasks_over_time(group)).lines
+    assert np.isnan(line.get_ydata()).tolist() == [False, False, True]
+    [average] = drawn(figures.average_over_time([group])).lines
+    assert average.get_ydata() == pytest.approx([98, 94, 94])
+
+
+def test_the_table_of_tasks() -> None:
+    matrix = [[0.98, None, None], [0.9, 0.98, 0.1], [None, 0.9, 0.98]]
+    table = report.table_of_tasks(results_of("rehearsal", top1=matrix), num_tasks=2)
+    console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    with console.file:
+        console.print(table)
+    lines = [line.split() for line in console.export_text().splitlines()]
+    assert lines == [
+        ["task", "test", "images", "before", "after"],
+        ["<1>", "10", "98.0", "%", "90.0", "%"],
+        ["<2>", "10", "10.0", "%", "98.0", "%"],
+    ]

@@ -107,7 +107,7 @@ def find_buffers(folder: Path) -> list[Path]:
         (path for place in places for path in place.glob("checkpoints/step-*/buffer")), reverse=True
     )
     whole = [each for each in checkpoints if not each.parent.name.endswith(".partial")]
-    candidates = [*(place / "buffer" for place in places), *whole]
+    candidates = [*(place / "buffer" for place in places), folder / COMPLETE / "old-buffer", *whole]
     found = [each for each in candidates if (each / MANIFEST).exists()]
     if not found:
         raise FileNotFoundError(

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from ritornello.experiments.living_folder import COMPLETE, IN_WORK
 from ritornello.experiments.sweep import Results, labels_of
 
 FORMAT = 1
@@ -125,13 +126,19 @@ def _compact(run: Results) -> dict[str, Any]:
 
 
 def _result_files(folder: Path) -> list[Path]:
-    singles = sorted(folder.rglob("results.json"))
+    singles = sorted(each for each in folder.rglob("results.json") if not _is_in_work(each))
     comparisons = [
         each
         for each in sorted(folder.rglob("comparison.json"))
         if not any(single.is_relative_to(each.parent) for single in singles)
     ]
     return sorted(singles + comparisons)
+
+
+def _is_in_work(path: Path) -> bool:
+    """Whether results are those of an extension that has not ended: see ``living_folder``."""
+    folder = path.parent
+    return folder.name in (IN_WORK, COMPLETE) and (folder.parent / "results.json").exists()
 
 
 def runs_in(path: Path) -> Iterator[Results]:
