@@ -25,6 +25,7 @@ PARTS = ((0, 6), (6, 8), (8, 10))
 
 
 def main() -> None:
+    """Runs all, and prints a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data", type=Path, help="MNIST as an npz file")
     parser.add_argument("--strategies", nargs="+", default=["incremental", "rehearsal"])
@@ -64,11 +65,13 @@ def split(data: Path, folder: Path) -> list[Path]:
 
 
 def run_that_knows_all(data: Path, changes: dict[str, Any]) -> float:
+    """Five tasks; the average accuracy in percent."""
     results = train.run(recipe_named("mnist", data_path=str(data), **changes))
     return 100 * float(results["average_top1"])
 
 
 def run_that_is_extended(paths: list[Path], folder: Path, changes: dict[str, Any]) -> float:
+    """Three tasks, then two extensions; the average accuracy in percent."""
     recipe = recipe_named("mnist", data_path=str(paths[0]), num_tasks=3, **changes)
     train.run(recipe, str(folder))
     results = [extension.extend(folder, path) for path in paths[1:]][-1]

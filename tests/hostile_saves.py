@@ -344,7 +344,7 @@ def changed(array: NDArray[Any], dice: Dice) -> NDArray[Any]:
         lambda: array[::-1],
         lambda: array[:0],
         lambda: array.astype(np.int64 if floats else np.float64),
-        lambda: np.nan_to_num(array, posinf=1.0, neginf=0.0).clip(0, 255).astype(np.uint8),
+        lambda: array.astype(np.uint8),
         lambda: array.reshape(-1, 1),
         lambda: array.reshape(1, *array.shape),
         lambda: dice.permutation(array),
@@ -353,7 +353,8 @@ def changed(array: NDArray[Any], dice: Dice) -> NDArray[Any]:
     ]
     choice = int(dice.integers(len(ways) + 12))
     if choice < len(ways):
-        return np.ascontiguousarray(ways[choice]()) if choice < len(ways) - 1 else ways[-1]()
+        with np.errstate(invalid="ignore"):  # NaN has no integer
+            return np.require(ways[choice](), requirements="C")
     if len(flat):
         place = dice.integers(len(flat))
         if choice % 3 == 0 and not odd:

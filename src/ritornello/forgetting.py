@@ -24,7 +24,7 @@ from ritornello.assignment import State
 from ritornello.checkpoint import (
     Arrays,
     SavedFolder,
-    lock,
+    locked,
     now,
     random_id,
     remove_leftovers,
@@ -95,30 +95,32 @@ def forget(
     saved = SavedFolder(path)  # first, so that nothing is made where there is none
     if dry_run:
         return _find(saved, Where(where, saved.manifest)).outcome()
-    descriptor = lock(path)
     try:
-        remove_leftovers(path)  # a crash may have left what was to be forgotten
-        sync_folder(path)
-        saved = SavedFolder(path)
-        conditions = Where(where, saved.manifest)
-        found = _find(saved, conditions)
-        outcome = found.outcome()
-        if outcome.num_removed == 0:
-            return outcome
-        receipt = secrets.token_hex(16) if conditions.is_private else ""
-        removal = Removal(
-            conditions.as_proof(receipt), outcome.num_removed, outcome.num_left, now()
-        )
-        try:
-            _rewrite(saved, found, removal, selection)
-        finally:
-            remove_leftovers(path)  # the files before, or, if it failed, the new ones
+        with locked(path):
+            remove_leftovers(path)  # a crash may have left what was to be forgotten
             sync_folder(path)
-        return replace(outcome, receipt=receipt)
+            return _forget(SavedFolder(path), where, selection)
     except OSError as error:
         raise CheckpointError(f"{path} could not be rewritten: {error}") from error
+
+
+def _forget(
+    saved: SavedFolder, where: Mapping[str, Values], selection: SelectionPolicy | None
+) -> Forgotten:
+    """``forget`` while nobody else is in the folder."""
+    conditions = Where(where, saved.manifest)
+    found = _find(saved, conditions)
+    outcome = found.outcome()
+    if outcome.num_removed == 0:
+        return outcome
+    receipt = secrets.token_hex(16) if conditions.is_private else ""
+    removal = Removal(conditions.as_proof(receipt), outcome.num_removed, outcome.num_left, now())
+    try:
+        _rewrite(saved, found, removal, selection)
     finally:
-        os.close(descriptor)
+        remove_leftovers(saved.folder)  # the files before, or, if it failed, the new ones
+        sync_folder(saved.folder)
+    return replace(outcome, receipt=receipt)
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """Kills a run at many moments, has it go on, and compares its end with that of one left alone.
 
-    python benchmarks/kill.py --kills 20
-    python benchmarks/kill.py --cost
+    python benchmarks/kill_runs.py --kills 20
+    python benchmarks/kill_runs.py --cost
 
 A kill is SIGKILL to one rank or to the whole job, while it starts, trains or writes a checkpoint.
 Ends with status 1 unless the weights are the same bit by bit and no checkpoint was ever damaged.

@@ -1,6 +1,6 @@
 """Kills a process that saves, again and again, and loads what it has left.
 
-    python benchmarks/kills.py --kills 30
+    python benchmarks/kill_saves.py --kills 30
 
 Each time the folder must hold a whole save, one of a state that was to be saved, not older than the
 last save that had ended. Ends with status 1 at the first fault.
