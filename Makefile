@@ -18,7 +18,7 @@ demo: $(STAMP)
 	$(VENV)/bin/ritornello demo
 
 test: $(STAMP)
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest --numprocesses 2
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .

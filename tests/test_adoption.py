@@ -104,6 +104,29 @@ def test_the_first_ones_stay_in_their_order() -> None:
         ]  # fmt: skip
 
 
+def test_fixed_shares_go_on_exactly_after_they_were_dealt_out_anew() -> None:
+    """Where each class has its odd representatives is no function of what it holds."""
+
+    def make() -> SelectionPolicy:
+        return ClassBalanced(7, shares="fixed")
+
+    for seed in range(60):
+        dice = np.random.default_rng(seed)
+        before = shards_of(make, 40, 3, seed)
+        for shard in before:
+            shard.offer(dice.integers(7, size=30))
+        for shard in adopted(before, make, 40, 40, 4):
+            shard.offer(dice.integers(7, size=5))
+            again = PlayedShard(make(), shard.num_slots, shard.rank, 4, shard.seed)
+            again.policy.restore(shard.policy.state(), shard.size)
+            labels = dice.integers(7, size=20)
+            ours, theirs = (
+                each.policy.admit(labels, np.random.default_rng(seed)) for each in (shard, again)
+            )
+            assert np.array_equal(ours.rows, theirs.rows)
+            assert np.array_equal(ours.slots, theirs.slots)
+
+
 def test_states_are_copies() -> None:
     for make in (ClassBalanced, Reservoir, ClassBalancedReservoir):
         (shard,) = shards_of(make, 10, 1, 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import tracemalloc
 from collections import namedtuple
@@ -15,9 +16,11 @@ import torch
 
 from ritornello import (
     Assignment,
+    BufferClosedError,
     CheckpointError,
     ClassBalanced,
     RehearsalBuffer,
+    SavedFolder,
     SelectionPolicy,
 )
 from ritornello.testing import chi_square_p_value, connect_shared_memory, run_ranks
@@ -353,6 +356,20 @@ def test_other_arguments_may_change(tmp_path: Path) -> None:
         on_ranks(2, rank_main)
 
 
+def test_a_draw_may_come_first_on_another_capacity(tmp_path: Path) -> None:
+    """Saved between draw and offer, with a round in two steps: the next offer starts one."""
+    with make(LocalTransport(), rounds_per_exchange=2) as buffer:
+        for step in range(6):
+            buffer.draw()
+            buffer.offer(batch_of(step, 0))
+        buffer.draw()
+        buffer.save(tmp_path)
+    with make(LocalTransport(), 60, rounds_per_exchange=2) as buffer:
+        buffer.load(tmp_path)
+        buffer.offer(batch_of(6, 0))
+        assert buffer.draw() is not None
+
+
 # What does not fit.
 
 
@@ -407,6 +424,53 @@ def test_ranks_that_differ_are_refused(tmp_path: Path) -> None:
             assert len(buffer) > 0
 
     on_ranks(2, rank_main)
+
+
+def test_after_close_nothing_is_saved_or_loaded(tmp_path: Path) -> None:
+    saved_after(tmp_path, 1, 5)
+    buffer = make(LocalTransport())
+    buffer.update(batch_of(0, 0))
+    state = buffer.state_dict()
+    buffer.close()
+    for call in (
+        lambda: buffer.save(tmp_path),
+        lambda: buffer.load(tmp_path),
+        lambda: buffer.load_state_dict(state),
+    ):
+        with pytest.raises(BufferClosedError, match=r"after close\(\)"):
+            call()
+
+
+def test_a_rank_whose_first_mini_batch_was_refused_loads_with_the_others(tmp_path: Path) -> None:
+    wanted = sorted(saved_after(tmp_path, 2, 5))
+
+    def rank_main(end: Transport) -> list[tuple[int, int]]:
+        with make(end) as buffer:
+            if end.rank == 0:
+                with pytest.raises(ValueError, match="the label -1 is out of range"):
+                    buffer.update((torch.arange(3), torch.arange(3) - 1))
+            buffer.load(tmp_path)
+            return held(buffer)
+
+    assert sorted(joined(on_ranks(2, rank_main))) == wanted
+
+
+def test_a_buffer_that_is_not_closed_ends_its_save(tmp_path: Path) -> None:
+    buffer = make(LocalTransport())
+    buffer.update(batch_of(0, 0))
+    wanted = held(buffer)
+    buffer.save(tmp_path, background=True)
+    del buffer
+    gc.collect()
+    assert loaded_on(tmp_path, 1) == [wanted]
+
+
+def test_slots_may_be_read_several_times(tmp_path: Path) -> None:
+    wanted = saved_after(tmp_path, 1, 5)
+    slots = np.array([0, 0, 2, 1, 5, 3, 3])
+    for part in SavedFolder(tmp_path).representatives(0, slots):
+        numbers = part.batch[0].tolist()
+        assert numbers == [wanted[slot][0] for slot in part.slots.tolist()]
 
 
 class Everybody(SelectionPolicy):

@@ -355,6 +355,8 @@ class RehearsalBuffer:
                 saved. The buffer goes on.
             PeerLostError, RoundError, BufferClosedError: see ``update``.
         """
+        self._check_open("save")
+        self._steps.settle()
         with self._steps.with_peers("save"):
             self._steps.begin_saving(folder, background)
             if not background:
@@ -403,6 +405,7 @@ class RehearsalBuffer:
                 little memory. The buffer is as it was.
             PeerLostError, RoundError, BufferClosedError: see ``update``.
         """
+        self._check_open("load")
 
         def saved() -> SavedBuffer:
             found = SavedFolder(folder)
@@ -446,6 +449,7 @@ class RehearsalBuffer:
         Raises:
             See ``load``.
         """
+        self._check_open("load_state_dict")
         self._steps.load(lambda: SavedState(state), "load_state_dict")
 
     def __len__(self) -> int:
@@ -528,9 +532,11 @@ class RehearsalBuffer:
     def _close(self, wait_seconds: float) -> None:
         if self._process != os.getpid() or self._finalizer.detach() is None:
             return
-        self._steps.finish(wait_seconds)
-        rounds, exit_seconds = self._steps.rounds, min(wait_seconds, EXIT_SECONDS)
-        _shut_down(self._worker, rounds, exit_seconds, self._process)
+        try:
+            self._steps.finish(wait_seconds)
+        finally:  # also after Ctrl-C
+            rounds, exit_seconds = self._steps.rounds, min(wait_seconds, EXIT_SECONDS)
+            _shut_down(self._worker, rounds, exit_seconds, self._process)
 
 
 def _shut_down(worker: Worker, rounds: Rounds, wait_seconds: float, process: int) -> None:
@@ -538,7 +544,11 @@ def _shut_down(worker: Worker, rounds: Rounds, wait_seconds: float, process: int
         return  # in a forked child: worker and transport are the parent's
     has_stopped = worker.stop(wait_seconds)
     if rounds.saving is not None and not rounds.saving.has_ended:
-        rounds.saving.give_up()
+        if has_stopped:
+            rounds.saving.finish(wait_seconds)
+        else:
+            logger.warning("a save in the background was given up")
+            rounds.saving.give_up()
     if not has_stopped:
         # Python must not end while a thread is inside torch: that would abort the process.
         rounds.transport.interrupt()

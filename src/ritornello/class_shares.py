@@ -186,7 +186,7 @@ class _ClassShares(SelectionPolicy):
             "counts": counts.copy(),
             "grows": self._grows.astype(np.int64),
             "slots": self._members.slots(owners, positions),
-        }
+        } | ({} if self._limits is None else {"limits": self._limits.copy()})
 
     def restore(self, state: State, size: int) -> None:
         """See ``SelectionPolicy.restore``."""
@@ -203,8 +203,17 @@ class _ClassShares(SelectionPolicy):
         self._offered, self._grows = state["offered"].copy(), grows != 0
         self._members.append(np.repeat(np.arange(len(labels)), state["counts"]), state["slots"])
         self._num_used = size
-        if self._limits is not None:
+        if self._limits is None:
+            return
+        if "limits" not in state:  # dealt out anew
             self._make_room(state["counts"])
+            return
+        limits = state["limits"]
+        if limits.shape != self._limits.shape or np.any(limits < state["counts"]):
+            raise ValueError("limits must be one for each class, and at least counts")
+        if limits.sum() > self.num_slots or limits.max() > self.num_slots:
+            raise ValueError(f"limits must add up to at most {self.num_slots}")
+        self._limits = limits.copy()
 
     def adopt(
         self, saved: SavedShards, capacity: int, generator: np.random.Generator

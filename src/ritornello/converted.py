@@ -78,6 +78,11 @@ class Converted(SavedBuffer):
         if len(leaves[0]) != len(rows):
             raise ValueError(f"convert: {len(rows)} samples have become {len(leaves[0])}")
         self._new.pack(leaves, None, records)
+        before, after = self._saved.manifest.label, self.manifest.label
+        if before is not None and after is not None:
+            labels = old.integers(torch.from_numpy(rows), before)
+            if not np.array_equal(labels, self._new.integers(records, after)):
+                raise ValueError("convert: labels have changed; a buffer is saved by its labels")
         return records.numpy()
 
     def no_records(self) -> Bytes:

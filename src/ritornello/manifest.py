@@ -106,6 +106,8 @@ class Manifest:
     """Of the records; None before the first mini-batch."""
     label: int | None
     """The position of the class label among the layout's fields."""
+    on_gpu: bool = False
+    """Whether mini-batches were on a GPU."""
     tasks: tuple[TaskMark, ...] = ()
     removals: tuple[Removal, ...] = ()
     files: tuple[SavedFile, ...] = ()
@@ -210,6 +212,7 @@ class Manifest:
             num_staged=checked_count(content["num_staged"]),
             layout=layout,
             label=label,
+            on_gpu=_yes_or_no(content.get("on_gpu", False)),
             tasks=tuple(
                 TaskMark(
                     _text(each["name"]),

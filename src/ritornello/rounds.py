@@ -41,7 +41,7 @@ def rows_of_rank(capacity: int, rank: int, num_ranks: int) -> int:
 
 
 class Rounds:
-    """One rank's side of all rounds. After ``open``, only the worker calls it.
+    """One rank's side of all rounds. The worker runs them; all else is for between two rounds.
 
     Args:
         transport: to the other ranks.
@@ -310,7 +310,7 @@ class Rounds:
         failure: Exception | None = None
         try:
             shard = self.make_shard()
-        except (MemoryError, ValueError) as error:
+        except (MemoryError, ValueError, OSError) as error:
             failure = error
 
         def check() -> None:
@@ -321,12 +321,13 @@ class Rounds:
         self.transport.await_readers()
 
         def write() -> None:
-            self.is_torn = self.num_held > 0
+            self.is_torn = self.contents.num_held > 0
             with self._staging.worker_stream():
                 for slots, found in records():
                     rows = torch.from_numpy(found)
                     self.check_records(rows)
                     shard.write(slots, rows.to(shard.rows.device), np.arange(len(found)))
+            self._staging.finish_writes()
 
         together(self.transport, write, "load")
         self.is_torn = False

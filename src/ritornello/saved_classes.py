@@ -76,7 +76,8 @@ def forget_slots(state: State, size: int, removed: Ints) -> tuple[State, Ints]:
 
 def in_proportion(offered: Ints, counts: Ints, whole: Ints) -> Ints:
     """The part of what classes have offered that ``counts`` out of ``whole`` stand for."""
-    return -(-counts * offered // np.maximum(1, whole))
+    each, rest = np.divmod(offered, np.maximum(1, whole))  # no product exceeds what was offered
+    return counts * each - (-counts * rest // np.maximum(1, whole))
 
 
 @dataclass(frozen=True)

@@ -305,7 +305,7 @@ class ShardFile:
             self._read(piece, self._entries[ROWS][2] + start * size)
             records = piece.reshape(num, size)
             wanted = ascending[first:end] - start
-            yield order[first:end], records if len(wanted) == num else records[wanted]
+            yield order[first:end], records if (np.diff(wanted) == 1).all() else records[wanted]
             first = end
 
     def _next_piece(self, num_bytes: int) -> Bytes:

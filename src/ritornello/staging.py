@@ -56,7 +56,7 @@ class Staging:
         reorders: bool = False,
     ) -> None:
         self._layout = layout
-        self._trainer_device = trainer_device
+        self.trainer_device = trainer_device
         self._shard_device = shard_device
         self._cuda = next((d for d in (trainer_device, shard_device) if d.type == "cuda"), None)
         self._stream = torch.cuda.Stream(self._cuda) if self._cuda else None
@@ -75,7 +75,7 @@ class Staging:
     @property
     def on_gpu(self) -> bool:
         """Whether mini-batches are on a GPU."""
-        return self._trainer_device.type == "cuda"
+        return self.trainer_device.type == "cuda"
 
     # On the trainer's thread.
 
@@ -89,11 +89,11 @@ class Staging:
         first = self._num_collected
         end = first + (leaves[0].shape[0] if rows is None else len(rows))
         if end > len(self._collected):
-            collected = self._rows(end, self._trainer_device)
+            collected = self._rows(end, self.trainer_device)
             collected[:first] = self._collected[:first]
             self._collected = collected
         self._layout.pack(
-            [leaf.to(self._trainer_device) for leaf in leaves],
+            [leaf.to(self.trainer_device) for leaf in leaves],
             rows,
             self._collected[first:end],
         )
@@ -112,12 +112,12 @@ class Staging:
         """All that was collected since the last call; must be used up before the next."""
         records = self._collected[: self._num_collected]
         self._num_collected = 0
-        return Candidates(records, self._mark(self._trainer_device))
+        return Candidates(records, self._mark(self.trainer_device))
 
     def take(self, first: int, num_rows: int) -> Tensor:
         """Staged representatives as records, valid until ``release``."""
         if self._delivery is not None:
-            if self._trainer_device.type == "cuda":
+            if self.trainer_device.type == "cuda":
                 torch.cuda.current_stream(self._cuda).wait_event(self._delivery)
             else:
                 self._delivery.synchronize()
@@ -125,15 +125,15 @@ class Staging:
 
     def release(self) -> None:
         """Says that all use of the views from ``take`` has been issued."""
-        self._taken = self._mark(self._trainer_device)
+        self._taken = self._mark(self.trainer_device)
 
     def copy_for_trainer(self, rows: Tensor) -> Tensor:
         """A copy of records of the shard, on the trainer's device; blocks until it is there."""
         # Allocated on the trainer's stream, which uses it; what was there before, too.
-        copied = torch.empty_like(rows, device=self._trainer_device)
+        copied = torch.empty_like(rows, device=self.trainer_device)
         if self._stream is None:
             return copied.copy_(rows)
-        ready = self._mark(self._trainer_device)
+        ready = self._mark(self.trainer_device)
         with self.worker_stream():  # after the last round's writes
             if ready is not None:
                 self._stream.wait_event(ready)
@@ -149,13 +149,21 @@ class Staging:
 
     def collected(self, num_rows: int) -> Tensor:
         """A copy of the first candidates that wait for their round, in CPU memory."""
-        return self._collected[:num_rows].cpu().clone()
+        rows = self._collected[:num_rows]
+        if self.on_gpu:  # `rehearse` may have just moved them there, on a stream of its own
+            torch.cuda.synchronize(self.trainer_device)
+        return rows.cpu().clone()
 
     def put_back(self, staged: Tensor, collected: Tensor) -> None:
         """Places what ``staged`` and ``collected`` gave where it was."""
-        self._delivered[: len(staged)] = staged.to(self._trainer_device)
-        self._collected = collected.to(self._trainer_device)
+        self._delivered[: len(staged)] = staged.to(self.trainer_device)
+        self._collected = collected.to(self.trainer_device)
         self._num_collected = len(collected)
+
+    def finish_writes(self) -> None:
+        """Waits for what was issued on the worker's stream: other streams may read it then."""
+        if self._stream is not None:
+            self._stream.synchronize()
 
     # On the worker's thread, inside `worker_stream`.
 
@@ -167,7 +175,7 @@ class Staging:
         """The candidates' records on the shard's device; blocks until they are there."""
         if self._stream is not None and candidates.ready is not None:
             self._stream.wait_event(candidates.ready)
-        if self._trainer_device == self._shard_device:
+        if self.trainer_device == self._shard_device:
             return candidates.records
         num_rows = len(candidates.records)
         if num_rows > len(self._arrived):

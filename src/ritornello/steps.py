@@ -12,7 +12,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -249,8 +249,10 @@ class Steps:
                     )
         saving = self.rounds.saving
         if saving is not None and not saving.has_ended:
-            self._worker.stop(wait_seconds)
-            saving.finish(wait_seconds)
+            if self._worker.stop(wait_seconds):
+                saving.finish(wait_seconds)
+            else:  # a round still writes the shard
+                saving.give_up()
 
     def _explain(self, error: BaseException) -> RoundError:
         """What the trainer sees of an error in the worker."""
@@ -300,6 +302,7 @@ class Steps:
             num_staged=self._num_staged,
             layout=self.layout,
             label=self._label,
+            on_gpu=self._staging is not None and self._staging.on_gpu,
             tasks=self.tasks,
             removals=self._removals,
         )
@@ -361,7 +364,8 @@ class Steps:
         self.settle()
         with self.with_peers(call):
             self.check_in_step(call)
-            self.end_saving()
+            with suppress(CheckpointError):  # it was logged, and is no reason not to load
+                self.end_saving()
             saved = together(self._transport, open_saved, call)
             ids = self._transport.all_gather(np.array([digest(saved.manifest.in_common)]))
             if (ids != ids[0]).any():
@@ -417,9 +421,15 @@ class Steps:
                 raise CheckpointError(f"{call}: the saved buffer had not begun, but this one has")
             self.tasks, self._removals = manifest.tasks, manifest.removals
             return
-        if self.layout is None:
-            layout, self._label = manifest.layout, manifest.label
-            together(self._transport, lambda: self._open_saved(layout), call)
+        layout = manifest.layout
+
+        def begin() -> None:
+            # Some ranks may know the layout from a mini-batch that was refused.
+            if self.layout is None:
+                self._label = manifest.label
+                self._open_saved(layout, manifest.on_gpu)
+
+        together(self._transport, begin, call)
         staged = waiting = torch.zeros((0, manifest.record_bytes), dtype=torch.uint8)
 
         def understand() -> tuple[Tensor, Tensor]:
@@ -457,9 +467,10 @@ class Steps:
     def _draw_again(self) -> None:
         """Starts a round for the next step, with those candidates alone that waited for one."""
         assert self._staging is not None
-        self._num_offers = self.rounds.num_rounds * self._rounds_per_exchange
+        # The next offer starts a round, if the last one does not.
+        self._num_offers = (self.rounds.num_rounds + 1) * self._rounds_per_exchange - 1
         if self._is_offered:
-            self._num_offers += self._rounds_per_exchange
+            self._num_offers += 1
             self._round_runs = True
             self._worker.start(self._staging.candidates())
             self._num_waiting = 0
@@ -490,7 +501,7 @@ class Steps:
     def _draws_per_round(self) -> int:
         return self.num_draws * self._rounds_per_exchange
 
-    def _open_saved(self, layout: Layout) -> None:
+    def _open_saved(self, layout: Layout, on_gpu: bool) -> None:
         """Like ``_open``, before any mini-batch, and with room only for records that fit.
 
         Raises:
@@ -503,7 +514,10 @@ class Steps:
             raise MemoryError(
                 f"{num_per_round} representatives of {layout.record_bytes} bytes do not fit"
             )
-        self._open(layout, torch.device("cpu"))
+        device = torch.device("cpu")
+        if on_gpu and torch.cuda.is_available():  # the first draw may come before any mini-batch
+            device = torch.device("cuda", torch.cuda.current_device())
+        self._open(layout, device)
         self._is_restored = True
 
     def _open(self, layout: Layout, device: torch.device) -> None:
@@ -519,11 +533,11 @@ class Steps:
         self._is_restored = False
         layout = Layout.of(batch)  # the same, with the batch's own types of containers
         device = _device_of(leaves)
-        if device.type == "cpu":
+        assert self._staging is not None
+        if device == self._staging.trainer_device:
             self.layout = layout
             return
         self.settle()
-        assert self._staging is not None
         staged = self._staging.staged(self._num_staged)
         waiting = self._staging.collected(self._num_waiting)
         self._open(layout, device)

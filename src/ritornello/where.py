@@ -117,6 +117,9 @@ class Where:
         # Names may have commas in them.
         whole = isinstance(values, str) and values in names
         texts = (str(values),) if whole else _texts(values)
+        unknown = sorted(set(texts) - set(names))
+        if unknown:
+            raise ValueError(f"where task: no task is named {unknown}; there are {names}")
         numbers = np.flatnonzero(np.isin(names, texts))
         return Condition("task", None, False, numbers, texts)
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 
 from ritornello import Forgotten, SavedFolder, forget
 from ritornello.experiments.inspection import find_buffers
 from ritornello.experiments.inspection_tables import shown
-from ritornello.where import Where
+from ritornello.manifest import Manifest
+from ritornello.where import Values, Where
 
 
 def conditions_of(texts: Sequence[str]) -> dict[str, str]:
@@ -42,10 +44,29 @@ def forget_everywhere(
         ValueError: a condition that some buffer's samples cannot meet; nothing is changed.
         CheckpointError: see ``ritornello.forget``; the buffers before are done.
     """
-    buffers = find_buffers(folder)
-    for each in buffers:
-        Where(conditions, SavedFolder(each).manifest)
-    return {each: forget(each, conditions, dry_run=dry_run) for each in buffers}
+    manifests = {each: SavedFolder(each).manifest for each in find_buffers(folder)}
+    meant = _of_each_buffer(conditions, manifests)
+    for each, own in meant.items():
+        Where(own, manifests[each])
+    return {each: forget(each, own, dry_run=dry_run) for each, own in meant.items()}
+
+
+def _of_each_buffer(
+    conditions: dict[str, str], manifests: Mapping[Path, Manifest]
+) -> dict[Path, dict[str, Values]]:
+    """The conditions for each buffer that can have such samples.
+
+    A checkpoint knows only the tasks that had begun: of those that are meant, each gets its own.
+    """
+    if "task" not in conditions:
+        return {each: {**conditions} for each in manifests}
+    names = {each: [task.name for task in own.tasks] for each, own in manifests.items()}
+    text, everywhere = conditions["task"], set(chain.from_iterable(names.values()))
+    wanted = [text] if text in everywhere else [part.strip() for part in text.split(",")]
+    if not everywhere.issuperset(wanted):
+        return {each: {**conditions} for each in manifests}  # which is refused by name
+    owns = {each: [name for name in wanted if name in names[each]] for each in manifests}
+    return {each: {**conditions, "task": own} for each, own in owns.items() if own}
 
 
 def outcome_text(path: Path, forgotten: Forgotten, dry_run: bool) -> str:

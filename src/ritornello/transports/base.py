@@ -1,7 +1,8 @@
 """The contract of a transport: what moves records between ranks.
 
 Three methods make a transport, and two more serve those whose ranks read each other's shards.
-The worker alone calls them, in the same order on every rank.
+The worker calls them, and between rounds the trainer's thread, never both at once; in the same
+order on every rank.
 ``ritornello.testing.TransportConformance`` is the suite that every transport passes.
 """
 
