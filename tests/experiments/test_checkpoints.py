@@ -373,3 +373,23 @@ def test_real_kills(tmp_path: Path) -> None:
                 os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 0, printed
     assert printed.rstrip().endswith("the same")
+
+
+def test_a_signal_between_two_runs_is_heard_by_the_second(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = train.write_json
+
+    def write_and_preempt(path: Path, content: Any) -> None:
+        write(path, content)
+        if path.name == "results.json":
+            preempt()
+
+    monkeypatch.setattr(train, "write_json", write_and_preempt)
+    variants = {
+        name: recipe_named("digits", strategy=name, epochs=1, num_tasks=2)
+        for name in ("incremental", "rehearsal")
+    }
+    with pytest.raises(RunInterruptedError):
+        train.compare(variants, str(tmp_path), saving=EVERY_7)
+    assert [path.parent.name for path in tmp_path.rglob("results.json")] == ["incremental"]

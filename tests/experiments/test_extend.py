@@ -325,6 +325,23 @@ def test_data_that_are_gone_and_data_that_were_moved(
     report.write_report({"living": others}, tmp_path / "report.html")
 
 
+def test_a_path_that_is_used_again_holds_no_earlier_data(
+    living: Path, arrived: Path, tmp_path: Path
+) -> None:
+    today = tmp_path / "today.npz"
+    for name, source in (("monday", "second.npz"), ("tuesday", "first.npz")):
+        shutil.copy(arrived / source, today)
+        results = extend(str(living), str(today), name=name, changes={"epochs": 1})
+    assert results["top1"][-1][3] is None  # monday's are gone
+    assert results["top1"][-1][4] is not None
+
+
+def test_a_damaged_model_is_named(living: Path, arrived: Path) -> None:
+    (living / "model.pt").write_bytes((living / "model.pt").read_bytes()[:500])
+    with pytest.raises(CheckpointError, match=r"cannot read .*model\.pt"):
+        extend(str(living), str(arrived / "second.npz"))
+
+
 def test_another_folder(living: Path, arrived: Path, tmp_path: Path) -> None:
     before = contents(living)
     other = tmp_path / "other"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -375,6 +377,31 @@ def test_a_run_is_forgotten_with_its_checkpoints(capsys: pytest.CaptureFixture[s
     for folder in folders:
         assert f"{folder}: 10 samples forgotten, 30 representatives left" in printed
         assert 1 not in inspect_buffer(folder).tasks
+
+
+def test_what_a_killed_run_has_left_half_written_goes_too() -> None:
+    save(Path("out/buffer"))
+    save(Path("out/checkpoints/step-00000009.partial/buffer"))
+    assert run("forget", "out", "--where", "label=1") == 0
+    assert not list(Path("out/checkpoints").iterdir())
+
+
+def test_a_run_that_goes_on_is_not_touched(capsys: pytest.CaptureFixture[str]) -> None:
+    save(Path("out/buffer"))
+    before = Path("out/buffer/manifest.json").read_bytes()
+    program = (
+        "from pathlib import Path; from ritornello.experiments.folder_lock import locked\n"
+        "with locked(Path('out')): print('locked', flush=True); input()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "locked\n"
+        assert run("forget", "out", "--where", "label=1") == 2
+        other.communicate("\n")
+    assert Path("out/buffer/manifest.json").read_bytes() == before
+    assert "another job is writing there" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -134,6 +134,9 @@ class Checkpoints:
             return None
         with self._ranks.together(f"cannot read {path}; all ranks must see it"):
             description = json.loads((path / "run.json").read_text())
+            if description.get("format") != FORMAT:
+                found = description.get("format")
+                raise ValueError(f"it has the format {found}, this release reads {FORMAT}")
             state = torch.load(path / "trainer.pt", map_location="cpu", weights_only=True)
         return Checkpoint(path, description, state["trainer"], state["ranks"])
 

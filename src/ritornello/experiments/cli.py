@@ -406,7 +406,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except RunInterruptedError as end:
         place = place_in_job(os.environ)
         interruption = str(end) if place is None or place.rank == 0 else "", end.status
-    except (ValueError, FileNotFoundError, FileExistsError, ConnectionError) as error:
+    except (ValueError, OSError) as error:
         if os.environ.get("RITORNELLO_TRACEBACK"):
             raise
         _fail(error, status=2)
@@ -506,7 +506,10 @@ def _output_folder(output: str | None, default_name: str, goes_on: bool = False)
     """
     if output is not None:
         folder = Path(output)
-        if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        if folder.exists() and not folder.is_dir():
+            raise FileExistsError(f"--output {output}: it is no folder; give another one")
+        # A lock alone is of a run that failed before it had begun.
+        if not folder.exists() or not {each.name for each in folder.iterdir()} - {".lock"}:
             return folder
         is_run = any((folder / name).exists() for name in RUN_FILES)
         if goes_on and is_run:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import zipfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -166,6 +167,8 @@ def _torchvision(name: str, folder: str) -> DataSet:
 def _npz(name: str, path: Path) -> DataSet:
     if not path.exists():
         raise FileNotFoundError(f"data: there is no file {path}")
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"data: {path} is damaged, or no npz file")
     with np.load(path, allow_pickle=False) as archive:
         parts = [_npz_part(path, archive, part) for part in ("train", "test")]
         num_classes = int(max(labels.max(initial=0) for _, labels in parts)) + 1

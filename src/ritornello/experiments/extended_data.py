@@ -35,12 +35,13 @@ def image_shape_of(before: Results) -> tuple[int, int, int]:
     return channels, height, width
 
 
-def earlier_tasks(before: Results, moved: Sequence[Path]) -> EarlierTasks:
+def earlier_tasks(before: Results, moved: Sequence[Path], new: Path) -> EarlierTasks:
     """Finds the test samples of all tasks of a run, where they can still be read.
 
     Args:
         before: the run.
         moved: where data lie now that were moved: they themselves, or the folders that hold them.
+        new: what has arrived; no earlier task's data can be there any more.
 
     Raises:
         ValueError: no task's data have the name of one of ``moved``, or lie in it.
@@ -65,6 +66,8 @@ def earlier_tasks(before: Results, moved: Sequence[Path]) -> EarlierTasks:
         by_path.setdefault(entry.get("path"), []).append(number)
     for path, numbers in by_path.items():
         try:
+            if path is not None and (len(numbers) > 1 or places[path].absolute() == new.absolute()):
+                raise ValueError(f"{path} holds the data of a later task now")
             found, tasks = _read(before, path, places)
             sizes = [len(task.test_indices) for task in tasks]
             expected = [entries[number]["test_samples"] for number in numbers]

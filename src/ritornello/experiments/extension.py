@@ -116,8 +116,14 @@ def extend(
         )
         checkpoints = Checkpoints(work / "checkpoints", saving.keep, ranks)
         saver = None if signals is None else Saver(saving, checkpoints, ranks, signals)
-        if not (resumes and train.go_on(trainer, checkpoints, f"remove {work}")):
-            weights = torch.load(part_of(folder, "model.pt"), map_location="cpu", weights_only=True)
+        fix = (
+            "go on first with the extension that was interrupted (its --data and flags, --resume), "
+            f"or remove {work}"
+        )
+        if not (resumes and train.go_on(trainer, checkpoints, fix)):
+            model = part_of(folder, "model.pt")
+            with ranks.together(f"cannot read {model}"):
+                weights = torch.load(model, map_location="cpu", weights_only=True)
             trainer.follow(_log_of(extension.before), weights, part_of(folder, "buffer"))
             _test_before(trainer)
         results = _results(extension.before, trainer.train(saver), command)
@@ -133,7 +139,7 @@ def _stream(
 ) -> tuple[DataSet, list[Task]]:
     """The new task behind the earlier ones, the same on every rank."""
     before = extension.before
-    earlier = earlier_tasks(before, moved)
+    earlier = earlier_tasks(before, moved, extension.data)
     if any(each != earlier.not_read for each in ranks.gather(earlier.not_read)):
         raise ValueError("the ranks do not see the same data of earlier tasks: check their paths")
     new = load_arrival(extension.data, image_shape_of(before))

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 
 from ritornello import Forgotten, SavedFolder, forget
+from ritornello.checkpoint import remove_leftovers
+from ritornello.experiments.checkpoints import PARTIAL
+from ritornello.experiments.folder_lock import locked
 from ritornello.experiments.inspection import find_buffers
 from ritornello.experiments.inspection_tables import shown
+from ritornello.experiments.living_folder import COMPLETE, IN_WORK
 from ritornello.manifest import Manifest
 from ritornello.where import Values, Where
 
@@ -48,7 +53,20 @@ def forget_everywhere(
     meant = _of_each_buffer(conditions, manifests)
     for each, own in meant.items():
         Where(own, manifests[each])
-    return {each: forget(each, own, dry_run=dry_run) for each, own in meant.items()}
+    if dry_run or folder in manifests:
+        return {each: forget(each, own, dry_run=dry_run) for each, own in meant.items()}
+    with locked(folder):  # a run that goes on would bring them back
+        _remove_unfinished(folder)
+        return {each: forget(each, own) for each, own in meant.items()}
+
+
+def _remove_unfinished(folder: Path) -> None:
+    """Removes what a killed job has left half written: no run goes on from it."""
+    for place in (folder, folder / IN_WORK, folder / COMPLETE):
+        for each in place.glob(f"checkpoints/*{PARTIAL}"):
+            shutil.rmtree(each)
+        if (place / "buffer").is_dir():
+            remove_leftovers(place / "buffer")
 
 
 def _of_each_buffer(

@@ -65,17 +65,23 @@ class Saver:
         checkpoints: where.
         ranks: of the run.
         signals: that ask the run to stop.
+        flags: with which it goes on then.
     """
 
     def __init__(
-        self, saving: Saving, checkpoints: Checkpoints, ranks: Ranks, signals: NotedSignals
+        self,
+        saving: Saving,
+        checkpoints: Checkpoints,
+        ranks: Ranks,
+        signals: NotedSignals,
+        flags: str = "--resume",
     ) -> None:
         minutes = saving.save_minutes
         if minutes is None and saving.save_every is None:
             minutes = MINUTES
         self._every = saving.save_every
         self._seconds = None if minutes is None else 60 * minutes
-        self._checkpoints, self._signals = checkpoints, signals
+        self._checkpoints, self._signals, self._flags = checkpoints, signals, flags
         self._agreement = Agreement(ranks)
         self._last = time.monotonic()
 
@@ -103,4 +109,6 @@ class Saver:
         self._checkpoints.write(snapshot)
         self._last = time.monotonic()
         if number:
-            raise RunInterruptedError(number, f"saved at {snapshot.where}; goes on with --resume")
+            raise RunInterruptedError(
+                number, f"saved at {snapshot.where}; goes on with {self._flags}"
+            )

@@ -24,11 +24,12 @@ from ritornello.experiments.checkpoints import Checkpoints, on_disk
 from ritornello.experiments.config import Recipe
 from ritornello.experiments.data import DataSet, load
 from ritornello.experiments.folder_lock import locked
-from ritornello.experiments.interruption import NotedSignals
+from ritornello.experiments.interruption import NotedSignals, RunInterruptedError
 from ritornello.experiments.launch import restarted
 from ritornello.experiments.progress import say
 from ritornello.experiments.ranks import Ranks
 from ritornello.experiments.results import Results
+from ritornello.experiments.saved_results import runs_in
 from ritornello.experiments.saving import Saver, Saving
 from ritornello.experiments.scenarios import SCENARIOS
 from ritornello.experiments.strategies import GDumb, RehearsalStrategy, strategy_named
@@ -63,6 +64,7 @@ def compare(
         check(recipe, _num_ranks())
     loaded: dict[tuple[Any, ...], DataSet] = {}
     comparison = {}
+    signals = NotedSignals() if saving.is_on else None
     for label, recipe in variants.items():
         key = (recipe.data, recipe.data_path, recipe.image_size)
 
@@ -73,7 +75,7 @@ def compare(
             return loaded[key]
 
         folder = None if output is None else f"{output}/{folder_name(label)}"
-        comparison[label] = run(recipe, folder, data, command, saving)
+        comparison[label] = run(recipe, folder, data, command, saving, signals)
         if output is not None and _rank() == 0:
             write_json(Path(output) / "comparison.json", comparison)
     return comparison
@@ -85,6 +87,7 @@ def run(
     data: DataSet | Callable[[], DataSet] | None = None,
     command: str = "",
     saving: Saving = OFF,
+    signals: NotedSignals | None = None,
 ) -> Results:
     """Runs a recipe, or goes on with a run.
 
@@ -96,6 +99,7 @@ def run(
         command: what was typed, for the results.
         saving: whether and when there are checkpoints, and whether to go on from one. A rank that
             an elastic launcher has started again always goes on.
+        signals: what notes them, if the runs before have noted there, too.
 
     Returns:
         The results, the same on every rank but for times and the buffer's statistics. Those that
@@ -124,7 +128,11 @@ def run(
             done = ranks.tell(finished(recipe, folder, ranks.num_ranks))
             if done is not None:
                 return Results(done)
-        signals = stack.enter_context(NotedSignals()) if saving.is_on else None
+        is_one_of_several = signals is not None
+        signals = stack.enter_context(signals or NotedSignals()) if saving.is_on else None
+        # One that came in the last evaluation of the run before, or while its buffer was saved.
+        if number := ranks.start_maximum([signals.number if signals else 0])()[0]:
+            raise RunInterruptedError(number, "between two runs; goes on with --resume")
         device = device_named(recipe.device)
         stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
         data = data() if callable(data) else data
@@ -133,7 +141,8 @@ def run(
         saver = checkpoints = None
         if folder is not None and signals is not None:
             checkpoints = Checkpoints(folder / "checkpoints", saving.keep, ranks)
-            saver = Saver(saving, checkpoints, ranks, signals)
+            flags = "--resume" if is_one_of_several else f"--resume --output {folder}"
+            saver = Saver(saving, checkpoints, ranks, signals, flags)
             if resumes:
                 go_on(trainer, checkpoints)
         # As JSON would give it back: what is returned is what is written.
@@ -154,9 +163,9 @@ def finished(recipe: Recipe, folder: Path, num_ranks: int) -> Results | None:
     path = folder / "results.json"
     if not path.exists():
         return None
-    results: Results = json.loads(path.read_text())
+    [results] = runs_in(path)
     _check_same(recipe.on(num_ranks), results["config"], folder, results["world_size"])
-    return results
+    return dict(results)
 
 
 def all_finished(recipes: Mapping[str, Recipe], folder: Path, num_ranks: int) -> bool:
@@ -179,6 +188,8 @@ def check(recipe: Recipe, num_ranks: int) -> None:
     """
     kind = strategy_named(recipe.strategy)
     recipe.check(num_ranks)
+    if recipe.device not in ("auto", "cpu") and not recipe.device.startswith("cuda"):
+        raise ValueError(f"device={recipe.device!r}: there are auto, cpu, cuda")
     for name, allowed in (
         ("scenario", SCENARIOS),
         ("augmentation", AUGMENTATIONS),
