@@ -18,7 +18,7 @@ demo: $(STAMP)
 	$(VENV)/bin/ritornello demo
 
 test: $(STAMP)
-	$(VENV)/bin/python -m pytest --numprocesses 2
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses 2
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .
