@@ -24,7 +24,7 @@ def test_no_two_keys_share_a_stream() -> None:
         for step in (0, 1, 2)
         for rank in (0, 1, 2, SHARED)
     }
-    assert len(drawn) == 4 * 3 * 3 * 4
+    assert len(drawn) == 4 * len(Purpose) * 3 * 4
 
 
 def test_the_global_random_state_is_untouched() -> None:

@@ -77,7 +77,7 @@ def test_the_recipe_runs_from_files_to_results_on_two_ranks(
     assert buffer["record_bytes"] == 3 * 40 * 40 + 8 + 8  # uint8 at full size, label, alignment
     assert set(buffer["held_per_class"]) == set(map(str, range(NUM_CLASSES)))
     assert incremental["average_top1"] < 0.45
-    assert rehearsal["average_top1"] > incremental["average_top1"] + 0.15
+    assert rehearsal["average_top1"] > incremental["average_top1"] + 0.1
     assert rehearsal["average_top5"] > 0.8
 
 
