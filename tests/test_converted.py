@@ -116,9 +116,10 @@ def test_a_buffer_that_had_not_begun(make: Made, tmp_path: Path) -> None:
         (lambda batch: (batch[0][:-1], batch[1][:-1]), "convert: .* samples have become"),
         (lambda batch: (batch[0], batch[1][:-1]), "all leaves of a mini-batch need the same"),
         (lambda batch: (batch[1], batch[0]), "label"),
+        (lambda batch: (batch[0], (batch[1] + 1) % 3), "convert: labels have changed"),
         (lambda batch: "none", "batch is a str; the buffer holds tensors"),
     ],
-    ids=["no label", "fewer", "fewer labels", "label is no integer", "no tensors"],
+    ids=["no label", "fewer", "fewer labels", "label is no integer", "other labels", "no tensors"],
 )
 def test_what_is_no_conversion(
     convert: Callable[[Any], Any], message: str, saved: tuple[Path, int], make: Made

@@ -447,9 +447,12 @@ def test_a_forked_process_does_not_keep_the_folder(
     with make(LocalTransport()) as buffer:
         run_on(buffer, 0, 0, 2)
         buffer.save(tmp_path)
+        run_on(buffer, 0, 2, 1)
         buffer.save(tmp_path)
     for descriptor in inherited:
         os.close(descriptor)
+    assert len(inherited) == 2
+    assert num_saved_rounds(tmp_path) == 3
 
 
 def test_a_file_system_without_locks(

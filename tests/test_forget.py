@@ -319,6 +319,19 @@ def test_conditions_that_samples_cannot_meet(
     assert files_in(tmp_path) == before
 
 
+def test_a_task_that_is_misspelt_is_named(tmp_path: Path) -> None:
+    with RehearsalBuffer(9, num_representatives=1, selection="fifo", label=None) as buffer:
+        for name in ("one", "two"):
+            buffer.begin_task(name)
+            buffer.update((torch.zeros(4), torch.arange(4)))
+        buffer.save(tmp_path)
+    before = files_in(tmp_path)
+    for task in ("twoo", "one,twoo"):
+        with pytest.raises(ValueError, match=r"no task is named \['twoo'\]; there are"):
+            forget(tmp_path, {"task": task})
+    assert files_in(tmp_path) == before
+
+
 def test_a_buffer_without_tasks_or_label(tmp_path: Path) -> None:
     with RehearsalBuffer(9, num_representatives=1, selection="fifo", label=None) as buffer:
         buffer.update((torch.zeros(4), torch.arange(4)))

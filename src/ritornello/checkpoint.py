@@ -99,13 +99,6 @@ class SavedBuffer(Protocol):
             CheckpointError: it is not there, or not as the manifest says.
         """
 
-    def check(self, rank: int) -> None:
-        """Reads a whole shard.
-
-        Raises:
-            CheckpointError: it is damaged.
-        """
-
     def checked_rows(self, rank: int) -> Iterator[tuple[Ints, Bytes]]:
         """All representatives of a shard, a piece at a time, checked at the end.
 
@@ -520,7 +513,11 @@ class SavedFolder(SavedBuffer):
         return file
 
     def check(self, rank: int) -> None:
-        """See ``SavedBuffer.check``."""
+        """Reads a whole shard.
+
+        Raises:
+            CheckpointError: it is damaged.
+        """
         with self.shard(rank) as file:
             file.check(self.manifest.files[rank].sha256)
 

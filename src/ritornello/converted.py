@@ -58,10 +58,6 @@ class Converted(SavedBuffer):
         with self._saved.shard(rank) as shard:
             yield _ConvertedShard(shard, self)
 
-    def check(self, rank: int) -> None:
-        """See ``SavedBuffer.check``."""
-        self._saved.check(rank)
-
     def checked_rows(self, rank: int) -> Iterator[tuple[Ints, Bytes]]:
         """See ``SavedBuffer.checked_rows``."""
         for positions, rows in self._saved.checked_rows(rank):

@@ -35,7 +35,7 @@ from ritornello.checkpoint import (
 from ritornello.contents import Contents
 from ritornello.errors import CheckpointError
 from ritornello.manifest import Manifest, Removal, SavedFile
-from ritornello.rounds import rows_of_rank
+from ritornello.rounds import rows_per_rank
 from ritornello.saved_arrays import CONTENTS, POLICY, part_of, records_of
 from ritornello.saved_representatives import admission_rounds
 from ritornello.selection import POLICIES, SelectionPolicy
@@ -236,7 +236,7 @@ def _without(
 def _places(manifest: Manifest, kept: list[Ints]) -> tuple[Ints, Ints]:
     """Where in the whole buffer, see ``Contents``, the records that stay were, and are now."""
     num_ranks = manifest.num_ranks
-    rooms = np.array([rows_of_rank(manifest.capacity, i, num_ranks) for i in range(num_ranks)])
+    rooms = rows_per_rank(manifest.capacity, num_ranks)
     firsts = np.repeat(rooms.cumsum() - rooms, [len(slots) for slots in kept])
     after = np.concatenate([np.arange(len(slots)) for slots in kept])
     return firsts + np.concatenate(kept), firsts + after

@@ -40,6 +40,11 @@ def rows_of_rank(capacity: int, rank: int, num_ranks: int) -> int:
     return capacity // num_ranks + (rank < capacity % num_ranks)
 
 
+def rows_per_rank(capacity: int, num_ranks: int) -> Ints:
+    """Every rank's part of the capacity, int64 ``[num_ranks]``."""
+    return np.array([rows_of_rank(capacity, rank, num_ranks) for rank in range(num_ranks)])
+
+
 class Rounds:
     """One rank's side of all rounds. The worker runs them; all else is for between two rounds.
 
@@ -91,9 +96,7 @@ class Rounds:
         )
         self._storage = storage
         self.capacity = capacity
-        self._limits = np.array(
-            [rows_of_rank(capacity, i, transport.num_ranks) for i in range(transport.num_ranks)]
-        )
+        self._limits = rows_per_rank(capacity, transport.num_ranks)
         self.contents = self._no_contents()
         self._admitted_in = np.zeros(0, dtype=np.int64)  # slot -> round, made with the shard
         selection.bind(self.num_rows, transport.rank, transport.num_ranks)
@@ -255,7 +258,7 @@ class Rounds:
         """
         manifest = saved.manifest
         num_ranks, sizes = manifest.num_ranks, np.array(manifest.held_per_rank)
-        rooms = np.array([rows_of_rank(manifest.capacity, i, num_ranks) for i in range(num_ranks)])
+        rooms = rows_per_rank(manifest.capacity, num_ranks)
 
         def understand() -> tuple[SelectionPolicy, Ints, Ints, Ints, Floats | None]:
             _check_sizes(sizes, rooms)

@@ -127,9 +127,6 @@ class SavedState(SavedBuffer):
             )
         return nullcontext(self._shards[rank])
 
-    def check(self, rank: int) -> None:
-        """See ``SavedBuffer.check``. It is in memory: nothing can be checked."""
-
     def checked_rows(self, rank: int) -> Iterator[tuple[Ints, Bytes]]:
         """See ``SavedBuffer.checked_rows``."""
         with self.shard(rank) as shard:

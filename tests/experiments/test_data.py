@@ -309,6 +309,14 @@ def test_names_that_do_not_exist() -> None:
         data.load("mnist", "nowhere.npz")
 
 
+def test_an_npz_file_that_is_cut_off(tmp_path: Path) -> None:
+    path = tmp_path / "cut.npz"
+    np.savez(path, train_images=np.zeros((9, 8, 8), np.uint8))
+    path.write_bytes(path.read_bytes()[:-30])
+    with pytest.raises(ValueError, match=r"cut\.npz is damaged, or no npz file"):
+        data.load("npz", str(path))
+
+
 def test_a_download_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from torchvision import datasets
 

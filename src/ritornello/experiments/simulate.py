@@ -18,7 +18,6 @@ from pathlib import Path
 import numpy as np
 
 import ritornello
-from ritornello.arrays import Ints
 from ritornello.experiments.draw_statistics import (
     FALSE_ALARM_RATE,
     Fairness,
@@ -31,7 +30,7 @@ from ritornello.experiments.draw_statistics import (
 )
 from ritornello.experiments.label_streams import LabelStream, fill
 from ritornello.experiments.step_time import Machine, RoundLoad, StepTime, predict
-from ritornello.rounds import rows_of_rank
+from ritornello.rounds import rows_per_rank
 from ritornello.sampling import SamplingPolicy, UniformSampling
 
 PREDICTED_RANKS = 4096
@@ -323,7 +322,7 @@ def _loads(
     r = simulation.num_representatives
     while num_ranks <= max(PREDICTED_RANKS, *loads) and simulation.capacity >= num_ranks * r:
         if num_ranks not in loads:
-            sizes = _full_shards(simulation.capacity, num_ranks)
+            sizes = rows_per_rank(simulation.capacity, num_ranks)
             traffic = TrafficCount(sizes, ranks_per_node)
             for block in draw_blocks(sizes, r, policy, simulation.seed, range(SHORT_STEPS)):
                 traffic.add(block)
@@ -331,10 +330,6 @@ def _loads(
             loads[num_ranks] = _load(num_ranks, admit_seconds, seconds, traffic.result())
         num_ranks *= 2
     return [loads[each] for each in sorted(loads)]
-
-
-def _full_shards(capacity: int, num_ranks: int) -> Ints:
-    return np.array([rows_of_rank(capacity, rank, num_ranks) for rank in range(num_ranks)])
 
 
 def _load(num_ranks: int, admit_seconds: float, seconds: float, traffic: Traffic) -> RoundLoad:
