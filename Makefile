@@ -34,5 +34,5 @@ $(STAMP): pyproject.toml
 	@echo "Making $(VENV) with PyTorch and all extras: several GB, some minutes, once."
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check torch torchvision
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[experiments,test,lint,docs]'
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[experiments,lightning,accelerate,avalanche,trackers,test,lint,docs]'
 	@touch $(STAMP)

@@ -14,7 +14,8 @@ import pytest
 import ritornello
 
 SOURCES = Path(ritornello.__file__).parent
-CORE = sorted(p for p in SOURCES.rglob("*.py") if "experiments" not in p.relative_to(SOURCES).parts)
+NOT_CORE = {"experiments", "integrations"}
+CORE = sorted(p for p in SOURCES.rglob("*.py") if not NOT_CORE & {*p.relative_to(SOURCES).parts})
 
 
 def imports_of(path: Path) -> Iterator[str]:
@@ -37,7 +38,7 @@ def files_importing(*modules: str) -> set[str]:
 @pytest.mark.parametrize("path", CORE, ids=lambda path: path.name)
 def test_the_core_imports_torch_and_numpy_alone(path: Path) -> None:
     for name in imports_of(path):
-        assert not name.startswith("ritornello.experiments")
+        assert not name.startswith(("ritornello.experiments", "ritornello.integrations"))
         top = name.partition(".")[0]
         allowed = {"torch", "numpy", "ritornello"}
         if path.name == "mpi.py":  # loads it only where it is used, see below
@@ -48,8 +49,10 @@ def test_the_core_imports_torch_and_numpy_alone(path: Path) -> None:
 def test_importing_the_library_loads_no_experiments_and_no_mpi() -> None:
     code = (
         "import sys, ritornello; "
-        "assert not [m for m in sys.modules if m.startswith('ritornello.experiments')]; "
+        "not_core = ('ritornello.experiments', 'ritornello.integrations'); "
+        "assert not [m for m in sys.modules if m.startswith(not_core)]; "
         "extras = {'matplotlib', 'torchvision', 'timm', 'rich', 'sklearn', 'mpi4py', 'kornia'}; "
+        "extras |= {'lightning', 'accelerate', 'avalanche', 'tensorboard', 'wandb', 'tensordict'}; "
         "assert not extras & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -1,0 +1,16 @@
+"""Ritornello at home in other frameworks: thin modules, each with an extra of the same name.
+
+Each imports its framework, so nothing here is imported by the rest of the library.
+"""
+
+
+def missing(extra: str, what: str) -> ImportError:
+    """The error that says how to get what is not installed.
+
+    Args:
+        extra: of this package, that brings it; the integration's name, too.
+        what: the framework, as its users call it.
+    """
+    return ImportError(
+        f"ritornello.integrations.{extra} needs {what}: pip install 'ritornello[{extra}]'"
+    )
