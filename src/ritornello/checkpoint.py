@@ -24,15 +24,15 @@ from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
 
 from ritornello.arrays import Bytes, Ints
 from ritornello.errors import CheckpointError
 from ritornello.manifest import MOST_BYTES, Manifest, SavedFile
+from ritornello.saved_arrays import Arrays
 from ritornello.saved_representatives import SavedRepresentatives, read
 from ritornello.shard_file import PIECE_BYTES, NewShardFile, ShardFile, open_to_read
 from ritornello.transports import Transport, together
@@ -54,8 +54,6 @@ TIDY_SECONDS = 1.0
 
 POLL_SECONDS = 0.02
 """How often rank 0 looks whether the other ranks' files are there."""
-
-Arrays = dict[str, NDArray[Any]]
 
 
 @dataclass(frozen=True)

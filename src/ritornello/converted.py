@@ -10,10 +10,10 @@ import numpy as np
 import torch
 
 from ritornello.arrays import Bytes, Ints
-from ritornello.checkpoint import Arrays, SavedBuffer, SavedShard
+from ritornello.checkpoint import SavedBuffer, SavedShard
 from ritornello.errors import CheckpointError
 from ritornello.records import Batch, Layout
-from ritornello.saved_arrays import records_of
+from ritornello.saved_arrays import Arrays, records_of
 
 Convert = Callable[[Batch], Batch]
 

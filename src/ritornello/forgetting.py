@@ -22,7 +22,6 @@ import torch
 from ritornello.arrays import Bools, Bytes, Ints
 from ritornello.assignment import State
 from ritornello.checkpoint import (
-    Arrays,
     SavedFolder,
     locked,
     now,
@@ -36,7 +35,7 @@ from ritornello.contents import Contents
 from ritornello.errors import CheckpointError
 from ritornello.manifest import Manifest, Removal, SavedFile
 from ritornello.rounds import rows_per_rank
-from ritornello.saved_arrays import CONTENTS, POLICY, part_of, records_of
+from ritornello.saved_arrays import CONTENTS, POLICY, Arrays, part_of, records_of
 from ritornello.saved_representatives import admission_rounds
 from ritornello.selection import POLICIES, SelectionPolicy
 from ritornello.shard_file import PIECE_BYTES, NewShardFile
@@ -185,7 +184,7 @@ def _rewrite(
     before, after = _places(manifest, kept)
     save_id, files = f"{random_id():016x}", []
     for rank, slots in enumerate(kept):
-        arrays = _arrays(saved, rank)
+        arrays = dict(_arrays(saved, rank))
         with _understanding(folder):
             arrays |= {POLICY + name: each for name, each in states[rank].items()}
             arrays["admitted_in"] = arrays["admitted_in"][slots]

@@ -17,6 +17,7 @@ DISTANCES = "distances"
 """The only ones that are no integers."""
 
 Arrays = Mapping[str, NDArray[Any]]
+"""By their names."""
 
 
 def part_of(arrays: Arrays, prefix: str) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import math
 import os
 import reprlib
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 from ritornello.arrays import Bytes, Ints
 from ritornello.errors import CheckpointError
+from ritornello.saved_arrays import Arrays
 from ritornello.storage import free_memory_bytes
 
 MOST_HEADER_BYTES = 2**20
@@ -51,8 +52,6 @@ DTYPES: dict[str, np.dtype[Any]] = {
 
 ROWS = "rows"
 """The array of the records, uint8 ``[num_rows, record_bytes]``; it comes last."""
-
-Arrays = Mapping[str, NDArray[Any]]
 
 
 def header_of(arrays: Arrays, num_rows: int, record_bytes: int) -> bytes:
@@ -222,7 +221,7 @@ class ShardFile:
         """Of each record."""
         return int(self._entries[ROWS][1][1])
 
-    def arrays(self) -> dict[str, NDArray[Any]]:
+    def arrays(self) -> Arrays:
         """All arrays but the rows.
 
         Raises:

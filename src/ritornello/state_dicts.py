@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from ritornello.arrays import Bytes, Ints
-from ritornello.checkpoint import Arrays, SavedBuffer, SavedShard, Snapshot
+from ritornello.checkpoint import SavedBuffer, SavedShard, Snapshot
 from ritornello.errors import CheckpointError
 from ritornello.manifest import Manifest
+from ritornello.saved_arrays import Arrays
 from ritornello.shard_file import PIECE_BYTES, ROWS, bytes_of_array
 from ritornello.transports import Transport
 

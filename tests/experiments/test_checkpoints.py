@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -259,6 +260,21 @@ def test_no_whole_checkpoint(tmp_path: Path, stop_at: StopAt) -> None:
     for name in names(tmp_path):
         cut(tmp_path / "checkpoints" / name / "trainer.pt")
     with pytest.raises(CheckpointError, match="no checkpoint is whole; remove the folder"):
+        train.run(quick(), str(tmp_path), saving=EVERY_7)
+
+
+def test_a_checkpoint_of_another_format_is_refused(tmp_path: Path, stop_at: StopAt) -> None:
+    crash_after(13, quick(), tmp_path, stop_at)
+    [name] = names(tmp_path)
+    folder = tmp_path / "checkpoints" / name
+    text = (folder / "run.json").read_text()
+    changed = text.replace('"format": 1', '"format": 2')
+    assert changed != text
+    sums = folder / "SHA256SUMS"
+    digests = [hashlib.sha256(each.encode()).hexdigest() for each in (text, changed)]
+    (folder / "run.json").write_text(changed)
+    sums.write_text(sums.read_text().replace(*digests))
+    with pytest.raises(CheckpointError, match="has the format 2, this release reads 1"):
         train.run(quick(), str(tmp_path), saving=EVERY_7)
 
 

@@ -9,19 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from command import run
 
 from ritornello.experiments import cli
 from ritornello.experiments.config import Recipe
 from ritornello.experiments.recipes import RECIPES
 from ritornello.experiments.saving import Saver
-
-
-def run(*arguments: str) -> int:
-    try:
-        cli.main(arguments)
-    except SystemExit as end:
-        return int(end.code or 0)
-    return 0
 
 
 @pytest.fixture(autouse=True)

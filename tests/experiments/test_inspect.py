@@ -12,25 +12,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from command import run
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
 from ritornello import RehearsalBuffer, SavedFolder
 from ritornello.checkpoint import replace_manifest
-from ritornello.experiments import cli, contact_sheet, inspection_tables
+from ritornello.experiments import contact_sheet, inspection_tables
 from ritornello.experiments.data import load
 from ritornello.experiments.inspection import find_buffers, inspect_buffer
 from ritornello.manifest import Removal, TaskMark
 from ritornello.testing import run_ranks
 from ritornello.transports import LocalTransport, Transport
-
-
-def run(*arguments: str) -> int:
-    try:
-        cli.main(arguments)
-    except SystemExit as end:
-        return int(end.code or 0)
-    return 0
 
 
 @pytest.fixture(autouse=True)
