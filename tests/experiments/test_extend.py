@@ -194,7 +194,7 @@ def test_old_outputs_are_as_they_were(
     old = torch.load(living / "model.pt", weights_only=True)
     seen: list[dict[str, torch.Tensor]] = []
 
-    def look(trainer: Trainer, saver: Saver | None = None) -> None:
+    def look(trainer: Trainer, saver: Saver | None = None, figures: Any = None) -> None:
         seen.append({k: v.clone() for k, v in trainer.network.model.state_dict().items()})
         crash()
 

@@ -15,25 +15,29 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
+from ritornello.experiments.colours import COLOURS, INK, PALETTE, themed
 from ritornello.experiments.metrics import average_after_each_task, matrix_of
 from ritornello.experiments.sweep import Group
 
-COLOURS = {
-    "incremental": "#d9662b",
-    "rehearsal": "#2a85d0",
-    "from-scratch": "#2e9e6b",
-    "joint": "#c2577f",
-}
-"""Told apart also by colour-blind readers, on light and on dark."""
-PALETTE = (*list(COLOURS.values())[:3], "#a06fc4", "#b08a1e", "#5c8a94", COLOURS["joint"])
 MARKERS = "osD^vP*X<"
 """As many as make marker and colour together repeat late."""
-INK = "#123456"
-"""Drawn in the page's text colour: replaced in the SVG."""
-PARTS = {"load": "#b08a1e", "wait": "#d9662b", "train": "#5c8a94"}
+PARTS = ("load", "wait", "train")
+PART_COLOURS = (4, 0, 1)
+"""Of a step, and their places in the palette."""
 
-MAX_IN_PLOT = 3
-"""Longer legends stand below the plot, where they hide nothing."""
+WIDTH, SMALL_WIDTH = 4.6, 4.0
+"""Of a picture of all groups, and of one of a single group, in inches of 72 pixels: as many as a
+telephone, and a third of a page, have for it."""
+FONT_SIZE = 10.5
+LEGEND_FONT_SIZE = 9.5
+LETTER_WIDTH = 0.53
+"""Of a letter in a legend, about, in font sizes: the reader's font is not known."""
+
+MAX_LINES = 12
+"""Tasks that one picture can show a line each of, or a number each."""
+
+NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+"""A kilobyte less, and the same bytes every time."""
 
 Drawing = tuple[tuple[float, float], Callable[[Axes], None]]
 """Size in inches, and what draws."""
@@ -57,6 +61,7 @@ def colours_of(groups: Sequence[Group]) -> list[str]:
 
 def average_over_time(groups: Sequence[Group]) -> Drawing:
     """Mean accuracy over the tasks seen so far; a band of one standard deviation of the seeds."""
+    names = [group.label for group in groups]
 
     def draw(axes: Axes) -> None:
         for number, (group, colour) in enumerate(zip(groups, colours_of(groups), strict=True)):
@@ -69,31 +74,31 @@ def average_over_time(groups: Sequence[Group]) -> Drawing:
             if group.num_runs > 1 and len(x) > 1:
                 band = 100 * runs.std(axis=0, ddof=1)
                 axes.fill_between(x, values - band, values + band, color=colour, alpha=0.2, lw=0)
-        _accuracy_axes(axes, max(len(group.first["top1"]) for group in groups))
-        legend(axes, len(groups))
+        _accuracy_axes(axes, max(group.num_tasks for group in groups))
+        legend(axes, names)
 
-    return (6.4, 3.2 + legend_inches(len(groups))), draw
+    return (WIDTH, 2.7 + legend_inches(names)), draw
 
 
 def tasks_over_time(group: Group) -> Drawing:
     """Accuracy on each task from the moment when it was learnt; mean over the seeds."""
+    names = _task_names(group)
 
     def draw(axes: Axes) -> None:
         matrix = _mean_matrix(group)
-        num_tasks = len(matrix)
-        for task, name in enumerate(_task_names(group)):
+        for task, name in enumerate(names):
             axes.plot(
-                range(task + 1, num_tasks + 1),
+                range(task + 1, len(matrix) + 1),
                 matrix[task:, task],
                 marker=MARKERS[task % len(MARKERS)],
+                markersize=5,
                 color=PALETTE[task % len(PALETTE)],
                 label=name,
             )
-        _accuracy_axes(axes, num_tasks)
-        if num_tasks <= 10:
-            axes.legend(frameon=False, labelcolor=INK, fontsize=8, loc="lower left")
+        _accuracy_axes(axes, len(matrix))
+        legend(axes, names, SMALL_WIDTH)
 
-    return (4.6, 3.2), draw
+    return (SMALL_WIDTH, 2.4 + legend_inches(names, SMALL_WIDTH)), draw
 
 
 def heat_map(group: Group) -> Drawing:
@@ -102,87 +107,95 @@ def heat_map(group: Group) -> Drawing:
     def draw(axes: Axes) -> None:
         matrix = _mean_matrix(group)
         num_tasks = len(matrix)
-        axes.imshow(matrix, cmap="viridis", vmin=0, vmax=100, aspect="auto")
+        image = axes.imshow(matrix, cmap="viridis", vmin=0, vmax=100, aspect="auto")
         axes.set_xlabel("accuracy on task (%)")
         axes.set_ylabel("after task")
-        every = range(0, num_tasks, 1 + num_tasks // 20)
+        every = range(0, num_tasks, 1 + num_tasks // MAX_LINES)
         axes.set_xticks(every, [str(i + 1) for i in every])
         axes.set_yticks(every, [str(i + 1) for i in every])
         axes.spines[:].set_visible(False)
-        if num_tasks <= 12:
-            for (row, column), value in np.ndenumerate(matrix):
-                text, colour = f"{value:.0f}", "black" if value > 55 else "white"
-                if np.isnan(value):
-                    text, colour = "-", INK
-                axes.text(column, row, text, ha="center", va="center", color=colour)
+        if num_tasks > MAX_LINES:
+            figure = axes.figure
+            assert isinstance(figure, Figure)
+            figure.colorbar(image, ax=axes, label="%").outline.set_visible(False)
+            return
+        for (row, column), value in np.ndenumerate(matrix):
+            text, colour = f"{value:.0f}", colour_on_heat_map(value)
+            if np.isnan(value):
+                text, colour = "-", INK
+            axes.text(column, row, text, ha="center", va="center", color=colour)
 
-    return (4.6, 3.2), draw
-
-
-def runtimes(groups: Sequence[Group]) -> Drawing:
-    """Training time, with the accuracy that it buys; bars of one standard deviation."""
-
-    def draw(axes: Axes) -> None:
-        places, seconds = range(len(groups)), [group.seconds.mean for group in groups]
-        axes.barh(places, seconds, color=colours_of(groups), height=0.6)
-        for place, group in enumerate(groups):
-            mean, std = group.seconds.mean, group.seconds.std or 0.0
-            if std:
-                axes.errorbar(mean, place, xerr=std, color=INK, capsize=2, lw=1)
-            _beside_bar(axes, mean + std, place, f"{mean:.1f} s, {group.average_top1.in_percent()}")
-        _bars(axes, groups, 1.8 * max(seconds))
-        axes.set_xlabel("training time (s), and average top-1 at the end")
-
-    return (5.2, 0.9 + 0.5 * len(groups)), draw
+    return (SMALL_WIDTH, 2.9), draw
 
 
-def step_times(groups: Sequence[Group]) -> Drawing:
-    """Where a step's time goes."""
-
-    def draw(axes: Axes) -> None:
-        steps = [group.step_seconds for group in groups]
-        left = np.zeros(len(groups))
-        for part, colour in PARTS.items():
-            values = np.array([1000 * each[part] for each in steps])
-            axes.barh(range(len(groups)), values, left=left, color=colour, height=0.6, label=part)
-            left += values
-        for place, (each, total) in enumerate(zip(steps, left, strict=True)):
-            share = 100 * 1000 * each["wait"] / total if total else 0.0
-            _beside_bar(axes, total, place, f"{total:.2f} ms, wait {share:.1f} %")
-        _bars(axes, groups, 1.7 * max(left))
-        axes.set_xlabel("mean time of a step (ms)")
-        axes.figure.legend(frameon=False, labelcolor=INK, ncols=3, loc="outside upper right")
-
-    return (5.2, 1.2 + 0.5 * len(groups)), draw
+def colour_on_heat_map(value: float) -> str:
+    """Of a number: black or white, whichever stands out more from what is below it."""
+    return "black" if value > 43 else "white"
 
 
-def legend(axes: Axes, num_entries: int, columns: int = 2) -> None:
-    """Names the lines: in the plot, or below it if there are many."""
-    if num_entries <= MAX_IN_PLOT:
-        axes.legend(frameon=False, labelcolor=INK)
-    else:
-        axes.figure.legend(
-            frameon=False, labelcolor=INK, fontsize=8, ncols=columns, loc="outside lower left"
-        )
+def last_row(group: Group) -> str:
+    """The end of the accuracy matrix, in words."""
+    values = _mean_matrix(group)[-1]
+    numbers = ", ".join("-" if np.isnan(value) else f"{value:.0f}" for value in values)
+    return f"after the last task the accuracies on all tasks are {numbers} %"
 
 
-def legend_inches(num_entries: int, columns: int = 2) -> float:
+def legend(axes: Axes, names: Sequence[str], width: float = WIDTH) -> None:
+    """Names the lines, below the plot, where that hides nothing."""
+    handles, labels = axes.get_legend_handles_labels()
+    axes.figure.legend(
+        handles,
+        [textwrap.fill(label, _letters(1, width)) for label in labels],
+        frameon=False,
+        labelcolor=INK,
+        fontsize=LEGEND_FONT_SIZE,
+        ncols=_columns(names, width),
+        columnspacing=1.2,
+        handlelength=1.6,
+        loc="outside lower left",
+    )
+
+
+def legend_inches(names: Sequence[str], width: float = WIDTH) -> float:
     """The height that ``legend`` needs below the plot."""
-    return 0.0 if num_entries <= MAX_IN_PLOT else 0.1 + 0.18 * -(-num_entries // columns)
+    lines = [len(textwrap.wrap(name, _letters(1, width))) for name in names]
+    columns = _columns(names, width)
+    rows = -(-len(names) // columns)
+    by_column = [lines[start : start + rows] for start in range(0, len(lines), rows)]
+    return 0.15 + 0.19 * max(sum(column) for column in by_column)
 
 
-def svg(drawing: Drawing, title: str) -> Markup:
-    """Draws a figure as inline SVG whose text and axes have the page's text colour."""
+def _columns(names: Sequence[str], width: float) -> int:
+    """As many as the longest name leaves room for."""
+    longest = max(map(len, names))
+    return next((n for n in (5, 4, 3, 2) if longest <= _letters(n, width) and n <= len(names)), 1)
+
+
+def _letters(columns: int, width: float) -> int:
+    """How many there is room for in one of the columns, beside its line."""
+    points = 72 * width / columns - 3.4 * LEGEND_FONT_SIZE
+    return int(points / (LETTER_WIDTH * LEGEND_FONT_SIZE))
+
+
+def svg(drawing: Drawing, title: str, description: str = "") -> Markup:
+    """Draws a figure as inline SVG that has the page's colours.
+
+    Args:
+        drawing: what to draw.
+        title: of the picture; each has one of its own in the page.
+        description: what is to be seen in it, for those who do not see it.
+    """
     size, draw = drawing
     settings: Any = {
         "axes.edgecolor": INK,
         "axes.labelcolor": INK,
         "axes.spines.right": False,
         "axes.spines.top": False,
-        "font.size": 10,
+        "font.size": FONT_SIZE,
         "svg.fonttype": "none",
         "svg.hashsalt": title,
         "text.color": INK,
+        "text.parse_math": False,  # a class may be called $x$
         "xtick.color": INK,
         "ytick.color": INK,
     }
@@ -190,14 +203,14 @@ def svg(drawing: Drawing, title: str) -> Markup:
         figure = Figure(figsize=size, layout="constrained")
         draw(figure.add_subplot())
         stream = io.StringIO()
-        figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
+        figure.savefig(stream, format="svg", transparent=True, metadata=NO_METADATA)
     text = stream.getvalue()
-    text = text[text.index("<svg") :].replace(INK, "currentColor")
+    text = themed(text[text.index("<svg") :])
     # Ids are per document, and the page holds several.
     prefix = "".join(letter for letter in title.lower() if letter.isalnum())
     for mark in ('id="', 'href="#', "url(#"):
         text = text.replace(mark, f"{mark}{prefix}-")
-    label = Markup.escape(title)
+    label = Markup.escape(f"{title}: {description}" if description else title)
     return Markup(text.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1))
 
 
@@ -210,32 +223,25 @@ def _mean_matrix(group: Group) -> NDArray[np.float64]:
 
 
 def _task_names(group: Group) -> list[str]:
-    """The tasks' own names where all seeds have the same ones, and where they are short."""
+    """The tasks' own names where all seeds have the same ones, and where they are short.
+
+    Legends leave out what begins with an underscore, so such a name begins with a space.
+    """
     names = [[task["name"] for task in run["tasks"]] for run in group.runs]
     same = all(each == names[0] for each in names)
     return [
-        name if same and len(name) < 24 else f"task {number + 1}"
+        " " * name.startswith("_") + name if same and len(name) < 24 else f"task {number + 1}"
         for number, name in enumerate(names[0])
     ]
 
 
-def _bars(axes: Axes, groups: Sequence[Group], right: float) -> None:
-    """Names the bars, from above, and leaves room for the texts beside them."""
-    axes.set_yticks(range(len(groups)), [textwrap.fill(group.label, 18) for group in groups])
-    axes.set_xlim(0, right)
-    axes.set_ylim(len(groups) - 0.4, -0.6)
-
-
-def _beside_bar(axes: Axes, length: float, place: int, text: str) -> None:
-    axes.annotate(text, (length, place), (5, 0), textcoords="offset points", va="center", color=INK)
-
-
 def _accuracy_axes(axes: Axes, num_tasks: int) -> None:
     axes.set_ylim(-3, 103)
-    if num_tasks <= 20:
+    axes.set_xlim(1 - 0.05 * num_tasks, 1.05 * num_tasks)
+    if num_tasks <= MAX_LINES:
         axes.set_xticks(range(1, num_tasks + 1))
     else:
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     axes.set_xlabel("after task")
     axes.set_ylabel("top-1 accuracy (%)")
     axes.grid(axis="y", alpha=0.25)

@@ -7,6 +7,8 @@ from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ritornello.experiments.provenance import commands_of, origin_of
+from ritornello.experiments.summaries import families_of, times_incremental
 from ritornello.experiments.sweep import (
     WITHOUT_BUFFER,
     Group,
@@ -38,9 +40,9 @@ def write_results_page(runs: Sequence[Results], path: Path, command: str) -> Non
 
 def page_of(runs: Sequence[Results], command: str) -> str:
     """The page's text. It depends on the runs alone, not on their order or the time of day."""
-    families: dict[str, list[Group]] = {}
-    for group in summarise({str(number): run for number, run in enumerate(_sorted(runs))}):
-        families.setdefault(family_of(group.recipe), []).append(group)
+    families = families_of(
+        summarise({str(number): run for number, run in enumerate(_sorted(runs))})
+    )
     parts = [
         "# Results",
         f"This page is generated: `{command}` writes it from saved results. Accuracies are means "
@@ -85,7 +87,6 @@ def _sorted(runs: Iterable[Results]) -> list[Results]:
 
 def _section(groups: Sequence[Group]) -> list[str]:
     """The description, the table, and where its figures come from."""
-    runs = [run for group in groups for run in group.runs]
     several_recipes = len({group.recipe for group in groups}) > 1
     header = ["strategy", "buffer", "ranks", "seeds", "top-1", "published", "difference (points)"]
     if several_recipes:
@@ -111,8 +112,8 @@ def _section(groups: Sequence[Group]) -> list[str]:
     return [
         *([_sentence(description)] if description else []),
         _table(header, rows, num_left=2 if several_recipes else 1),
-        _commands(runs),
-        _origin(groups, runs),
+        _commands(groups),
+        _origin(groups),
     ]
 
 
@@ -157,38 +158,16 @@ def _buffer(group: Group) -> str:
     return text if drawn is None else f"{text}, r = {drawn}"
 
 
-def _commands(runs: Sequence[Results]) -> str:
-    commands = list(dict.fromkeys(run["command"] for run in runs if run.get("command")))
+def _commands(groups: Sequence[Group]) -> str:
+    commands = commands_of(groups)
     if not commands:
         return "The commands were not written down."
     return "\n".join(["```sh", *commands, "```"])
 
 
-def _origin(groups: Sequence[Group], runs: Sequence[Results]) -> str:
+def _origin(groups: Sequence[Group]) -> str:
     """Seeds, versions, machines, dates, and the source of the published figures."""
-    dates = sorted(str(run["date"])[:10] for run in runs)
-    machines = [
-        ", ".join(
-            [
-                str(machine[name]) + (" cores" if name == "cores" else "")
-                for name in ("device", "processor", "cores")
-                if machine.get(name)
-            ]
-        )
-        for machine in (run["machine"] for run in runs)
-    ]
-    versions = [
-        ", ".join(f"{name} {number}" for name, number in run["versions"].items()) for run in runs
-    ]
-    lines = {
-        "Published": (group.published.source for group in groups if group.published),
-        "Seeds": [_range(sorted({run["seed"] for run in runs}))],
-        "Machine": machines,
-        "Versions": versions,
-        "Date": [dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"],
-    }
-    unique = {name: list(dict.fromkeys(filter(None, texts))) for name, texts in lines.items()}
-    return "\n".join(f"- {name}: {'; '.join(texts)}" for name, texts in unique.items() if texts)
+    return "\n".join(f"- {name}: {'; '.join(texts)}" for name, texts in origin_of(groups).items())
 
 
 def _frontier(groups: Sequence[Group]) -> str | None:
@@ -196,9 +175,9 @@ def _frontier(groups: Sequence[Group]) -> str | None:
     several_recipes = len({group.recipe for group in groups}) > 1
     rows = []
     for label, group in zip(_labels(groups, ["seed", "world_size"]), groups, strict=True):
-        fastest = reference_for(group, groups, "incremental")
+        multiple = times_incremental(group, groups)
         best = reference_for(group, groups, "from-scratch")
-        if fastest is None or best is None:
+        if multiple is None or best is None:
             continue
         scratch = best.average_top1.mean or math.nan
         accuracy = Statistic(
@@ -211,7 +190,7 @@ def _frontier(groups: Sequence[Group]) -> str | None:
                 label,
                 str(group.first["world_size"]),
                 accuracy.in_percent().removesuffix(" %"),
-                f"{group.seconds.mean / fastest.seconds.mean:.2f}",
+                f"{multiple:.2f}",
                 f"{group.seconds.mean:.1f}",
             ]
         )
@@ -227,12 +206,6 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]], num_left: int) 
     """The first columns to the left, figures to the right."""
     ruler = ["---"] * num_left + ["---:"] * (len(header) - num_left)
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, ruler, *rows))
-
-
-def _range(numbers: Sequence[int]) -> str:
-    if len(numbers) > 2 and numbers[-1] - numbers[0] == len(numbers) - 1:
-        return f"{numbers[0]} to {numbers[-1]}"
-    return ", ".join(map(str, numbers))
 
 
 def _sentence(text: str) -> str:

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from ritornello.experiments.report import COLOURS
+from ritornello.experiments.colours import COLOURS
 from ritornello.experiments.step_time import StepTime
 
 SETTINGS: Any = {"axes.spines.right": False, "axes.spines.top": False, "font.size": 10}

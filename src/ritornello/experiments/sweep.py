@@ -266,6 +266,11 @@ class Group:
         return str(self.first["strategy"])
 
     @property
+    def num_tasks(self) -> int:
+        """So far."""
+        return len(self.first["top1"])
+
+    @property
     def capacity(self) -> int | None:
         """Representatives in the whole buffer; None without one."""
         if self.strategy in WITHOUT_BUFFER:

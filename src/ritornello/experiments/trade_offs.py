@@ -9,10 +9,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
+from ritornello.experiments.colours import INK, PALETTE
 from ritornello.experiments.figures import (
-    INK,
+    LEGEND_FONT_SIZE,
+    LETTER_WIDTH,
     MARKERS,
-    PALETTE,
+    WIDTH,
     Drawing,
     colours_of,
     legend,
@@ -20,12 +22,8 @@ from ritornello.experiments.figures import (
 )
 from ritornello.experiments.sweep import Group, family_of, labels_of, reference_for
 
-MAX_LABELS = 10
+MAX_LABELS = 6
 """Points beyond these are named in a legend; beside them there would be no room."""
-
-FONT_SIZE = 8
-LETTER_POINTS = 0.55 * FONT_SIZE
-"""The width of a letter, about: the reader's font is not known."""
 
 Box = tuple[float, float, float, float]
 """Left, bottom, right, top, in points."""
@@ -42,7 +40,7 @@ def accuracy_by_capacity(groups: Sequence[Group]) -> Drawing | None:
         return None
     levels = [group for group in groups if group.capacity is None]
     colours = [colour for colour in PALETTE if colour not in colours_of(levels)]
-    num_entries = len(lines) + len(levels)
+    names = [*lines, *(group.label for group in levels)]
 
     def draw(axes: Axes) -> None:
         for number, (label, line) in enumerate(lines.items()):
@@ -67,9 +65,9 @@ def accuracy_by_capacity(groups: Sequence[Group]) -> Drawing | None:
         axes.set_xlabel("representatives in the whole buffer")
         axes.set_ylabel("average top-1 at the end (%)")
         axes.grid(axis="y", alpha=0.25)
-        legend(axes, max(num_entries, 4))
+        legend(axes, names)
 
-    return (6.4, 3.4 + legend_inches(max(num_entries, 4))), draw
+    return (WIDTH, 2.7 + legend_inches(names)), draw
 
 
 def accuracy_by_runtime(groups: Sequence[Group]) -> Drawing | None:
@@ -89,7 +87,8 @@ def accuracy_by_runtime(groups: Sequence[Group]) -> Drawing | None:
     if not in_multiples:
         units = [1.0] * len(groups)
     levels = [100 * each.average_top1.mean for each in groups if each.strategy == "from-scratch"]
-    num_entries = len(groups) if len(groups) > MAX_LABELS else 0
+    names = [group.label for group in groups]
+    in_legend = len(groups) > MAX_LABELS
 
     def draw(axes: Axes) -> None:
         points = []
@@ -111,18 +110,19 @@ def accuracy_by_runtime(groups: Sequence[Group]) -> Drawing | None:
             points.append((x, y))
         for level in levels:
             axes.axhline(level, color=INK, lw=0.8, linestyle=":")
-        axes.set_xlim(0, 1.12 * max(x for x, _ in points))
+        ends = [group.seconds.mean + (group.seconds.std or 0.0) for group in groups]
+        axes.set_xlim(0, 1.12 * max(end / unit for end, unit in zip(ends, units, strict=True)))
         axes.set_ylim(-3, 106)
         unit_name = "multiples of incremental training" if in_multiples else "s"
         axes.set_xlabel(f"training time ({unit_name})")
         axes.set_ylabel("average top-1 at the end (%)")
         axes.grid(alpha=0.25)
-        if num_entries:
-            legend(axes, num_entries)
+        if in_legend:
+            legend(axes, names)
         else:
-            _name_points(axes, points, [group.label for group in groups], levels)
+            _name_points(axes, points, names, levels)
 
-    return (6.4, 3.8 + legend_inches(num_entries)), draw
+    return (WIDTH, 3.0 + (legend_inches(names) if in_legend else 0.0)), draw
 
 
 def _lines_by_capacity(groups: Sequence[Group]) -> dict[str, list[Group]]:
@@ -179,7 +179,7 @@ def _name_points(
         y = axes.transData.transform((0.0, level))[1] * points_per_pixel
         taken.append((left, y, right, y))
     for (x, y), point, label in zip(places, points, labels, strict=True):
-        width, height = LETTER_POINTS * len(label), 1.2 * FONT_SIZE
+        width, height = LETTER_WIDTH * LEGEND_FONT_SIZE * len(label), 1.2 * LEGEND_FONT_SIZE
         offsets = [
             (beside, up * height)
             for up in (0.0, 1.0, -1.0, 2.0, -2.0, 3.0, -3.0)
@@ -202,7 +202,7 @@ def _name_points(
             (box[0] - x, box[1] + height / 2 - y),
             textcoords="offset points",
             va="center",
-            fontsize=FONT_SIZE,
+            fontsize=LEGEND_FONT_SIZE,
             color=INK,
         )
 
