@@ -41,6 +41,12 @@ def _workers() -> set[threading.Thread]:
     return {each for each in threading.enumerate() if not isinstance(each, threading._DummyThread)}
 
 
+def pytest_collection_finish() -> None:
+    """What was imported need not be looked through at the end of every test."""
+    gc.collect()
+    gc.freeze()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skips tests marked ``cuda`` on machines without a CUDA device."""
     if torch.cuda.is_available():
