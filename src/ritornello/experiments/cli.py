@@ -35,6 +35,7 @@ from ritornello.experiments.saving import Saving
 from ritornello.experiments.simulate import Simulation
 from ritornello.experiments.step_time import MachineChanges
 from ritornello.experiments.sweep import Results, variants
+from ritornello.experiments.tracking import Tracking
 
 ALL_STRATEGIES = ("incremental", "rehearsal", "from-scratch")
 
@@ -57,6 +58,7 @@ TaskSettings = Annotated[TaskChanges, tyro.conf.arg(name="")]
 RehearsalSettings = Annotated[RehearsalChanges, tyro.conf.arg(name="")]
 SweepSettings = Annotated[Sweep, tyro.conf.arg(name="")]
 SavingSettings = Annotated[Saving, tyro.conf.arg(name="")]
+TrackingSettings = Annotated[Tracking, tyro.conf.arg(name="")]
 SimulationSettings = Annotated[Simulation, tyro.conf.arg(name="")]
 MachineSettings = Annotated[MachineChanges, tyro.conf.arg(name="")]
 
@@ -67,6 +69,7 @@ def run(
     changes: Settings,
     buffer: BufferSettings,
     saving: SavingSettings,
+    tracking: TrackingSettings,
     strategy: str | None = None,
     seeds: Seeds = (),
     ranks: int | None = None,
@@ -79,6 +82,7 @@ def run(
         changes: Settings to change.
         buffer: Settings of the buffer to change.
         saving: Checkpoints.
+        tracking: Curves while it runs.
         strategy: incremental, rehearsal, from-scratch, ...; if not given, the recipe's own.
         seeds: Of everything random. Several: one run each, and means of them.
         ranks: Local processes to start. Leave it out under torchrun, srun or mpirun.
@@ -87,7 +91,8 @@ def run(
     """
     changed = changes.applied_to(recipe, **buffer.as_changes())
     chosen = strategy or changed.strategy
-    _train(variants(changed, [chosen], seeds=seeds), ranks, output, f"{recipe}-{chosen}", saving)
+    recipes = variants(changed, [chosen], seeds=seeds)
+    _train(recipes, ranks, output, f"{recipe}-{chosen}", saving, tracking)
 
 
 def compare(
@@ -96,6 +101,7 @@ def compare(
     changes: Settings,
     sweep: SweepSettings,
     saving: SavingSettings,
+    tracking: TrackingSettings,
     seeds: Seeds = (),
     ranks: int | None = None,
     output: str | None = None,
@@ -107,6 +113,7 @@ def compare(
         changes: Settings to change.
         sweep: What to compare.
         saving: Checkpoints.
+        tracking: Curves while it runs.
         seeds: Of everything random. Several: every combination runs with each, for means of them.
         ranks: Local processes to start. Leave it out under torchrun, srun or mpirun.
         output: Folder for comparison.json and report.html; runs/... if not given.
@@ -116,7 +123,7 @@ def compare(
         "strategies": sweep.strategies or ("incremental", changed.strategy, "from-scratch")
     }
     recipes = variants(changed, **settings, seeds=seeds)
-    _train(recipes, ranks, output, f"{recipe}-compare", saving)
+    _train(recipes, ranks, output, f"{recipe}-compare", saving, tracking)
 
 
 def extend(
@@ -125,6 +132,7 @@ def extend(
     changes: TaskSettings,
     buffer: RehearsalSettings,
     saving: SavingSettings,
+    tracking: TrackingSettings,
     data: str,
     name: str | None = None,
     test: tuple[str, ...] = (),
@@ -138,6 +146,7 @@ def extend(
         changes: Settings to change, from now on.
         buffer: Settings of the buffer to change, from now on.
         saving: Checkpoints.
+        tracking: Curves while it runs.
         data: What is new: a folder with CLASS/*.jpg (every tenth image is held out for testing), or
             with train/CLASS and val/CLASS; or an npz file.
         name: Of the new task; if not given, that of the folder or file.
@@ -156,10 +165,12 @@ def extend(
     place = place_in_job(os.environ)
     num_ranks = place.num_ranks if place else ranks or 1
     saving.check()
+    tracking.check()
     planned = plan(Path(folder), Path(data), num_ranks=num_ranks, **settings)
     console = Console(quiet=place is not None and place.rank != 0)
     console.print(planned.announcement(num_ranks), highlight=False)
-    settings |= {"tests": test, "output": output, "command": COMMAND.get(), "saving": saving}
+    settings |= {"tests": test, "output": output, "command": COMMAND.get()}
+    settings |= {"saving": saving, "tracking": tracking}
     target = partial(extend_run, **settings)
     results = _launch(ranks, saving, "--resume", target, folder, data)
     if not console.quiet:
@@ -423,6 +434,7 @@ def _train(
     output: str | None,
     default_name: str,
     saving: Saving | None = None,
+    tracking: Tracking | None = None,
 ) -> None:
     """Trains one variant or several on all ranks; the main one shows what came out."""
     from ritornello.experiments import train
@@ -430,8 +442,9 @@ def _train(
 
     place = place_in_job(os.environ)
     num_ranks = place.num_ranks if place else ranks or 1
-    saving = saving or train.OFF
+    saving, tracking = saving or train.OFF, tracking or train.UNTRACKED
     saving.check()
+    tracking.check()
     for each in recipes.values():
         train.check(each, num_ranks)
     goes_on = saving.is_on and (saving.resume or restarted())
@@ -447,7 +460,8 @@ def _train(
         console.print("has finished before; nothing is run", highlight=False)
     else:
         several = len(recipes) > 1
-        target = partial(train.compare if several else train.run, command=command, saving=saving)
+        settings: dict[str, Any] = {"command": command, "saving": saving, "tracking": tracking}
+        target = partial(train.compare if several else train.run, **settings)
         what = recipes if several else next(iter(recipes.values()))
         _launch(ranks, saving, f"--resume --output {path}", target, what, path)
     if folder is not None:
@@ -490,7 +504,7 @@ def _show(saved: dict[str, Results], path: Path) -> None:
 
     console = Console()
     console.print()
-    console.print(table_of(saved))
+    console.print(table_of(saved, console.width))
     if summary := summary_of(saved):
         console.print(f"\n{summary}", highlight=False)
     write_report(saved, path)

@@ -41,6 +41,7 @@ from ritornello.experiments.ranks import Ranks
 from ritornello.experiments.results import Results, TaskLog
 from ritornello.experiments.saving import Saver, Saving
 from ritornello.experiments.scenarios import Task
+from ritornello.experiments.tracking import PLACES, Tracking, telling
 from ritornello.experiments.trainer import Trainer
 
 
@@ -54,6 +55,7 @@ def extend(
     changes: Mapping[str, Any] | None = None,
     command: str = "",
     saving: Saving = train.OFF,
+    tracking: Tracking = train.UNTRACKED,
 ) -> Results:
     """Goes on with a finished run: it learns what has arrived, rehearsing from its buffer.
 
@@ -72,6 +74,7 @@ def extend(
         command: what was typed, for the results.
         saving: see ``train.run``. To go on with an extension that was interrupted, give the same
             arguments, and ``resume``.
+        tracking: see ``train.run``; curves go on where those of the run end.
 
     Returns:
         The results of the run with its new task. If that was learnt before, and ``saving`` says to
@@ -83,6 +86,7 @@ def extend(
         RunInterruptedError: SIGTERM or SIGUSR1 came; the extension is saved.
     """
     saving.check()
+    tracking.check()
     if saving.keep_buffer == "off":
         raise ValueError("--keep-buffer off: without its buffer the run could not go on next time")
     with ExitStack() as stack:
@@ -126,7 +130,8 @@ def extend(
                 weights = torch.load(model, map_location="cpu", weights_only=True)
             trainer.follow(_log_of(extension.before), weights, part_of(folder, "buffer"))
             _test_before(trainer)
-        results = _results(extension.before, trainer.train(saver), command)
+        figures = stack.enter_context(telling(tracking, place, trainer, ranks))
+        results = _results(extension.before, trainer.train(saver, figures), command)
         train.write_outcome(work, results, trainer, ranks, keep_buffer=True)
         with ranks.together(f"cannot write into {place}"):
             if ranks.rank == 0:
@@ -230,7 +235,7 @@ def _done_before(extension: Extension, folder: Path, place: Path, resumes: bool)
             f"the run in {folder} has learnt {extension.name!r} already; if these are other data, "
             "give them another --name"
         )
-    if place != folder and {each.name for each in place.iterdir()} - {LOCK, IN_WORK}:
+    if place != folder and {each.name for each in place.iterdir()} - {LOCK, IN_WORK, *PLACES}:
         raise FileExistsError(f"--output {place}: it exists and is not empty; give another folder")
     if any((place / IN_WORK).glob("checkpoints/step-*[0-9]")) and not resumes:
         raise FileExistsError(

@@ -34,10 +34,14 @@ from ritornello.experiments.saving import Saver, Saving
 from ritornello.experiments.scenarios import SCENARIOS
 from ritornello.experiments.strategies import GDumb, RehearsalStrategy, strategy_named
 from ritornello.experiments.sweep import DESCRIPTIONS, folder_name
+from ritornello.experiments.tracking import Tracking, telling
 from ritornello.experiments.trainer import Trainer
 
 OFF = Saving()
 """No checkpoints."""
+
+UNTRACKED = Tracking()
+"""No trackers."""
 
 MAY_CHANGE = ("data_path", "device", "num_workers", "channels_last", "compile", *DESCRIPTIONS)
 """Settings that a run need not go on with."""
@@ -48,6 +52,7 @@ def compare(
     output: str | None,
     command: str = "",
     saving: Saving = OFF,
+    tracking: Tracking = UNTRACKED,
 ) -> dict[str, Results]:
     """Runs several recipes, one after another; data sets that they share are loaded once.
 
@@ -56,6 +61,7 @@ def compare(
         output: where a folder for each is written, and ``comparison.json``.
         command: what was typed, for the results.
         saving: see ``run``; runs that have finished are not run again.
+        tracking: see ``run``; each run has files of its own.
 
     Returns:
         Label to results.
@@ -75,7 +81,7 @@ def compare(
             return loaded[key]
 
         folder = None if output is None else f"{output}/{folder_name(label)}"
-        comparison[label] = run(recipe, folder, data, command, saving, signals)
+        comparison[label] = run(recipe, folder, data, command, saving, signals, tracking)
         if output is not None and _rank() == 0:
             write_json(Path(output) / "comparison.json", comparison)
     return comparison
@@ -88,6 +94,7 @@ def run(
     command: str = "",
     saving: Saving = OFF,
     signals: NotedSignals | None = None,
+    tracking: Tracking = UNTRACKED,
 ) -> Results:
     """Runs a recipe, or goes on with a run.
 
@@ -100,6 +107,7 @@ def run(
         saving: whether and when there are checkpoints, and whether to go on from one. A rank that
             an elastic launcher has started again always goes on.
         signals: what notes them, if the runs before have noted there, too.
+        tracking: which trackers get figures on the way; their files are in the output folder.
 
     Returns:
         The results, the same on every rank but for times and the buffer's statistics. Those that
@@ -108,16 +116,19 @@ def run(
     Raises:
         ValueError: a setting breaks its rule; or the run to go on with is another one.
         CheckpointError: no checkpoint can be read, or one could not be written, or another job
-            writes into the folder.
+            writes into the folder, or a tracker could not be made.
         RunInterruptedError: SIGTERM or SIGUSR1 came; the run is saved.
     """
     check(recipe, _num_ranks())
     saving.check()
+    tracking.check()
     with ExitStack() as stack:
         ranks = stack.enter_context(Ranks())
         output = ranks.tell(output)
         if output is None and saving.is_on:
             raise ValueError("checkpoints need an output folder")
+        if output is None and tracking.track:
+            raise ValueError("trackers need an output folder")
         folder = None if output is None else Path(output)
         if folder is not None:
             with ranks.together("cannot begin"):
@@ -145,8 +156,11 @@ def run(
             saver = Saver(saving, checkpoints, ranks, signals, flags)
             if resumes:
                 go_on(trainer, checkpoints)
+        figures = stack.enter_context(telling(tracking, folder, trainer, ranks))
         # As JSON would give it back: what is returned is what is written.
-        results: Results = json.loads(json.dumps({**trainer.train(saver), "command": command}))
+        results: Results = json.loads(
+            json.dumps({**trainer.train(saver, figures), "command": command})
+        )
         if folder is not None:
             write_outcome(folder, results, trainer, ranks, saving.keep_buffer == "on")
         if checkpoints is not None:

@@ -34,6 +34,7 @@ from ritornello.experiments.stream import (
     positions_of_passes,
     steps_per_pass,
 )
+from ritornello.experiments.tracking import RunFigures
 
 EXEMPLARS = 1_000_005
 """What the random choice of exemplars is keyed by, beside the seed and the task."""
@@ -85,6 +86,7 @@ class Trainer:
         self.seconds, self.log = StepSeconds(), TaskLog()
         self._task_began = self._buffer_seconds = 0.0
         self._saver: Saver | None = None
+        self._figures: RunFigures | None = None
         self.optimiser: torch.optim.Optimizer | None = None
         self.scaler = torch.amp.GradScaler(device.type, enabled=recipe.amp == "float16")
         self.start_afresh()
@@ -97,16 +99,17 @@ class Trainer:
             criterion=self._criterion(),
         )
 
-    def train(self, saver: Saver | None = None) -> Results:
+    def train(self, saver: Saver | None = None, figures: RunFigures | None = None) -> Results:
         """Trains on all tasks, one after another, from the position on.
 
         Args:
             saver: makes checkpoints on the way.
+            figures: are told to trackers on the way.
 
         Raises:
             RunInterruptedError: the saver has been told to stop.
         """
-        self._saver = saver
+        self._saver, self._figures = saver, figures
         if self.log.at_start is None:
             at_start = self.evaluation.accuracies(self.network)
             self.log.at_start = at_start.top1, at_start.top5
@@ -123,6 +126,8 @@ class Trainer:
                 accuracies = self.evaluation.accuracies(self.network)
                 self.log.top1.append(accuracies.top1)
                 self.log.top5.append(accuracies.top5)
+                if figures is not None:
+                    figures.after_task()
                 self.position = Position(task=number + 1, count=self.position.count + 1)
                 if saver is not None and number + 1 < len(self.tasks):
                     self._save_between(saver.at_task_end)
@@ -174,13 +179,15 @@ class Trainer:
             images, labels = next(batches)
             loaded = time.perf_counter()
             self.optimiser.zero_grad(set_to_none=True)
-            self.strategy.backward(self.network, images, labels, self._backward)
+            loss = self.strategy.backward(self.network, images, labels, self._backward)
             self.scaler.step(self.optimiser)
             self.scaler.update()
             self.seconds.load += loaded - began
             self.seconds.step += time.perf_counter() - loaded
             self.seconds.num_steps += 1
             position.step += 1
+            if self._figures is not None:
+                self._tell(self._figures, loss)
             self.between_steps()
             bar.advance()
         self.network.agree()
@@ -303,6 +310,11 @@ class Trainer:
         self.seconds.step += time.perf_counter() - began
 
     @property
+    def num_steps_done(self) -> int:
+        """Steps so far, of all tasks."""
+        return sum(self.log.steps[: self.position.task]) + self.position.step
+
+    @property
     def where(self) -> str:
         """The position in words."""
         position = self.position
@@ -421,6 +433,12 @@ class Trainer:
     ) -> None:
         # After an error nothing is waited for: other ranks may be gone.
         self.strategy.__exit__(kind, error, traceback)
+
+    def _tell(self, figures: RunFigures, loss: Tensor) -> None:
+        """Tells the trackers of a step; the task's time stands still meanwhile."""
+        began = time.perf_counter()
+        figures.after_step(loss)
+        self._task_began += time.perf_counter() - began
 
     def _save_between(self, save: Callable[[int, Callable[[], Snapshot]], None]) -> None:
         """Lets the saver do its work; the task's time stands still meanwhile."""

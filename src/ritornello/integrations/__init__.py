@@ -1,6 +1,7 @@
 """Ritornello at home in other frameworks: thin modules, each with an extra of the same name.
 
-Each imports its framework, so nothing here is imported by the rest of the library.
+Each imports its framework, so the library imports nothing from here; the command loads trackers
+if it is asked to (``--track``).
 """
 
 
