@@ -19,7 +19,8 @@ from torch import Tensor
 
 from ritornello import CheckpointError, ClassBalanced, RehearsalBuffer
 from ritornello.checkpoint import SavedFolder
-from ritornello.records import Batch, Layout
+from ritornello.nesting import Batch
+from ritornello.records import Layout
 from ritornello.state_dicts import SavedState
 from ritornello.testing import run_ranks
 from ritornello.transports import LocalTransport, Transport

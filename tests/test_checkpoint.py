@@ -567,3 +567,12 @@ def test_many_saves_and_loads_do_not_drift(tmp_path: Path) -> None:
 
         offered.append(sum(int(each.sum()) for each in on_ranks(4, read)))
     assert offered[0] <= offered[1] <= 1.5 * offered[0]
+
+
+def test_the_whole_state_for_frameworks() -> None:
+    with RehearsalBuffer(8, num_representatives=2) as buffer:
+        buffer.update((torch.arange(4.0), torch.arange(4)))
+        state = buffer.whole.state_dict()
+        with RehearsalBuffer(8, num_representatives=2) as other:
+            other.whole.load_state_dict(state)
+            assert len(other) == len(buffer) == 4

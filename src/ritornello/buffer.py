@@ -29,17 +29,18 @@ from torch import Tensor
 
 from ritornello.arguments import Arguments
 from ritornello.checkpoint import SavedBuffer, SavedFolder
+from ritornello.compiling import outside_graphs
 from ritornello.converted import Converted
 from ritornello.errors import (
     BufferClosedError,
     CheckpointError,
 )
 from ritornello.manifest import TaskMark
-from ritornello.records import Batch
+from ritornello.nesting import Batch
 from ritornello.rounds import Rounds
 from ritornello.sampling import SamplingPolicy, sampling_policy
 from ritornello.selection import SelectionPolicy, selection_policy
-from ritornello.state_dicts import PREFIX, SavedState, entry_of, gathered
+from ritornello.state_dicts import PREFIX, SavedState, WholeState, entry_of, gathered
 from ritornello.stats import BufferStats
 from ritornello.steps import Steps
 from ritornello.storage import Storage
@@ -48,6 +49,7 @@ from ritornello.worker import InlineWorker, ThreadWorker, Worker
 
 if TYPE_CHECKING:
     import torch.distributed as dist
+    from torch.distributed.device_mesh import DeviceMesh
 
 logger = logging.getLogger(__name__)
 
@@ -84,10 +86,11 @@ class RehearsalBuffer:
         selection: who is admitted and replaced: "class-balanced", "per-class-random",
             "class-balanced-reservoir", "grasp", "greedy-balanced", "first-offered",
             "reservoir", "fifo", or a ``SelectionPolicy``.
-        label: which leaf of a sample is the class label: an index or key, or a tuple of them
-            for a nested leaf; None for policies that need none. One integer per sample.
-        process_group: whose ranks share the buffer. None: the default group's, or a single
-            process if there is none.
+        label: which leaf of a sample is the class label: an index, key or attribute, or a tuple
+            of them for a nested leaf; None for policies that need none. One integer per sample.
+        process_group: whose ranks share the buffer, or a device mesh of one dimension, such as
+            ``mesh["data_parallel"]``. None: the default group's, or a single process if there is
+            none.
         seed: of everything random, from 0 to 2**64 - 1.
         sampling: what is drawn: "uniform" (every representative equally likely),
             "class-balanced" (every class), "grasp" (from prototypical to atypical; see
@@ -123,7 +126,7 @@ class RehearsalBuffer:
         num_candidates: int | None = None,
         selection: str | SelectionPolicy = "class-balanced",
         label: int | str | tuple[int | str, ...] | None = 1,
-        process_group: dist.ProcessGroup | None = None,
+        process_group: dist.ProcessGroup | DeviceMesh | None = None,
         seed: int = 0,
         sampling: str | SamplingPolicy = "uniform",
         num_draws: int = 1,
@@ -185,14 +188,16 @@ class RehearsalBuffer:
         """Draws per step."""
         return self._steps.num_draws
 
+    @outside_graphs
     def update(self, batch: Batch) -> Batch:
         """Adds representatives to a mini-batch, and offers the mini-batch to the buffer.
 
         The same as ``draw``, join, ``offer``. Waits only if the last round is still running.
 
         Args:
-            batch: tensors ``[b, ...]`` in any nesting of tuples, lists and dicts. ``b`` may
-                vary, and be 0. What happens to it afterwards never changes what is stored.
+            batch: tensors ``[b, ...]`` in any nesting of tuples, lists, dicts and containers that
+                are registered with PyTorch's pytree, as ``TensorDict`` is. ``b`` may vary, and be
+                0. What happens to it afterwards never changes what is stored.
 
         Returns:
             The augmented mini-batch: nested alike, ``b + r`` samples, representatives last (with
@@ -211,6 +216,7 @@ class RehearsalBuffer:
         self._steps.start_round()
         return augmented
 
+    @outside_graphs
     def draw(self) -> Batch | None:
         """Takes the representatives that were drawn after the last offer.
 
@@ -231,6 +237,7 @@ class RehearsalBuffer:
         drawn = self._steps.draw("draw")
         return drawn if drawn is None or self.num_draws > 1 else drawn[0]
 
+    @outside_graphs
     def offer(self, batch: Batch) -> None:
         """Offers a mini-batch: its candidates are copied, and a round starts.
 
@@ -418,7 +425,8 @@ class RehearsalBuffer:
 
         A rank's state is the entry ``rank_I``, of texts and tensors in CPU memory: for
         ``torch.distributed.checkpoint`` (whose ``load`` wants as many ranks), or ``torch.save`` on
-        every rank. For those who save on one rank only, let all ranks ask for the whole state.
+        every rank. For those who save on one rank only, let all ranks ask for the whole state, or
+        give them ``whole``.
 
         Args:
             whole: on rank 0 with the entries of all ranks; blocks until all ranks have called it.
@@ -451,6 +459,18 @@ class RehearsalBuffer:
         """
         self._check_open("load_state_dict")
         self._steps.load(lambda: SavedState(state), "load_state_dict")
+
+    @property
+    def whole(self) -> WholeState:
+        """The buffer for checkpoints that rank 0 writes, such as those of Accelerate and Fabric.
+
+        An object with the methods that they look for: ``state_dict``, which all ranks call and
+        which is ``state_dict(whole=True)``, and ``load_state_dict``, on any number of ranks::
+
+            accelerator.register_for_checkpointing(buffer.whole)
+            fabric.save("last.ckpt", {"model": model, "buffer": buffer.whole})
+        """
+        return WholeState(self)
 
     def __len__(self) -> int:
         """Representatives in the whole buffer. Waits for the running round."""

@@ -12,7 +12,8 @@ import torch
 from ritornello.arrays import Bytes, Ints
 from ritornello.checkpoint import SavedBuffer, SavedShard
 from ritornello.errors import CheckpointError
-from ritornello.records import Batch, Layout
+from ritornello.nesting import Batch
+from ritornello.records import Layout
 from ritornello.saved_arrays import Arrays, records_of
 
 Convert = Callable[[Batch], Batch]

@@ -9,7 +9,7 @@ from contextlib import nullcontext
 import torch
 
 from ritornello.buffer import RehearsalBuffer
-from ritornello.records import Batch, leaves_of, rebuild
+from ritornello.nesting import Batch, leaves_of, rebuild, template_of
 
 
 def rehearse(
@@ -73,11 +73,12 @@ def rehearse(
 
 def _moved(batch: Batch, device: torch.device) -> Batch:
     # What is no tensor is for `update` to refuse.
-    leaves = (
-        leaf.to(device, non_blocking=True) if isinstance(leaf, torch.Tensor) else leaf
-        for _, leaf in leaves_of(batch)
-    )
-    return rebuild(batch, leaves)
+    leaves = {
+        path: leaf.to(device, non_blocking=True) if isinstance(leaf, torch.Tensor) else leaf
+        for path, leaf in leaves_of(batch)
+    }
+    positions = {path: position for position, path in enumerate(leaves)}
+    return rebuild(template_of(batch, positions.__getitem__), list(leaves.values()))
 
 
 def _hand_over(batch: Batch, ready: torch.cuda.Event, device: torch.device) -> None:

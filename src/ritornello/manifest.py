@@ -20,7 +20,8 @@ import torch
 
 from ritornello.arrays import Ints
 from ritornello.errors import CheckpointError
-from ritornello.records import Batch, Layout, leaves_of
+from ritornello.nesting import Batch, Registered, Template, leaves_of
+from ritornello.records import Layout
 from ritornello.shard_file import checked_count
 from ritornello.version import __version__
 
@@ -307,7 +308,10 @@ def _layout_from_json(content: dict[str, Any]) -> Layout:
     return Layout.of(batch)
 
 
-def _nesting_to_json(template: Batch) -> Any:
+def _nesting_to_json(template: Template) -> Any:
+    if isinstance(template, Registered):  # nothing of its type: a load executes nothing
+        inside = dict(zip(template.steps, template.children, strict=True))
+        return _nesting_to_json(inside if template.are_named else list(inside.values()))
     if isinstance(template, dict):
         for key in template:
             if type(key) not in (str, int):

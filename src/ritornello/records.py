@@ -7,8 +7,8 @@ fields are typed views of the rows: nothing is ever converted.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, is_dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,16 @@ from torch import Tensor
 
 from ritornello.arrays import Bytes, Ints
 from ritornello.digest import digest
+from ritornello.nesting import (
+    Batch,
+    Path,
+    Template,
+    leaves_like,
+    leaves_of,
+    path_text,
+    rebuild,
+    template_of,
+)
 
 ROW_ALIGNMENT = 16
 
@@ -28,41 +38,12 @@ INTEGERS = {
     for name in ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
 }
 
-Path = tuple[Any, ...]
-"""Where a leaf is in a nested sample: ``(1,)`` or ``("target", "label")``."""
+SHAPE_REMEDY = ". Pad, crop or resize all samples to one shape"
 
-Batch = Any
-"""A nesting of tuples, named tuples, lists and dicts whose leaves are tensors ``[b, ...]``."""
-
-
-def path_text(path: Path) -> str:
-    """A path as a user would write it: ``batch[0]['image']``."""
-    return "batch" + "".join(f"[{step!r}]" for step in path)
-
-
-def leaves_of(batch: Batch, path: Path = ()) -> Iterator[tuple[Path, Any]]:
-    """The leaves of a nested batch with their paths, in order."""
-    if isinstance(batch, Mapping):
-        for key, value in batch.items():
-            yield from leaves_of(value, (*path, key))
-    elif isinstance(batch, (tuple, list)):
-        for position, value in enumerate(batch):
-            yield from leaves_of(value, (*path, position))
-    else:
-        yield path, batch
-
-
-def rebuild(template: Batch, leaves: Iterator[Tensor]) -> Batch:
-    """A batch nested like ``template``, with other leaves."""
-    if isinstance(template, Mapping):
-        return {key: rebuild(value, leaves) for key, value in template.items()}
-    if isinstance(template, tuple) and hasattr(template, "_fields"):
-        return type(template)(*(rebuild(value, leaves) for value in template))
-    if isinstance(template, tuple):
-        return tuple(rebuild(value, leaves) for value in template)
-    if isinstance(template, list):
-        return [rebuild(value, leaves) for value in template]
-    return next(leaves)
+LIST_REMEDY = (
+    ". If a list holds a tensor for each sample, make it one tensor [b, ...], padded where "
+    "lengths differ"
+)
 
 
 @dataclass(frozen=True)
@@ -86,7 +67,7 @@ class Layout:
 
     fields: tuple[Field, ...]
     record_bytes: int
-    template: Batch
+    template: Template
     """Containers as in the batch; the leaves are positions in ``fields``."""
 
     @classmethod
@@ -109,8 +90,13 @@ class Layout:
         if not fields:
             raise ValueError("the mini-batch holds no tensor; give a tensor, tuple, list or dict")
         record_bytes = max(ROW_ALIGNMENT, -(-offset // ROW_ALIGNMENT) * ROW_ALIGNMENT)
-        positions = iter(range(len(fields)))
-        return cls(tuple(fields), record_bytes, rebuild(batch, positions))  # type: ignore[arg-type]
+        positions = {field.path: position for position, field in enumerate(fields)}
+        return cls(tuple(fields), record_bytes, template_of(batch, positions.__getitem__))
+
+    def nested_as(self, batch: Batch) -> Layout:
+        """The same fields in the containers of a mini-batch that ``leaves`` has accepted."""
+        positions = {field.path: position for position, field in enumerate(self.fields)}
+        return replace(self, template=template_of(batch, positions.__getitem__))
 
     def leaves(self, batch: Batch) -> list[Tensor]:
         """The leaves of a mini-batch in the order of ``fields``, checked against the layout.
@@ -119,20 +105,29 @@ class Layout:
             TypeError: a leaf is no dense tensor.
             ValueError: another nesting, dtype, shape, or leaves of different batch sizes.
         """
-        found = list(_leaves_like(self.template, batch, ()))
-        num_samples = found[0].shape[0]
+        found: list[Any] = [None] * len(self.fields)
+        leaves_like(self.template, batch, found)
+        num_samples: int | None = None
         for field, leaf in zip(self.fields, found, strict=True):
-            if leaf.dtype != field.dtype or tuple(leaf.shape[1:]) != field.shape:
+            _check_leaf(field.path, leaf)
+            num_in_leaf, *shape = leaf.shape
+            if leaf.dtype != field.dtype or tuple(shape) != field.shape:
                 raise ValueError(
-                    f"{path_text(field.path)} is {leaf.dtype} {list(leaf.shape[1:])} per sample, "
-                    f"but the buffer's records hold {field.dtype} {list(field.shape)} there: "
+                    f"{path_text(field.path)} is {leaf.dtype} {shape} per sample, but the "
+                    f"buffer's records hold {field.dtype} {list(field.shape)} there: "
                     "dtype and shape are fixed by the first mini-batch"
+                    + SHAPE_REMEDY
+                    * (leaf.dtype == field.dtype)
                 )
-            if leaf.shape[0] != num_samples:
+            if num_samples is None:
+                num_samples = num_in_leaf
+            elif num_in_leaf != num_samples:
+                first = self.fields[0].path
                 raise ValueError(
-                    f"{path_text(field.path)} has {leaf.shape[0]} samples, but "
-                    f"{path_text(self.fields[0].path)} has {num_samples}: "
-                    "all leaves of a mini-batch need the same first dimension"
+                    f"{path_text(field.path)} has {num_in_leaf} samples, but {path_text(first)} "
+                    f"has {num_samples}: all leaves of a mini-batch need the same first dimension"
+                    + LIST_REMEDY
+                    * (_is_in_list(field.path) or _is_in_list(first))
                 )
         return found
 
@@ -190,7 +185,7 @@ class Layout:
 
     def rebuild(self, leaves: Sequence[Tensor]) -> Batch:
         """A batch nested as the samples were, from one tensor per field."""
-        return rebuild(self.template, iter(leaves))
+        return rebuild(self.template, leaves)
 
     def position(self, path: Path) -> int:
         """The position in ``fields`` of the leaf at ``path``.
@@ -259,7 +254,7 @@ def _check_leaf(path: Path, leaf: Any) -> None:
     if not isinstance(leaf, Tensor):
         raise TypeError(
             f"{path_text(path)} is a {type(leaf).__name__}; the buffer holds tensors "
-            "(torch.as_tensor converts arrays and numbers)"
+            f"({_remedy_for(leaf)})"
         )
     if leaf.layout != torch.strided or leaf.is_quantized:
         raise TypeError(f"{path_text(path)} is {leaf.layout}; the buffer holds dense tensors only")
@@ -269,25 +264,18 @@ def _check_leaf(path: Path, leaf: Any) -> None:
         )
 
 
-def _leaves_like(template: Batch, batch: Batch, path: Path) -> Iterator[Tensor]:
-    if isinstance(template, Mapping):
-        if not isinstance(batch, Mapping) or batch.keys() != template.keys():
-            keys = list(batch.keys()) if isinstance(batch, Mapping) else type(batch).__name__
-            raise ValueError(
-                f"{path_text(path)} has {keys}, but the buffer's samples have the keys "
-                f"{list(template.keys())} there: the nesting is fixed by the first mini-batch"
-            )
-        for key, value in template.items():
-            yield from _leaves_like(value, batch[key], (*path, key))
-    elif isinstance(template, (tuple, list)):
-        if not isinstance(batch, (tuple, list)) or len(batch) != len(template):
-            got = len(batch) if isinstance(batch, (tuple, list)) else type(batch).__name__
-            raise ValueError(
-                f"{path_text(path)} has {got} parts, but the buffer's samples have "
-                f"{len(template)} there: the nesting is fixed by the first mini-batch"
-            )
-        for position, value in enumerate(template):
-            yield from _leaves_like(value, batch[position], (*path, position))
-    else:
-        _check_leaf(path, batch)
-        yield batch
+def _remedy_for(leaf: Any) -> str:
+    """What to do with what is no tensor."""
+    if isinstance(leaf, (str, bytes)):
+        return "leave text out of it, or offer its tokens, padded to one length"
+    if leaf is None or "NonTensor" in type(leaf).__name__:  # TensorDict's
+        return "leave out what is no tensor"
+    if is_dataclass(leaf):
+        return "torch.utils._pytree.register_dataclass makes a dataclass a container of tensors"
+    if type(leaf).__module__.startswith("PIL."):
+        return "torchvision's pil_to_tensor converts images"
+    return "torch.as_tensor converts arrays and numbers"
+
+
+def _is_in_list(path: Path) -> bool:
+    return len(path) > 1 and isinstance(path[-1], int)

@@ -11,7 +11,7 @@ import torch
 
 from ritornello.arrays import Bytes, Ints
 from ritornello.errors import CheckpointError
-from ritornello.records import Batch
+from ritornello.nesting import Batch
 from ritornello.saved_arrays import Arrays, integers
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ import re
 import reprlib
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -25,6 +25,9 @@ from ritornello.manifest import Manifest
 from ritornello.saved_arrays import Arrays
 from ritornello.shard_file import PIECE_BYTES, ROWS, bytes_of_array
 from ritornello.transports import Transport
+
+if TYPE_CHECKING:
+    from ritornello.buffer import RehearsalBuffer
 
 PREFIX = "rank_"
 
@@ -68,6 +71,25 @@ def gathered(entry: Entry, transport: Transport) -> dict[str, Entry]:
             },
         )
     return entries
+
+
+class WholeState:
+    """A buffer for checkpoints that one rank writes and all ranks read: ``RehearsalBuffer.whole``.
+
+    Args:
+        buffer: whose state is saved and loaded.
+    """
+
+    def __init__(self, buffer: RehearsalBuffer) -> None:
+        self._buffer = buffer
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of all ranks, on rank 0; see ``RehearsalBuffer.state_dict``. All call it."""
+        return self._buffer.state_dict(whole=True)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes it over, on any number of ranks; see ``RehearsalBuffer.load_state_dict``."""
+        self._buffer.load_state_dict(state)
 
 
 def _gather(data: Bytes, transport: Transport) -> list[Bytes]:

@@ -24,9 +24,10 @@ from ritornello.checkpoint import SavedBuffer, Saving, Snapshot, new_save_id
 from ritornello.digest import digest
 from ritornello.errors import CheckpointError, PeerLostError, RoundError, round_error
 from ritornello.manifest import Manifest, Removal, TaskMark
+from ritornello.nesting import Batch
 from ritornello.outputs import Outputs
 from ritornello.random_streams import Purpose, Streams
-from ritornello.records import Batch, Layout
+from ritornello.records import Layout
 from ritornello.rounds import Rounds, check_labels
 from ritornello.saved_arrays import records_of
 from ritornello.staging import Staging
@@ -531,7 +532,8 @@ class Steps:
     def _meet(self, batch: Batch, leaves: list[Tensor]) -> None:
         """Learns from the first mini-batch after a load what is not saved."""
         self._is_restored = False
-        layout = Layout.of(batch)  # the same, with the batch's own types of containers
+        assert self.layout is not None
+        layout = self.layout.nested_as(batch)
         device = _device_of(leaves)
         assert self._staging is not None
         if device == self._staging.trainer_device:

@@ -11,7 +11,8 @@ import torch
 
 from ritornello.arrays import Bools, Bytes, Ints
 from ritornello.manifest import Manifest
-from ritornello.records import INTEGERS, Field, path_text
+from ritornello.nesting import path_text
+from ritornello.records import INTEGERS, Field
 
 Values = int | str | Sequence[int | str]
 """A value, several, or several as a text with commas."""

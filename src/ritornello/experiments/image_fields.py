@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from ritornello.manifest import Manifest
-from ritornello.records import Field, leaves_of
+from ritornello.nesting import leaves_of
+from ritornello.records import Field
 from ritornello.saved_representatives import SavedRepresentatives
 
 LEAST_PIXELS = 4

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 
 from ritornello.storage import Storage
 from ritornello.transports.base import Transport, check_agreement, gather_counts, together
@@ -30,7 +33,7 @@ NAMES = ("auto", "local", "shared_memory", "collective", "mpi")
 
 def open_transport(
     transport: str | Transport,
-    process_group: dist.ProcessGroup | None,
+    process_group: dist.ProcessGroup | DeviceMesh | None,
     timeout_seconds: float,
     storage: Storage,
 ) -> Transport:
@@ -41,15 +44,17 @@ def open_transport(
     Args:
         transport: one of ``NAMES``, or a transport made by the caller. "auto": shared memory
             inside each host and "collective" between hosts, or "local" for a single process.
-        process_group: None: the default group if there is one, else a single process.
+        process_group: or a device mesh of one dimension. None: the default group if there is
+            one, else a single process.
         timeout_seconds: how long a peer may be silent.
         storage: where the shards shall lie.
 
     Raises:
         ValueError: no such name; "local" for several ranks; "collective" or "shared_memory"
             without a group; "shared_memory" for several hosts or storage that cannot be
-            shared; "mpi" for other ranks than the group's; or this process is not in the group.
-        TypeError: neither a name nor a transport.
+            shared; "mpi" for other ranks than the group's; a mesh of several dimensions; or this
+            process is not in the group.
+        TypeError: neither a name nor a transport; neither a group nor a mesh.
         ImportError: "mpi" without mpi4py.
         PeerLostError: not all ranks came within the timeout.
     """
@@ -60,11 +65,10 @@ def open_transport(
     if transport not in NAMES:
         raise ValueError(f"transport={transport!r}: there are {', '.join(map(repr, NAMES))}")
     distributed = dist.is_available() and dist.is_initialized()
-    if process_group is not None and dist.get_rank(process_group) < 0:
-        raise ValueError("process_group: this process is not one of its ranks")
+    group = None if process_group is None else _group_of(process_group)
     if transport == "mpi":
-        return MpiTransport.beside(process_group, timeout_seconds, storage.device)
-    num_ranks = dist.get_world_size(process_group) if distributed else 1
+        return MpiTransport.beside(group, timeout_seconds, storage.device)
+    num_ranks = dist.get_world_size(group) if distributed else 1
     if transport == "local" and num_ranks > 1:
         raise ValueError(
             f"transport='local' serves a single process, but the group has {num_ranks} ranks: "
@@ -82,7 +86,7 @@ def open_transport(
         )
     if num_ranks == 1:
         return LocalTransport(timeout=timeout_seconds)
-    collective = CollectiveTransport.beside(process_group, timeout_seconds, storage.device)
+    collective = CollectiveTransport.beside(group, timeout_seconds, storage.device)
     try:
         # What follows differs between these, and ranks that do not meet would wait in vain.
         check_agreement(collective, {"transport": transport, "storage": storage.kind})
@@ -92,6 +96,42 @@ def open_transport(
     except BaseException:
         collective.close()
         raise
+
+
+def _group_of(process_group: Any) -> dist.ProcessGroup:
+    """The group of the ranks that share a buffer."""
+    if isinstance(process_group, DeviceMesh):
+        if process_group.ndim != 1:
+            raise ValueError(f"process_group: the mesh has {_axes_text(process_group)}")
+        if process_group.get_coordinate() is None:
+            raise ValueError("process_group: this process is not one of the mesh's ranks")
+        group: dist.ProcessGroup = process_group.get_group()
+        return group
+    outside = process_group is dist.GroupMember.NON_GROUP_MEMBER  # what new_group gives to others
+    if not outside and not isinstance(process_group, dist.ProcessGroup):
+        raise TypeError(
+            f"process_group={process_group!r}: give a torch.distributed.ProcessGroup, or a "
+            "DeviceMesh of one dimension"
+        )
+    if outside or dist.get_rank(process_group) < 0:
+        raise ValueError("process_group: this process is not one of its ranks")
+    member: dist.ProcessGroup = process_group
+    return member
+
+
+def _axes_text(mesh: DeviceMesh) -> str:
+    names = mesh.mesh_dim_names
+    if names is None:
+        return (
+            f"{mesh.ndim} axes without names, but a buffer's ranks lie along one: name them "
+            "(mesh_dim_names=...), and give the data-parallel one, such as mesh['data_parallel']"
+        )
+    listed = ", ".join(f"'{name}' of {size}" for name, size in zip(names, mesh.shape, strict=True))
+    return (
+        f"the axes {listed}, but a buffer's ranks lie along one: give the data-parallel one, such "
+        f"as mesh['{names[0]}']; if several are data-parallel, make them one: "
+        f"mesh['{names[0]}', '{names[1]}']._flatten('all_data_parallel')"
+    )
 
 
 def _share_memory(collective: CollectiveTransport, required: bool) -> Transport:

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ritornello.arrays import Ints
+from ritornello.digest import digest
 from ritornello.errors import PeerLostError
 from ritornello.sampling import Plan
 from ritornello.shard import Shard
@@ -73,11 +74,14 @@ class CollectiveTransport(Transport):
         """
         ranks = dist.get_process_group_ranks(group if group is not None else dist.group.WORLD)
         rank = dist.get_rank(group)
+        timeout = timedelta(seconds=timeout_seconds)
         with _lost_peers("making the buffer's private process group", timeout_seconds):
-            private = dist.new_group(
+            if device.type != "cuda":
+                return cls(_gloo_group(ranks, rank, timeout), rank, len(ranks), timeout_seconds)
+            private: Any = dist.new_group(
                 ranks,
-                timeout=timedelta(seconds=timeout_seconds),
-                backend="cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+                timeout=timeout,
+                backend="cpu:gloo,cuda:nccl",
                 use_local_synchronization=len(ranks) < dist.get_world_size(),
             )
 
@@ -85,7 +89,7 @@ class CollectiveTransport(Transport):
             if dist.is_initialized():
                 dist.destroy_process_group(private)
 
-        return cls(private, rank, len(ranks), timeout_seconds, give_back)
+        return cls(private, dist.get_rank(private), len(ranks), timeout_seconds, give_back)
 
     def all_gather(self, values: Ints) -> Ints:
         """See ``Transport.all_gather``."""
@@ -159,6 +163,21 @@ class CollectiveTransport(Transport):
             with _lost_peers(doing, self.timeout_seconds, (peer,)):
                 # Gloo takes 0 for "no limit of its own".
                 work.wait(timedelta(seconds=max(0.001, deadline - time.monotonic())))
+
+
+def _gloo_group(ranks: list[int], rank: int, timeout: timedelta) -> dist.ProcessGroupGloo:
+    """A group of some ranks of the job; ``new_group`` would be everybody's business.
+
+    PyTorch names groups by a number that it counts up with each of them, on every rank for
+    itself. If some ranks had a buffer and others none, the numbers would differ from then on, and
+    the next group that all ranks make would wait in vain.
+    """
+    store = dist.distributed_c10d._get_default_store()
+    name = f"ritornello/{digest('-'.join(map(str, ranks)))}"
+    # None of them makes its next one before all have made this one.
+    number = (store.add(name, 1) - 1) // len(ranks)
+    own = dist.distributed_c10d.PrefixStore(f"{name}/{number}", store)
+    return dist.ProcessGroupGloo(own, rank, len(ranks), timeout)
 
 
 @contextmanager

@@ -1,0 +1,306 @@
+"""What a sample can be: containers of other libraries, and what is refused with which advice."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import OrderedDict, UserDict, deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils import _pytree as pytree
+from torch.utils.data import DataLoader
+
+from ritornello import RehearsalBuffer, rehearse
+
+NUM_CLASSES = 3
+
+
+@dataclasses.dataclass
+class Sample:
+    """A dataclass that is registered with pytree."""
+
+    image: torch.Tensor
+    label: torch.Tensor
+    weight: torch.Tensor | None = None
+
+
+class Parts:
+    """A type that is registered with pytree by numbered parts, and has a name beside them."""
+
+    def __init__(self, parts: list[torch.Tensor], name: str = "parts") -> None:
+        self.parts, self.name = parts, name
+
+
+pytree.register_dataclass(Sample)
+pytree.register_pytree_node(
+    Parts, lambda each: (each.parts, each.name), lambda parts, name: Parts(list(parts), name)
+)
+
+
+def tensors(step: int, num_samples: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
+    """As many features as samples: nothing may take the one for the other."""
+    generator = torch.Generator().manual_seed(step)
+    images = torch.randint(0, 256, (num_samples, 4), generator=generator, dtype=torch.uint8)
+    return images, torch.randint(0, NUM_CLASSES, (num_samples,), generator=generator)
+
+
+def make_buffer(label: Any = "label", **options: Any) -> RehearsalBuffer:
+    return RehearsalBuffer(20, num_representatives=3, label=label, **options)
+
+
+CONTAINERS: dict[str, tuple[Callable[..., Any], type, type]] = {
+    # What makes one of images and labels, what comes back, and what after a load.
+    "dataclass": (lambda images, labels: Sample(images, labels), Sample, dict),
+    "numbered parts": (lambda images, labels: Parts([images, labels]), Parts, list),
+    "ordered dict": (lambda x, y: OrderedDict(image=x, label=y), OrderedDict, dict),
+    "other mapping": (lambda images, labels: UserDict(image=images, label=labels), dict, dict),
+    "deque": (lambda images, labels: deque((images, labels)), deque, list),
+}
+
+
+def leaves(batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    if isinstance(batch, Sample):
+        return batch.image, batch.label
+    if isinstance(batch, Parts):
+        return batch.parts[0], batch.parts[1]
+    first, second = batch.values() if isinstance(batch, dict) else batch
+    return first, second
+
+
+@pytest.mark.parametrize("name", CONTAINERS)
+def test_containers_come_back_as_they_went_in(name: str, tmp_path: Path) -> None:
+    contain, expected, after_load = CONTAINERS[name]
+    numbered = name in ("numbered parts", "deque")
+    with make_buffer(1 if numbered else "label") as buffer, make_buffer(1) as reference:
+        for step in range(5):
+            augmented = buffer.update(contain(*tensors(step)))
+            images, labels = reference.update(tensors(step))
+            if step:
+                assert type(augmented) is expected
+            found = augmented if step else augmented.data if name == "other mapping" else augmented
+            for ours, theirs in zip(leaves(found), (images, labels), strict=True):
+                assert torch.equal(ours, theirs)
+        buffer.save(tmp_path)
+        kept = leaves(buffer.draw())
+        buffer.offer(contain(*tensors(5)))
+        then = leaves(buffer.update(contain(*tensors(6))))
+    with make_buffer(1 if numbered else "label") as buffer:
+        buffer.load(tmp_path)
+        drawn = buffer.draw()
+        assert type(drawn) is after_load  # the file names no types, and executes nothing
+        assert all(torch.equal(*pair) for pair in zip(leaves(drawn), kept, strict=True))
+        buffer.offer(contain(*tensors(5)))
+        augmented = buffer.update(contain(*tensors(6)))
+        assert type(augmented) is expected
+        assert all(torch.equal(*pair) for pair in zip(leaves(augmented), then, strict=True))
+
+
+def test_a_loaded_buffer_meets_keys_in_another_order(tmp_path: Path) -> None:
+    def batch(step: int, turned: bool) -> dict[str, torch.Tensor]:
+        images, labels = tensors(step)
+        inside = {"image": images.double(), "label": labels}
+        return dict(reversed(inside.items())) if turned else inside
+
+    with make_buffer() as buffer:
+        for step in range(5):
+            buffer.update(batch(step, turned=False))
+        buffer.save(tmp_path)
+        expected = [buffer.update(batch(step, turned=False)) for step in range(5, 8)]
+    with make_buffer() as buffer:
+        buffer.load(tmp_path)
+        for step, each in enumerate(expected, start=5):
+            augmented = buffer.update(batch(step, turned=True))
+            assert all(torch.equal(augmented[key], each[key]) for key in each)
+
+
+def test_what_lies_beside_the_tensors_must_not_change() -> None:
+    with make_buffer(1) as buffer:
+        buffer.update(Parts(list(tensors(0))))
+        with pytest.raises(ValueError, match="this Parts holds other things beside its tensors"):
+            buffer.update(Parts(list(tensors(1)), name="other"))
+        with pytest.raises(ValueError, match="batch has 1 parts, but .* have 2"):
+            buffer.update(Parts([tensors(1)[0]]))
+        with pytest.raises(ValueError, match="batch has int parts, but .* have 2"):
+            buffer.update(3)
+        assert buffer.update(list(tensors(1))).parts[0].shape == (7, 4)
+
+
+def test_another_field_of_a_dataclass() -> None:
+    with make_buffer() as buffer:
+        buffer.update(Sample(*tensors(0)))
+        with pytest.raises(ValueError, match=r"batch has \['image', 'label', 'weight'\], but"):
+            buffer.update(Sample(*tensors(1), weight=torch.ones(4)))
+        with pytest.raises(ValueError, match=r"batch has tuple, but .* \['image', 'label'\]"):
+            buffer.update(tensors(1))
+
+
+def test_a_loader_a_step_ahead_keeps_the_container() -> None:
+    loader = [Sample(*tensors(step)) for step in range(4)]
+    with make_buffer() as buffer, make_buffer(1) as reference:
+        plain = [reference.update(tensors(step)) for step in range(4)]
+        for augmented, expected in zip(rehearse(loader, buffer, "cpu"), plain, strict=True):
+            assert type(augmented) is Sample
+            assert torch.equal(augmented.image, expected[0])
+
+
+# TensorDict.
+
+
+def tensor_dict(step: int, num_samples: int = 4, **others: Any) -> Any:
+    images, labels = tensors(step, num_samples)
+    inside = {"image": images, "target": {"label": labels}, "inner": {"x": images.double()}}
+    return pytest.importorskip("tensordict").TensorDict({**inside, **others}, [num_samples])
+
+
+def test_tensor_dicts(tmp_path: Path) -> None:
+    label = ("target", "label")
+    with make_buffer(label) as buffer, make_buffer(label) as reference:
+        for step in range(5):
+            augmented = buffer.update(tensor_dict(step))
+            plain = reference.update(tensor_dict(step).to_dict())
+        assert type(augmented) is type(tensor_dict(0))
+        assert augmented.batch_size == augmented["target"].batch_size == torch.Size([7])
+        assert augmented["inner"].batch_size == torch.Size([7])  # not [7, 4]: 4 are features
+        assert torch.equal(augmented["image"], plain["image"])
+        assert torch.equal(augmented["target", "label"], plain["target"]["label"])
+        buffer.save(tmp_path)
+        assert buffer.draw().batch_size == torch.Size([3])
+        buffer.offer(tensor_dict(5))
+        expected = buffer.update(tensor_dict(6))
+    with make_buffer(label) as buffer:
+        buffer.load(tmp_path)
+        assert type(buffer.draw()) is dict  # until a mini-batch has come
+        buffer.offer(tensor_dict(5).select("inner", "target", "image"))
+        augmented = buffer.update(tensor_dict(6))
+        assert type(augmented) is type(expected)
+        assert augmented.batch_size == expected.batch_size
+        assert (augmented == expected).all()
+
+
+def test_tensor_dicts_of_other_kinds() -> None:
+    tensordict = pytest.importorskip("tensordict")
+
+    @tensordict.tensorclass
+    class Image:
+        image: torch.Tensor
+        label: torch.Tensor
+        name: str | None = None
+
+    with make_buffer() as buffer:
+        for step in range(3):
+            augmented = buffer.update(Image(*tensors(step), batch_size=[4]))
+        assert type(augmented) is Image
+        assert augmented.batch_size == torch.Size([7])
+        with pytest.raises(
+            ValueError, match=r"batch has \[.*'name'.*\], but .* \['image', 'label'\]"
+        ):
+            buffer.update(Image(*tensors(0), name="cat", batch_size=[4]))
+    with make_buffer() as buffer:  # stacked only when it is looked at: comes back as a dict
+        for step in range(3):
+            images, labels = tensors(step)
+            each = [
+                tensordict.TensorDict({"image": image, "label": label})
+                for image, label in zip(images, labels, strict=True)
+            ]
+            augmented = buffer.update(tensordict.lazy_stack(each))
+        assert type(augmented) is dict
+        assert torch.equal(augmented["image"][:4], images)
+
+
+@pytest.mark.parametrize("text", ["one", ["a", "b", "c", "d"]], ids=["for all", "for each"])
+def test_tensor_dicts_with_text(text: Any) -> None:
+    with make_buffer(("target", "label")) as buffer:
+        with pytest.raises(
+            TypeError, match=r"batch\['text'\] is a NonTensor.*leave out what is no"
+        ):
+            buffer.update(tensor_dict(0, text=text))
+        buffer.update(tensor_dict(0))
+        with pytest.raises(ValueError, match=r"'text'\], but the buffer's samples have the keys"):
+            buffer.update(tensor_dict(1, text=text))
+
+
+# Hugging Face's datasets.
+
+
+@pytest.fixture
+def images_and_text(monkeypatch: pytest.MonkeyPatch) -> Any:
+    pillow = pytest.importorskip("PIL.Image")
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr("tqdm.std.tqdm.monitor_interval", 0)  # no thread for its progress bars
+    generator = np.random.default_rng(0)
+    pixels = generator.integers(0, 256, (32, 5, 5, 3), dtype=np.uint8)
+    return datasets.Dataset.from_dict(
+        {
+            "image": [pillow.fromarray(each) for each in pixels],
+            "label": generator.integers(0, NUM_CLASSES, 32),
+            "text": [f"sample {number}" for number in range(32)],
+            "input_ids": [list(range(1 + number % 4)) for number in range(32)],
+        },
+        features=datasets.Features(
+            image=datasets.Image(),
+            label=datasets.ClassLabel(num_classes=NUM_CLASSES),
+            text=datasets.Value("string"),
+            input_ids=datasets.List(datasets.Value("int64")),
+        ),
+    )
+
+
+def test_hugging_face_data_sets(images_and_text: Any) -> None:
+    from datasets.distributed import split_dataset_by_node
+
+    data = images_and_text.select_columns(["image", "label"])
+    stream = data.to_iterable_dataset(num_shards=2)
+    for each in (data, split_dataset_by_node(stream, rank=1, world_size=2)):
+        with make_buffer() as buffer:
+            for batch in DataLoader(each.with_format("torch"), batch_size=4):
+                augmented = buffer.update(batch)
+        assert augmented["image"].dtype == torch.uint8
+        assert augmented["image"].shape == (7, 3, 5, 5)
+        assert augmented["label"].shape == (7,)
+
+
+def test_hugging_face_columns_that_are_no_tensors(images_and_text: Any) -> None:
+    with make_buffer() as buffer:
+        with pytest.raises(TypeError, match=r"batch\['text'\]\[0\] is a str; .*leave text out"):
+            buffer.update(images_and_text.select_columns(["text", "label"])[:4])
+        with pytest.raises(TypeError, match=r"\['image'\]\[0\] is a Png.*pil_to_tensor converts"):
+            buffer.update(images_and_text.select_columns(["image", "label"])[:4])
+        tokens = images_and_text.select_columns(["input_ids", "label"]).with_format("torch")
+        with pytest.raises(ValueError, match=r"_ids'\]\[1\] has 2 samples.* one tensor \[b, ...\]"):
+            buffer.update(tokens[:4])
+
+
+def test_tokens_that_are_padded_anew_in_every_batch() -> None:
+    def batch(length: int) -> dict[str, torch.Tensor]:
+        ids = torch.ones(4, length, dtype=torch.int64)
+        return {"input_ids": ids, "attention_mask": ids, "label": torch.zeros(4).long()}
+
+    with make_buffer() as buffer:
+        buffer.update(batch(12))
+        with pytest.raises(ValueError, match=r"\['input_ids'\] is torch.int64 \[9\] .*Pad, crop"):
+            buffer.update(batch(9))
+        assert buffer.update(batch(12))["input_ids"].shape == (7, 12)
+
+
+@dataclasses.dataclass
+class Unregistered:
+    image: torch.Tensor
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        (Unregistered(torch.zeros(2)), "batch is a Unregistered.*register_dataclass makes"),
+        ({"text": "a", "label": torch.zeros(2)}, r"batch\['text'\] is a str; .*leave text out"),
+        (None, "batch is a NoneType; .*leave out what is no tensor"),
+        ({"image": np.zeros(2)}, r"batch\['image'\] is a ndarray; .*torch.as_tensor converts"),
+        (UserDict(), "batch is a UserDict; .*torch.as_tensor converts"),
+    ],
+)
+def test_what_is_no_container_of_tensors(batch: Any, message: str) -> None:
+    with make_buffer() as buffer, pytest.raises(TypeError, match=message):
+        buffer.update(batch)
