@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ import torch.distributed as dist
 import ritornello
 from ritornello import RehearsalBuffer, RoundError
 from ritornello.testing import spawn_ranks
+from ritornello.transports import CollectiveTransport
 
 pytestmark = pytest.mark.cuda
 
@@ -31,12 +30,14 @@ def batches(device: str, num_steps: int = 40) -> list[tuple[torch.Tensor, torch.
 
 
 def augmented(device: str, **arguments: Any) -> list[torch.Tensor]:
+    """The augmented mini-batches of the plain loop, field by field, in CPU memory."""
     out = []
     with RehearsalBuffer(60, num_representatives=7, num_candidates=5, **arguments) as buffer:
         for images, labels in batches(device):
             joined = buffer.update((images, labels))
             assert all(leaf.device.type == torch.device(device).type for leaf in joined)
-            out += [leaf.cpu() for leaf in joined]
+            # Clones: while the buffer is empty, it gives the mini-batch itself.
+            out += [leaf.cpu().clone() for leaf in joined]
             images.zero_()  # must not reach the buffer
             torch.cuda._sleep(1_000_000)  # the trainer's stream lags behind its thread
     return out
@@ -102,16 +103,78 @@ def test_one_exchange_for_several_steps(storage: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
 
 
-def test_a_loader_on_the_cpu_and_a_model_on_the_gpu() -> None:
+@pytest.mark.parametrize("storage", ["cpu", "pinned", "shared", "cuda"])
+@pytest.mark.parametrize("own_stream", [False, True])
+def test_a_loader_on_the_cpu_and_a_model_on_the_gpu(storage: str, own_stream: bool) -> None:
     expected = augmented("cpu")
     got = []
-    with RehearsalBuffer(60, num_representatives=7, num_candidates=5) as buffer:
+    with (
+        torch.cuda.stream(torch.cuda.Stream() if own_stream else None),
+        RehearsalBuffer(60, num_representatives=7, num_candidates=5, storage=storage) as buffer,
+    ):
         loader = [tuple(leaf.pin_memory() for leaf in batch) for batch in batches("cpu")]
         for joined in ritornello.rehearse(loader, buffer, device="cuda"):
             assert all(leaf.is_cuda for leaf in joined)
             torch.cuda._sleep(1_000_000)
             got += [leaf.cpu() for leaf in joined]
     assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
+
+
+@pytest.mark.parametrize("storage", ["cpu", "cuda"])
+def test_a_trainer_on_a_stream_of_its_own(storage: str) -> None:
+    expected = augmented("cpu")
+    with torch.cuda.stream(torch.cuda.Stream()):
+        got = augmented("cuda", storage=storage)
+    assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
+
+
+@pytest.mark.parametrize("storage", ["cpu", "cuda"])
+def test_training_under_autocast_changes_nothing(storage: str) -> None:
+    """Mixed precision is the model's: records keep their dtypes, also those that it gives."""
+    model = torch.nn.Linear(192, 10, device="cuda")
+    scaler = torch.amp.GradScaler("cuda")
+    optimiser = torch.optim.SGD(model.parameters(), lr=0.01)
+    offered: dict[bytes, torch.Tensor] = {}
+    with RehearsalBuffer(60, num_representatives=7, storage=storage) as buffer:
+        for images, labels in batches("cuda"):
+            past = buffer.draw()
+            with torch.autocast("cuda", torch.float16):
+                logits = model(images.flatten(1) / 255)
+            assert logits.dtype == torch.float16
+            buffer.offer((images, labels, logits.detach()))
+            offered |= {
+                image.numpy().tobytes(): each
+                for image, each in zip(images.cpu(), logits.detach().cpu(), strict=True)
+            }
+            loss = torch.nn.functional.cross_entropy(logits.float(), labels)
+            if past is not None:
+                assert [leaf.dtype for leaf in past] == [torch.uint8, torch.int64, torch.float16]
+                for image, stored in zip(past[0].cpu(), past[2].cpu(), strict=True):
+                    assert torch.equal(offered[image.numpy().tobytes()], stored)
+            optimiser.zero_grad()
+            scaler.scale(loss).backward()
+            scaler.step(optimiser)
+            scaler.update()
+
+
+@pytest.mark.parametrize("trainer", ["cpu", "cuda"])
+@pytest.mark.parametrize("storage", ["cpu", "cuda"])
+def test_a_gpu_that_is_busy_when_the_buffer_begins(
+    trainer: str, storage: str, tmp_path: Path
+) -> None:
+    """What the trainer's stream has not done yet must not undo what the worker's does."""
+    expected, stream = augmented("cpu"), batches(trainer)
+    busy_cycles = 500_000_000  # some tenths of a second
+    arguments = {"num_representatives": 7, "num_candidates": 5, "storage": storage}
+    with RehearsalBuffer(60, **arguments) as buffer:
+        torch.cuda._sleep(busy_cycles)
+        got = [leaf for batch in stream[:20] for leaf in buffer.update(batch)]
+        buffer.save(tmp_path)
+    with RehearsalBuffer(60, **arguments) as buffer:
+        torch.cuda._sleep(busy_cycles)
+        buffer.load(tmp_path)
+        got += [leaf for batch in stream[20:] for leaf in buffer.update(batch)]
+    assert all(torch.equal(a, b.cpu()) for a, b in zip(expected, got, strict=True))
 
 
 @pytest.mark.parametrize("storage", ["cpu", "pinned", "cuda"])
@@ -170,28 +233,55 @@ def test_draw_gives_the_callers_own_tensors() -> None:
         assert all(torch.equal(a, b) for a, b in kept)
 
 
-def _on_one_gpu(rank: int) -> list[torch.Tensor]:
-    return augmented("cuda")
+def _on_one_gpu(rank: int, transport: str) -> None:
+    expected = augmented("cpu")
+    got = augmented("cuda", transport=transport)
+    assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
 
 
-def test_two_ranks_on_one_gpu_over_gloo() -> None:
-    outcomes = spawn_ranks(2, _on_one_gpu)
-    assert all(isinstance(outcome, list) for outcome in outcomes), outcomes
+@pytest.mark.parametrize("transport", ["shared_memory", "collective"])
+def test_two_ranks_on_one_gpu(transport: str) -> None:
+    """Over shared memory, and over gloo."""
+    assert spawn_ranks(2, _on_one_gpu, transport) == [None, None]
 
 
-def test_nccl_with_one_rank() -> None:
-    from ritornello.transports import CollectiveTransport
+def nccl_alone(folder: Path) -> CollectiveTransport:
+    """A transport over NCCL for this process alone; ends with the default process group."""
+    store = dist.FileStore(str(folder / "store"), 1)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl", store=store, rank=0, world_size=1, timeout=timedelta(seconds=60)
+    )
+    device = torch.device("cuda", torch.cuda.current_device())
+    return CollectiveTransport.beside(None, 60.0, device)
 
-    with tempfile.TemporaryDirectory() as folder:
-        store = dist.FileStore(os.path.join(folder, "store"), 1)
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl", store=store, rank=0, world_size=1, timeout=timedelta(seconds=60)
-        )
-        try:
-            device = torch.device("cuda", torch.cuda.current_device())
-            transport = CollectiveTransport.beside(None, 60.0, device)
-            expected = augmented("cpu")
-            got = augmented("cuda", storage="cuda", transport=transport)
-            assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
-        finally:
-            dist.destroy_process_group()
+
+@pytest.mark.parametrize("trainer", ["cpu", "cuda"])
+def test_nccl_with_one_rank(trainer: str, tmp_path: Path) -> None:
+    expected = augmented("cpu")
+    try:
+        transport = nccl_alone(tmp_path)
+        got = augmented(trainer, storage="cuda", transport=transport)
+    finally:
+        dist.destroy_process_group()
+    assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
+
+
+def _on_own_gpu(rank: int, folder: str) -> None:
+    torch.cuda.set_device(rank)
+    expected, stream = augmented("cpu"), batches("cuda")
+    got = augmented("cuda", storage="cuda")
+    assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
+    arguments = {"num_representatives": 7, "num_candidates": 5, "storage": "cuda"}
+    with RehearsalBuffer(60, **arguments) as buffer:
+        for batch in stream[:20]:
+            buffer.update(batch)
+        buffer.save(folder)
+    with RehearsalBuffer(60, **arguments) as buffer:
+        buffer.load(folder)
+        got = [leaf.cpu() for batch in stream[20:] for leaf in buffer.update(batch)]
+    assert all(torch.equal(a, b) for a, b in zip(expected[40:], got, strict=True))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_nccl_between_two_gpus(tmp_path: Path) -> None:
+    assert spawn_ranks(2, _on_own_gpu, str(tmp_path)) == [None, None]

@@ -312,7 +312,8 @@ class Rounds:
         """Writes records to the shard; they come with their slots."""
         failure: Exception | None = None
         try:
-            shard = self.make_shard()
+            with self._staging.worker_stream():  # whose rounds write it, once it is zeroed
+                shard = self.make_shard()
         except (MemoryError, ValueError, OSError) as error:
             failure = error
 

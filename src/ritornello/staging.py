@@ -71,6 +71,8 @@ class Staging:
         )
         self._delivery: torch.cuda.Event | None = None
         self._taken: torch.cuda.Event | None = None
+        if self._stream is not None:  # not before the zeros are there
+            self._stream.wait_stream(torch.cuda.current_stream(self._cuda))
 
     @property
     def on_gpu(self) -> bool:
@@ -157,7 +159,8 @@ class Staging:
     def put_back(self, staged: Tensor, collected: Tensor) -> None:
         """Places what ``staged`` and ``collected`` gave where it was."""
         self._delivered[: len(staged)] = staged.to(self.trainer_device)
-        self._collected = collected.to(self.trainer_device)
+        self._collected = self._rows(len(collected), self.trainer_device)
+        self._collected.copy_(collected)
         self._num_collected = len(collected)
 
     def finish_writes(self) -> None:
@@ -225,4 +228,8 @@ class Staging:
     def _rows(self, num_rows: int, device: torch.device) -> Tensor:
         pinned = device.type == "cpu" and self._cuda is not None
         shape = (num_rows, self._layout.record_bytes)
-        return torch.zeros(shape, dtype=torch.uint8, device=device, pin_memory=pinned)
+        rows = torch.zeros(shape, dtype=torch.uint8, device=device, pin_memory=pinned)
+        if self._stream is not None and device == self._cuda:
+            # The worker's stream uses them, too: freed, they are not given away before it is done.
+            rows.record_stream(self._stream)
+        return rows
