@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Every day new data: a first run, then an extension for each day. Under a minute, in folders that
-# it makes here: history, incoming, living.
+# Every day new data: a first run, then an extension for each day. About a minute, in folders that
+# it makes here, and that must not be there: history, incoming, living.
 set -euo pipefail
 
 python "$(dirname "$0")/make_days.py" history incoming

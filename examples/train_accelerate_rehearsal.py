@@ -1,8 +1,8 @@
 """Training on tasks that arrive one after another, with rehearsal, in Hugging Face Accelerate.
 
-    accelerate launch --cpu --num_processes 2 examples/train_accelerate_rehearsal.py
+    torchrun --nproc-per-node 2 examples/train_accelerate_rehearsal.py
 
-or with torchrun. Rehearsal makes this difference:
+Rehearsal makes this difference:
 `diff examples/train_accelerate.py examples/train_accelerate_rehearsal.py`.
 """
 

@@ -31,7 +31,7 @@ class Sample:
 class Parts:
     """A type that is registered with pytree by numbered parts, and has a name beside them."""
 
-    def __init__(self, parts: list[torch.Tensor], name: str = "parts") -> None:
+    def __init__(self, parts: list[torch.Tensor], name: Any = "parts") -> None:
         self.parts, self.name = parts, name
 
 
@@ -127,6 +127,9 @@ def test_what_lies_beside_the_tensors_must_not_change() -> None:
         with pytest.raises(ValueError, match="batch has int parts, but .* have 2"):
             buffer.update(3)
         assert buffer.update(list(tensors(1))).parts[0].shape == (7, 4)
+    cannot_be_compared = Parts(list(tensors(0)), name=torch.zeros(2))
+    with make_buffer(1) as buffer, pytest.raises(ValueError, match="this Parts holds other things"):
+        buffer.update(cannot_be_compared)
 
 
 def test_another_field_of_a_dataclass() -> None:

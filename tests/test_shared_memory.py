@@ -123,8 +123,9 @@ def _killed_in_the_middle(rank: int) -> Any:
 
 
 def names_in_shared_memory() -> set[str]:
-    """Without the semaphores of pools that other processes may have at the time."""
-    return {name for name in os.listdir("/dev/shm") if not name.startswith("sem.mp-")}
+    """Without what pools and MPI of other processes may have at the time."""
+    others = ("sem.mp-", "mpich_")
+    return {name for name in os.listdir("/dev/shm") if not name.startswith(others)}
 
 
 def test_a_killed_neighbour_is_named_and_leaves_nothing_behind() -> None:

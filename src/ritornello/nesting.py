@@ -59,7 +59,7 @@ def path_text(path: Path) -> str:
 
 
 def children_of(batch: Batch) -> Children | None:
-    """What is in a container; None for a leaf, and for a container without anything in it."""
+    """What is in a container; None for a leaf, and for a registered container with nothing."""
     if isinstance(batch, Mapping):
         # An empty one that is no dict keeps what it holds elsewhere, as a stack of texts does.
         if not batch.keys() and not isinstance(batch, dict):
@@ -201,7 +201,7 @@ def _children_like(template: Registered, batch: Batch, path: Path) -> Sequence[A
     is_alike = type(batch) is template.kind
     if is_alike:
         values, context = pytree.SUPPORTED_NODES[template.kind].flatten_fn(batch)
-        if len(values) == len(template.steps) and context == template.context:
+        if len(values) == len(template.steps) and _are_equal(context, template.context):
             return values
     if template.are_named:
         mapping = batch if isinstance(batch, Mapping) else _as_mapping(batch)
@@ -219,6 +219,13 @@ def _children_like(template: Registered, batch: Batch, path: Path) -> Sequence[A
             "else there is must always be the same"
         )
     return values
+
+
+def _are_equal(one: Any, other: Any) -> bool:
+    try:
+        return bool(one == other)
+    except (RuntimeError, ValueError):  # there are tensors or arrays in them
+        return False
 
 
 def _as_mapping(batch: Batch) -> Batch:

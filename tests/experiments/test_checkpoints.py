@@ -335,10 +335,10 @@ def test_compare_keeps_what_has_finished(tmp_path: Path, stop_at: StopAt) -> Non
     expected = train.compare(recipes, None)
     run_with = train.Trainer.train
 
-    def crash_in_the_second(trainer: Any, saver: Saver) -> Results:
+    def crash_in_the_second(trainer: Any, saver: Saver, figures: Any) -> Results:
         if trainer.recipe.strategy == "rehearsal":
             stop_at(40, crash)
-        return run_with(trainer, saver)
+        return run_with(trainer, saver, figures)
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(train.Trainer, "train", crash_in_the_second)

@@ -91,7 +91,7 @@ def test_npz_with_jpeg_streams(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"test_labels": None}, "has no test_labels"),
-        ({"train_images": None}, "has no train_jpeg, train_offsets"),
+        ({"train_images": None}, "has no train_images: it must hold train_images"),
         ({"train_labels": np.zeros(20)}, r"train_labels is float64 \[20\]"),
         ({"train_labels": np.zeros(3, dtype=int)}, "has 20 train_images but 3 train_labels"),
         ({"train_images": np.zeros((20, 4, 4))}, r"train_images is float64 .* must be uint8"),

@@ -32,7 +32,7 @@ with warnings.catch_warnings():
 
     from ritornello.integrations.avalanche import RehearsalPlugin
 
-from ritornello import BufferClosedError, CheckpointError
+from ritornello import BufferClosedError, CheckpointError, SavedFolder
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -263,6 +263,23 @@ def test_a_checkpoint_whose_folder_is_gone(tmp_path: Path) -> None:
     (tmp_path / "buffer").rename(tmp_path / "elsewhere")
     with pytest.raises(CheckpointError, match="buffer"):
         maybe_load_checkpoint(strategy_with(), tmp_path / "strategy.pkl")
+
+
+@pytest.mark.usefixtures("by_reference")
+def test_a_task_that_begins_after_saving_is_not_lost(tmp_path: Path) -> None:
+    with RehearsalPlugin(16, num_representatives=4) as plugin:
+        strategy = strategy_with(plugin)
+        first, second = numbered().train_stream
+        strategy.train(first)
+        plugin.save(tmp_path / "buffer")
+        strategy.experience = second
+        plugin.before_training_exp(strategy)
+        save_checkpoint(strategy, tmp_path / "strategy.pkl")
+    restored, _ = maybe_load_checkpoint(strategy_with(), tmp_path / "strategy.pkl")
+    with RehearsalPlugin.of(restored) as plugin:
+        plugin.buffer.save(tmp_path / "again")
+    tasks = SavedFolder(tmp_path / "again").manifest.tasks
+    assert [task.name for task in tasks] == ["experience-0", "experience-1"]
 
 
 def test_closing() -> None:

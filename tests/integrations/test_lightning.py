@@ -183,14 +183,61 @@ def test_hooks_are_as_before(made: Callable[..., Rehearsal]) -> None:
     assert vars(own)[HOOK] is hook
 
 
-def test_the_module_may_be_copied_while_it_trains(made: Callable[..., Rehearsal]) -> None:
-    class Copying(Classifier):
-        def on_train_epoch_end(self) -> None:
-            self.copied = copy.deepcopy(self.layer), copy.deepcopy(vars(self)[HOOK])
+class Copying(Classifier):
+    def on_train_epoch_end(self) -> None:
+        self.trainer.copied = copy.deepcopy(self)
 
-    module = Copying()
-    trainer(made()).fit(module, loader())
-    assert len(module.trained) == 5
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        self.num_transferred = getattr(self, "num_transferred", 0) + 1
+        return batch
+
+
+def test_the_module_may_be_copied_while_it_trains(made: Callable[..., Rehearsal]) -> None:
+    rehearsal, module = made(), Copying()
+    training = trainer(rehearsal)
+    training.fit(module, loader())
+    copied = training.copied
+    copied.trained.clear()
+    trainer().fit(copied, loader())  # without rehearsal
+    assert sizes(copied.trained) == [8] * 5
+    assert (module.num_transferred, copied.num_transferred) == (5, 10)
+    copied.trained.clear()
+    trainer(rehearsal).fit(copied, loader())
+    assert sizes(copied.trained) == [11] * 5
+    assert (module.num_transferred, copied.num_transferred) == (5, 15)
+    assert rehearsal.buffer.stats().num_rounds == 10
+
+
+def test_a_step_augments_once(made: Callable[..., Rehearsal]) -> None:
+    """Hooks may call each other, and a step may transfer what it likes."""
+
+    class Calling(Data):
+        def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+            return self.trainer.lightning_module.on_after_batch_transfer(batch, dataloader_idx)
+
+    class Transferring(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            other = self.trainer.strategy.batch_to_device(next(iter(loader())))
+            assert sizes([other]) == [8]
+            return super().training_step(batch, batch_idx)
+
+    rehearsal, module = made(), Transferring()
+    trainer(rehearsal).fit(module, datamodule=Calling())
+    assert sizes(module.trained) == [8] + [11] * 4
+    assert rehearsal.buffer.stats().num_rounds == 5
+
+
+def test_hooks_that_another_callback_has_left_behind(made: Callable[..., Rehearsal]) -> None:
+    class Raising(pl.Callback):
+        def on_exception(self, *_: Any) -> None:
+            raise RuntimeError("of the other callback")
+
+    rehearsal, module = made(), Failing()
+    with pytest.raises(RuntimeError, match="of the other callback"):
+        trainer(Raising(), rehearsal).fit(module, loader())
+    module.error, module.trained = None, []
+    trainer(rehearsal).fit(module, loader())
+    assert sizes(module.trained) == [11] * 5
 
 
 def test_example_inputs_are_no_mini_batches(made: Callable[..., Rehearsal]) -> None:
@@ -326,12 +373,22 @@ def test_checkpoints_without_a_buffer(
 
 
 class Failing(Classifier):
-    error: BaseException = ValueError("of the user")
+    error: BaseException | None = ValueError("of the user")
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        if batch_idx == 2:
+        if batch_idx == 2 and self.error is not None:
             raise self.error
         return super().training_step(batch, batch_idx)
+
+
+def test_what_could_not_be_loaded_is_not_forgotten(
+    made: Callable[..., Rehearsal], tmp_path: Path
+) -> None:
+    rehearsal = made()
+    rehearsal.load(tmp_path)
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match="holds no saved buffer"):
+            trainer(rehearsal).fit(Classifier(), loader())
 
 
 class SavingOnException(pl.Callback):

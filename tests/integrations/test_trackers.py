@@ -194,6 +194,19 @@ def test_a_package_that_is_missing(
         getattr(trackers, tracker)(tmp_path)
 
 
+def test_a_folder_of_that_name_is_no_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "wandb").mkdir()
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    with pytest.raises(ImportError, match=r"pip install 'ritornello\[trackers\]'"):
+        trackers.check("wandb")
+    with pytest.raises(ImportError, match=r"pip install 'ritornello\[trackers\]'"):
+        trackers.WandB(tmp_path)
+    sys.modules.pop("wandb")
+
+
 # Runs.
 
 

@@ -146,9 +146,9 @@ class RehearsalChanges:
     capacity: int | float | None = None
     """Representatives in the whole buffer; below 1: a fraction of the training samples, as 0.2."""
     representatives: int | None = None
-    """Past samples added per step."""
+    """Past samples added per step, on all ranks together."""
     candidates: int | None = None
-    """Samples offered to the buffer per step, expected."""
+    """Samples offered to the buffer per step, on all ranks together, expected."""
     sampling: str | None = None
     """Who is drawn: uniform, class-balanced or grasp."""
 
@@ -181,9 +181,9 @@ class Sweep:
     capacities: Annotated[tuple[int | float, ...], tyro.conf.arg(aliases=("--capacity",))] = ()
     """Representatives in the whole buffer; below 1: a fraction of the training samples, as 0.2."""
     representatives: tuple[int, ...] = ()
-    """Past samples added per step."""
+    """Past samples added per step, on all ranks together."""
     candidates: tuple[int, ...] = ()
-    """Samples offered to the buffer per step, expected."""
+    """Samples offered to the buffer per step, on all ranks together, expected."""
     selections: Annotated[tuple[str, ...], tyro.conf.arg(aliases=("--selection",))] = ()
     """Who is admitted, and who is replaced: class-balanced, per-class-random,
     class-balanced-reservoir, grasp, greedy-balanced, first-offered, reservoir or fifo."""

@@ -421,6 +421,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if os.environ.get("RITORNELLO_TRACEBACK"):
             raise
         _fail(error, status=2)
+    except ImportError as error:
+        if os.environ.get("RITORNELLO_TRACEBACK"):
+            raise
+        hint = "" if "pip install" in str(error) else ": pip install 'ritornello[experiments]'"
+        _fail(f"{error}{hint}", status=2)
     except KeyboardInterrupt:
         _fail("interrupted", status=130)
     if interruption is not None:

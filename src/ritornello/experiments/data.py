@@ -184,7 +184,7 @@ def _npz(name: str, path: Path) -> DataSet:
 
 def _npz_part(path: Path, archive: Any, part: str) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     keys = [f"{part}_images"]
-    if keys[0] not in archive:
+    if keys[0] not in archive and f"{part}_jpeg" in archive:
         keys = [f"{part}_jpeg", f"{part}_offsets"]
     missing = [key for key in [*keys, f"{part}_labels"] if key not in archive]
     if missing:

@@ -86,7 +86,7 @@ def folder() -> Recipe:
     """Your own images: a folder with train/CLASS/*.jpg and val/CLASS/*.jpg."""
     return Recipe(
         name="folder",
-        description="your own images (--data FOLDER with train/CLASS and val/CLASS), ResNet-18",
+        description="your own images (--data FOLDER with train/CLASS and val/CLASS)",
         data="folder",
         image_size=256,
         augmentation="resized-crop-flip",
@@ -112,7 +112,7 @@ def arrivals() -> Recipe:
     return replace(
         folder(),
         name="arrivals",
-        description="your own stream (--data FOLDER with DAY/CLASS/*.jpg), ResNet-18",
+        description="your own stream (--data FOLDER with DAY/CLASS/*.jpg)",
         data="arrivals",
         scenario="arrivals",
     )

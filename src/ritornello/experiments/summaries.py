@@ -141,5 +141,7 @@ def _relative_time(group: Group, groups: Sequence[Group]) -> str:
 
 def _share(group: Group) -> str:
     capacity = group.capacity or 0
-    share = 100 * capacity / num_train_samples(group.first)
-    return f" from {capacity:,} representatives ({share:.1f} % of the data)"
+    num_samples = num_train_samples(group.first)
+    if capacity >= num_samples:
+        return f" from {capacity:,} representatives (room for all the data)"
+    return f" from {capacity:,} representatives ({100 * capacity / num_samples:.1f} % of the data)"

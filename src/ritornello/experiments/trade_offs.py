@@ -83,7 +83,7 @@ def accuracy_by_runtime(groups: Sequence[Group]) -> Drawing | None:
         return None
     references = [reference_for(group, groups, "incremental") for group in groups]
     units = [1.0 if each is None else each.seconds.mean for each in references]
-    in_multiples = None not in references
+    in_multiples = None not in references and all(units)
     if not in_multiples:
         units = [1.0] * len(groups)
     levels = [100 * each.average_top1.mean for each in groups if each.strategy == "from-scratch"]

@@ -91,6 +91,7 @@ class RehearsalPlugin(SupervisedPlugin, supports_distributed=True):  # type: ign
                 return
             experience = experience.origin_experience
         self.buffer.begin_task(f"experience-{experience.current_experience}")
+        self._saved = None  # what was saved does not know of it
 
     def before_training_iteration(self, strategy: SupervisedTemplate, **kwargs: Any) -> None:
         """Augments the mini-batch."""

@@ -24,6 +24,7 @@ import functools
 import inspect
 import logging
 import os
+import types
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -110,7 +111,7 @@ class Rehearsal(Callback):
         self._task: str | None = None
         self._last_stats: BufferStats | None = None  # where figures are logged
         self._hooked: list[tuple[LightningModule | LightningDataModule, Hook | None]] = []
-        self._is_augmented = False  # the mini-batch that comes next
+        self._is_augmented = False  # this step's mini-batch
 
     @property
     def buffer(self) -> RehearsalBuffer:
@@ -129,8 +130,9 @@ class Rehearsal(Callback):
     def begin_task(self, name: str) -> None:
         """Says that a task begins: what is offered from now on is of it.
 
-        Between two fits it counts for the next one. If that one goes on from a checkpoint of the
-        task, it has begun already. All ranks call it alike.
+        A name that the last task has begins nothing. Between two fits it counts for the next one.
+        If that one goes on from a checkpoint of the task, it has begun already. All ranks call it
+        alike.
 
         Args:
             name: such as a date, or what is new; see ``RehearsalBuffer.begin_task``.
@@ -188,25 +190,32 @@ class Rehearsal(Callback):
         if self._buffer is None:
             self._buffer = RehearsalBuffer(**{"process_group": group, **self._arguments})
             self._num_ranks = num_ranks
-            if self._folder is not None:
-                self._buffer.load(self._folder)
         elif num_ranks != self._num_ranks:
             raise ValueError(
                 f"Rehearsal: its buffer was made for {self._num_ranks} rank(s), but this trainer "
                 f"has {num_ranks}: make another Rehearsal for it, and let fit(ckpt_path=...) or "
                 "load(folder) fill it"
             )
+        if self._folder is not None:  # also after a fit in which it could not be loaded
+            self._buffer.load(self._folder)
+            self._folder = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Puts the buffer between the transfer and the hooks that follow it."""
+        self._restore_hooks()  # of a fit that ended without telling
         for owner in (pl_module, getattr(trainer, "datamodule", None)):
             if owner is not None:
-                self._hooked.append((owner, vars(owner).get(HOOK)))
-                setattr(owner, HOOK, self._augmenting(trainer, getattr(owner, HOOK)))
+                own = vars(owner).get(HOOK)
+                setattr(owner, HOOK, self._augmenting(trainer, owner, own))
+                self._hooked.append((owner, own))
         self._is_augmented = False
         self._mark_task()
         is_logged = self._log_every_n_steps is not None and trainer.is_global_zero
         self._last_stats = self.buffer.stats() if is_logged else None
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forgets a mini-batch that was skipped (``on_train_batch_start`` may return -1)."""
+        self._is_augmented = False
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -219,12 +228,12 @@ class Rehearsal(Callback):
                 "buffer.update(batch) there, with a RehearsalBuffer of your own; a strategy or "
                 "module that replaces batch_to_device must call the hook"
             )
-        self._is_augmented = False
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Logs what the buffer holds, and what it has cost since the last time."""
+        self._is_augmented = False
         num_steps = trainer.fit_loop.total_batch_idx + 1
         if self._last_stats is None or num_steps % (self._log_every_n_steps or 1):
             return
@@ -286,16 +295,19 @@ class Rehearsal(Callback):
         if name is not None and (not tasks or tasks[-1].name != name):
             self.buffer.begin_task(name)
 
-    def _augmenting(self, trainer: Trainer, hook: Hook) -> Hook:
-        # A function, which a module that is copied while it trains may share.
-        @functools.wraps(hook)
-        def augment(batch: Batch, dataloader_idx: int) -> Batch:
-            if trainer.training:
+    def _augmenting(self, trainer: Trainer, owner: Any, own: Hook | None) -> Hook:
+        # A method: that of a copy, made while it trains, goes on to the copy's own hook.
+        @functools.wraps(getattr(owner, HOOK))
+        def augment(owner: Any, batch: Batch, dataloader_idx: int) -> Batch:
+            # Once a step: hooks may call each other, and a step may transfer other things.
+            if trainer.training and not self._is_augmented:
                 batch = self.buffer.update(batch)
                 self._is_augmented = True
-            return hook(batch, dataloader_idx)
+            if own is not None:
+                return own(batch, dataloader_idx)
+            return getattr(type(owner), HOOK)(owner, batch, dataloader_idx)
 
-        return augment
+        return types.MethodType(augment, owner)
 
     def _restore_hooks(self) -> None:
         for owner, own in self._hooked:

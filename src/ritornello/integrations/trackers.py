@@ -68,7 +68,7 @@ class _FirstRankOnly:
 
     @staticmethod
     def _is_first_rank() -> bool:
-        return not dist.is_initialized() or dist.get_rank() == 0
+        return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
 
 
 class TensorBoard(_FirstRankOnly):
@@ -114,7 +114,8 @@ class WandB(_FirstRankOnly):
         folder: files go into ``FOLDER/wandb``, with the run's id, so that a training that goes on
             in the same folder goes on with the same run. W&B takes no step twice: what is noted
             again, after going on from an earlier step, is dropped with a warning.
-        settings: further arguments of ``wandb.init``, such as ``project``, ``name``, ``config``.
+        settings: further arguments of ``wandb.init`` but ``dir``, such as ``project``, ``name``,
+            ``config``.
 
     Raises:
         ImportError: Weights & Biases is not installed.
@@ -126,6 +127,8 @@ class WandB(_FirstRankOnly):
             import wandb
         except ImportError as error:
             raise missing("trackers", "Weights & Biases") from error
+        if not hasattr(wandb, "init"):  # a folder of that name
+            raise missing("trackers", "Weights & Biases")
         if not self._is_first_rank():
             return
         place = Path(folder) / "wandb"
@@ -173,5 +176,6 @@ def check(name: str) -> None:
     """
     if name not in TRACKERS:
         raise ValueError(f"there are {', '.join(TRACKERS)}")
-    if find_spec(name) is None:
+    found = find_spec(name)
+    if found is None or found.origin is None:  # a folder of that name is no package
         raise missing("trackers", TRACKERS[name])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -78,6 +79,7 @@ class CollectiveTransport(Transport):
         with _lost_peers("making the buffer's private process group", timeout_seconds):
             if device.type != "cuda":
                 return cls(_gloo_group(ranks, rank, timeout), rank, len(ranks), timeout_seconds)
+            # NCCL's communicators need the rest that PyTorch keeps of its groups.
             private: Any = dist.new_group(
                 ranks,
                 timeout=timeout,
@@ -173,10 +175,20 @@ def _gloo_group(ranks: list[int], rank: int, timeout: timedelta) -> dist.Process
     the next group that all ranks make would wait in vain.
     """
     store = dist.distributed_c10d._get_default_store()
-    name = f"ritornello/{digest('-'.join(map(str, ranks)))}"
-    # None of them makes its next one before all have made this one.
-    number = (store.add(name, 1) - 1) // len(ranks)
-    own = dist.distributed_c10d.PrefixStore(f"{name}/{number}", store)
+    # An elastic launcher's store outlives the ranks that it starts again.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    name = f"ritornello/{attempt}/{digest('-'.join(map(str, ranks)))}"
+    # None of them makes its next one before all have come to this one.
+    count = store.add(name, 1)
+    own = dist.distributed_c10d.PrefixStore(f"{name}/{(count - 1) // len(ranks)}", store)
+    if count % len(ranks) == 0:
+        own.set("all", "here")
+    else:
+        try:
+            own.wait(["all"], timeout)
+        except RuntimeError:
+            store.add(name, -1)  # so that they can try again
+            raise
     return dist.ProcessGroupGloo(own, rank, len(ranks), timeout)
 
 
