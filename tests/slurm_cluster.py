@@ -24,6 +24,7 @@ CONFIGURATION = """\
 ClusterName=ritornello
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={ports[0]}
+FirstJobId={first_job}
 AuthType=auth/none
 CredType=cred/none
 AuthInfo=cred_expire=3
@@ -119,7 +120,15 @@ def cluster(folder: Path) -> Iterator[Cluster]:
         ports = [each.getsockname()[1] for each in sockets]
     (folder / "state").mkdir()
     configuration = folder / "slurm.conf"
-    configuration.write_text(CONFIGURATION.format(host=_host(), folder=folder, ports=ports))
+    configuration.write_text(
+        CONFIGURATION.format(
+            host=_host(),
+            folder=folder,
+            ports=ports,
+            # Jobs take their ports from their numbers, and another process may have a cluster, too.
+            first_job=10 * os.getpid() + 1,
+        )
+    )
     (folder / "gres.conf").write_text("Name=gpu File=/dev/null,/dev/zero\n")
     environment = {**os.environ, "PATH": PATH, "SLURM_CONF": str(configuration)}
     commands = [["slurmctld", "-D", "-c"]]

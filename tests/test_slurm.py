@@ -95,7 +95,8 @@ def test_a_run_that_is_preempted_is_queued_again_and_goes_on(
     await_that(lambda: slurm.about(job)["Restarts"] == "1")
     await_that(lambda: slurm.about(job)["JobState"] == "PENDING")
     assert "interrupted by SIGUSR1: saved at task 1 of 5" in log.read_text()
-    slurm.run("scontrol", "update", f"JobId={job}", "StartTime=now")  # SLURM waits two minutes
+    # SLURM would wait two minutes; in the first second it refuses the job as one that was killed.
+    slurm.run("scontrol", "update", f"JobId={job}", "StartTime=now+5")
     assert slurm.wait(job, 200) == "COMPLETED 0:0", log.read_text()
     results = json.loads((output / "results.json").read_text())
     assert results["resumed"] == 1
