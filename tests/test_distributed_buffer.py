@@ -424,3 +424,18 @@ def test_an_error_in_the_trainer_ends_a_worker_that_waits(connect: Connect) -> N
         has_left.set()
 
     run_ranks(connect(2), rank_main)
+
+
+def _second_try_in_a_process(rank: int) -> int:
+    sizes = {"capacity": 8, "num_representatives": 2, "transport": "collective"}
+    if rank == 0:
+        with pytest.raises(PeerLostError, match="making the buffer's private process group"):
+            RehearsalBuffer(**sizes, timeout_seconds=1.0)
+    dist.barrier()
+    with RehearsalBuffer(**sizes) as buffer:
+        buffer.update(labelled(rank, 0, 4, 2))
+        return len(buffer)
+
+
+def test_ranks_that_have_missed_each_other_meet_at_the_next_try() -> None:
+    assert spawn_ranks(2, _second_try_in_a_process) == [8, 8]
