@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -175,41 +171,3 @@ def test_each_column_of_a_mesh_has_its_own_buffer(tmp_path: Path) -> None:
         assert outcome["everybody"] == 4
         assert equal(outcome["all"], four[rank][:NUM_STEPS])
         assert outcome["held per rank"] == [6, 5, 5, 5]
-
-
-# The example.
-
-
-def average_of(script: str) -> float:
-    """Runs an example under a real torchrun; the average accuracy that it prints, in percent."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    ran = subprocess.run(
-        [*command, "--nproc-per-node", "2", str(EXAMPLES / script)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
-    )
-    assert ran.returncode == 0, ran.stderr
-    found = re.search(r"average: ([\d.]+) %", ran.stdout)
-    assert found, ran.stdout
-    return float(found[1])
-
-
-def test_rehearsal_beside_fsdp() -> None:
-    assert average_of("train_fsdp_rehearsal.py") > 80.0
-
-
-@pytest.mark.slow
-def test_fsdp_without_rehearsal_forgets() -> None:
-    assert average_of("train_fsdp.py") < 25.0
-
-
-def test_the_difference_is_small() -> None:
-    plain, rehearsal = (
-        (EXAMPLES / name).read_text().partition("import torch")[2].splitlines()
-        for name in ("train_fsdp.py", "train_fsdp_rehearsal.py")
-    )
-    changed = [line for line in difflib.ndiff(plain, rehearsal) if line[0] in "+-"]
-    assert len(changed) == 5, changed

@@ -40,6 +40,23 @@ def test_run_then_report(capsys: pytest.CaptureFixture[str]) -> None:
     assert "rehearsal" in page
 
 
+def test_a_package_that_is_missing(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def show(*_: Any) -> None:
+        import matplotlib  # noqa: F401
+
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr(cli, "_train", show)
+    assert run("run", "digits") == 2
+    error = capsys.readouterr().err
+    assert "matplotlib" in error
+    assert error.endswith("pip install 'ritornello[experiments]'\n")
+    monkeypatch.setenv("RITORNELLO_TRACEBACK", "1")
+    with pytest.raises(ImportError):
+        run("run", "digits")
+
+
 def test_a_second_run_goes_to_a_folder_of_its_own() -> None:
     arguments = ("run", "digits", "--epochs", "1", "--tasks", "2", "--strategy", "incremental")
     assert run(*arguments) == run(*arguments) == 0

@@ -109,6 +109,19 @@ def test_the_summary_of_several_seeds_and_settings() -> None:
     assert summary.endswith(". (Means of 2 seeds, ± the sample standard deviation.)")
 
 
+def test_a_buffer_larger_than_the_data_and_a_run_without_time(tmp_path: Path) -> None:
+    large = {"config": {"capacity": 500}}
+    results = {
+        "incremental": results_of("incremental", seconds=0.0),
+        "rehearsal": results_of("rehearsal", **large),
+    }
+    assert "from 500 representatives (room for all the data) it ends at" in report.summary_of(
+        results
+    )
+    report.write_report(results, tmp_path / "report.html")
+    assert "training time (s)" in (tmp_path / "report.html").read_text()
+
+
 def test_the_summary_of_several_recipes() -> None:
     results = {"a": results_of("rehearsal"), "b": results_of("rehearsal", recipe="mnist")}
     text = (

@@ -19,6 +19,7 @@ All ranks may run these lines: on the others the trackers here do nothing.
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -48,7 +49,7 @@ class Tracker(Protocol):
         """Writes what is left. May be called twice."""
 
 
-class _FirstRankOnly:
+class _FirstRankOnly(ABC):
     """A context that ends with ``close``, and knows the first rank."""
 
     def __enter__(self) -> Self:
@@ -62,9 +63,9 @@ class _FirstRankOnly:
     ) -> None:
         self.close()
 
+    @abstractmethod
     def close(self) -> None:
         """Writes what is left. May be called twice."""
-        raise NotImplementedError
 
     @staticmethod
     def _is_first_rank() -> bool:
