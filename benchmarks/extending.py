@@ -17,8 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from ritornello.experiments import extension, train
-from ritornello.experiments.recipes import recipe_named
+from ritornello.experiments.recipes.named import recipe_named
+from ritornello.experiments.training import extension
+from ritornello.experiments.training import run as train
 
 PARTS = ((0, 6), (6, 8), (8, 10))
 """Classes that come together: from, to below."""

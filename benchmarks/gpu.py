@@ -43,7 +43,7 @@ from rich.table import Table
 from torch import Tensor
 
 from ritornello import RehearsalBuffer, __version__, rehearse
-from ritornello.experiments import models
+from ritornello.experiments.models import build as models
 from ritornello.testing import spawn_ranks
 from ritornello.transports import CollectiveTransport
 

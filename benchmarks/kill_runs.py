@@ -22,10 +22,10 @@ import tempfile
 import time
 from pathlib import Path
 
-from ritornello.experiments import train
-from ritornello.experiments.launch import launch
-from ritornello.experiments.recipes import recipe_named
-from ritornello.experiments.saving import Saving
+from ritornello.experiments.ranks.launch import launch
+from ritornello.experiments.recipes.named import recipe_named
+from ritornello.experiments.training import run as train
+from ritornello.experiments.training.saver import Saving
 
 RITORNELLO = (sys.executable, "-m", "ritornello.experiments.cli")
 

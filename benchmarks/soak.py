@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from ritornello import RehearsalBuffer
-from ritornello.shard import Shard
+from ritornello.records.shard import Shard
 from ritornello.testing import spawn_ranks
 from ritornello.transports.shared_memory import GATHERED, SharedMemoryTransport
 

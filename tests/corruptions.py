@@ -12,9 +12,9 @@ import torch
 
 from accidents import ACCIDENTS
 from hostile_saves import HOSTILE, VALUES, change_arrays, changed, places_in, with_value
-from ritornello.digest import digest
-from ritornello.manifest import with_checksum
-from ritornello.shard_file import ROWS
+from ritornello.records.digest import digest
+from ritornello.saving.manifest import with_checksum
+from ritornello.saving.shard_file import ROWS
 from saved_buffers import (
     SETTINGS,
     TARGETS,

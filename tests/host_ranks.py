@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ritornello import RehearsalBuffer
-from ritornello.storage import Storage
+from ritornello.records.storage import Storage
 from ritornello.transports import Transport, open_transport
 
 

@@ -15,9 +15,9 @@ import torch
 from numpy.typing import NDArray
 
 from accidents import Damage
-from ritornello.checkpoint import MANIFEST
-from ritornello.manifest import with_checksum
-from ritornello.shard_file import ROWS, header_of
+from ritornello.saving.folder import MANIFEST
+from ritornello.saving.manifest import with_checksum
+from ritornello.saving.shard_file import ROWS, header_of
 
 Content = dict[str, Any]
 Arrays = dict[str, NDArray[Any]]

@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from ritornello.random_streams import Purpose, stream
-from ritornello.rounds import rows_of_rank, size_after
-from ritornello.selection import SelectionPolicy
+from ritornello.policies.selection import SelectionPolicy, size_after
+from ritornello.records.shard import rows_of_rank
+from ritornello.rounds.random_streams import Purpose, stream
 from ritornello.testing import chi_square_p_value
 
 

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from ritornello import CheckpointError, ClassBalanced, RehearsalBuffer
-from ritornello.checkpoint import SavedFolder
-from ritornello.nesting import Batch
-from ritornello.records import Layout
-from ritornello.state_dicts import SavedState
+from ritornello.records.layout import Layout
+from ritornello.records.nesting import Batch
+from ritornello.saving.folder import SavedFolder
+from ritornello.saving.state_dict import SavedState
 from ritornello.testing import run_ranks
 from ritornello.transports import LocalTransport, Transport
 

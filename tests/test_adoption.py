@@ -8,16 +8,12 @@ import numpy as np
 import pytest
 
 from played_shard import PlayedShard
-from ritornello.random_streams import Purpose, stream
-from ritornello.rounds import rows_of_rank
-from ritornello.selection import (
-    ClassBalanced,
-    ClassBalancedReservoir,
-    FirstOffered,
-    Reservoir,
-    SavedShards,
-    SelectionPolicy,
-)
+from ritornello.policies.class_shares import ClassBalanced, FirstOffered
+from ritornello.policies.largest_class import ClassBalancedReservoir
+from ritornello.policies.reservoir import Reservoir
+from ritornello.policies.selection import SavedShards, SelectionPolicy
+from ritornello.records.shard import rows_of_rank
+from ritornello.rounds.random_streams import Purpose, stream
 from ritornello.testing import chi_square_p_value
 
 NUM_TRIALS = 1500

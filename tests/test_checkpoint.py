@@ -61,7 +61,7 @@ def test_it_goes_on_bit_for_bit(
     variant: str, num_steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # In pieces of three records, so that rounds overwrite what is not yet on disk.
-    monkeypatch.setattr("ritornello.checkpoint.PIECE_BYTES", 48)
+    monkeypatch.setattr("ritornello.saving.writing.PIECE_BYTES", 48)
     num_later = 15
 
     def undisturbed(end: Transport) -> Augmented:

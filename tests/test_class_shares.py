@@ -10,14 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from played_shard import PlayedShard, forgetting, played_shards, uniformity
-from ritornello.selection import (
+from ritornello.policies.class_shares import (
     ClassBalanced,
     FirstOffered,
     GreedyBalanced,
     PerClassRandom,
-    SelectionPolicy,
-    rank_of_exemplar,
 )
+from ritornello.policies.selection import SelectionPolicy
+from ritornello.policies.share_scores import rank_of_exemplar
 from ritornello.testing import chi_square_p_value
 
 SHARING = [ClassBalanced, PerClassRandom, GreedyBalanced, FirstOffered]

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ritornello.contents import Contents
+from ritornello.policies.contents import Contents
 
 ROWS = np.array([5, 0, 3, 4])
 

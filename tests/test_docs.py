@@ -28,7 +28,8 @@ import torch.distributed as dist
 from torch import nn
 
 import ritornello
-from ritornello.experiments import cli, train
+from ritornello.experiments import cli
+from ritornello.experiments.training import run as train
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -237,7 +238,7 @@ def test_commands_parse(monkeypatch: pytest.MonkeyPatch) -> None:
 
         return parsed
 
-    monkeypatch.setattr(cli, "_train", check)
+    monkeypatch.setattr("ritornello.experiments.cli.training._train", check)
     for name in ("extend", "report", "results", "inspect", "forget", "bench", "simulate"):
         monkeypatch.setattr(cli, name, stopped(getattr(cli, name)))
     failed = []

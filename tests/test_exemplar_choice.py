@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ritornello.exemplars import at_random, closest_to_mean, herding
+from ritornello.policies.exemplars import at_random, closest_to_mean, herding
 from ritornello.testing import chi_square_p_value
 
 

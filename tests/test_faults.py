@@ -20,9 +20,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ritornello import CheckpointError, PeerLostError, RehearsalBuffer, checkpoint
-from ritornello.checkpoint import SavedFolder, lock, unlock
-from ritornello.shard_file import NewShardFile
+from ritornello import CheckpointError, PeerLostError, RehearsalBuffer
+from ritornello.saving import writing
+from ritornello.saving.files import lock, unlock
+from ritornello.saving.folder import SavedFolder
+from ritornello.saving.shard_file import NewShardFile
 from ritornello.testing import connect_collective, connect_shared_memory, run_ranks, spawn_ranks
 from ritornello.transports import LocalTransport, Transport
 
@@ -275,9 +277,9 @@ def test_a_disk_that_becomes_full_meanwhile(
                     monkeypatch.setattr(NewShardFile, "write", NewShardFile.write)
                     _hold_up_write(fill)
                 else:
-                    commit = checkpoint.Saving._commit
+                    commit = writing.Saving._commit
                     monkeypatch.setattr(
-                        checkpoint.Saving, "_commit", lambda self: (fill(), commit(self))
+                        writing.Saving, "_commit", lambda self: (fill(), commit(self))
                     )
             together.wait(30.0)
             run_on(buffer, end.rank, 4, 2)
@@ -354,13 +356,13 @@ def test_a_file_that_never_comes(
     asynchronous: bool, background: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rank 0 neither waits for ever, nor longer than the others wait for it."""
-    write_text = checkpoint._write_text
+    write_text = writing.write_text
 
     def lossy(path: Path, text: str) -> None:
         if not path.name.startswith("shard-00001"):
             write_text(path, text)
 
-    monkeypatch.setattr(checkpoint, "_write_text", lossy)
+    monkeypatch.setattr(writing, "write_text", lossy)
 
     def rank_main(end: Transport) -> str:
         with make(end, asynchronous=asynchronous) as buffer:
@@ -479,9 +481,7 @@ def test_nothing_is_removed_where_the_manifest_is_not_understood(text: str, tmp_
         files = files_in(tmp_path)
         (tmp_path / "manifest.json").write_text(text)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(
-                checkpoint, "replace_manifest", lambda *_: (_ for _ in ()).throw(OSError())
-            )
+            patch.setattr(writing, "replace_manifest", lambda *_: (_ for _ in ()).throw(OSError()))
             error_of(CheckpointError, lambda: buffer.save(tmp_path))
         assert files_in(tmp_path) >= files
         buffer.save(tmp_path)

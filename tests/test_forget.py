@@ -15,10 +15,11 @@ import pytest
 import torch
 
 import ritornello
-from ritornello import CheckpointError, RehearsalBuffer, SavedFolder, forget, forgetting
-from ritornello.checkpoint import lock
-from ritornello.sampling import POLICIES as SAMPLINGS
-from ritornello.selection import POLICIES as SELECTIONS
+from ritornello import CheckpointError, RehearsalBuffer, SavedFolder, forget
+from ritornello.policies.names import SAMPLING_POLICIES as SAMPLINGS
+from ritornello.policies.names import SELECTION_POLICIES as SELECTIONS
+from ritornello.saving import forgetting
+from ritornello.saving.files import lock
 from ritornello.testing import chi_square_p_value, run_ranks
 from ritornello.transports import LocalTransport, Transport
 
@@ -591,8 +592,8 @@ def test_reading_what_is_saved(tmp_path: Path) -> None:
 
 
 def test_reading_is_done_piece_by_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ritornello.shard_file.PIECE_BYTES", 200)
-    monkeypatch.setattr("ritornello.forgetting.PIECE_BYTES", 200)
+    monkeypatch.setattr("ritornello.saving.shard_file.PIECE_BYTES", 200)
+    monkeypatch.setattr("ritornello.saving.forgetting.PIECE_BYTES", 200)
     save(tmp_path, 1, selection="fifo", num_steps=11)
     assert len(list(SavedFolder(tmp_path).representatives(0))) > 5
     before = sorted(numbers_in(tmp_path))

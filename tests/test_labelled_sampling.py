@@ -13,15 +13,11 @@ import pytest
 import torch
 
 from ritornello import RehearsalBuffer, SamplingPolicy
-from ritornello.contents import Contents
-from ritornello.random_streams import Purpose, Streams
-from ritornello.sampling import (
-    ClassBalancedSampling,
-    GraspSampling,
-    UniformSampling,
-    draw_all,
-    sampling_policy,
-)
+from ritornello.policies.contents import Contents
+from ritornello.policies.names import sampling_policy
+from ritornello.policies.sampling import ClassBalancedSampling, GraspSampling, UniformSampling
+from ritornello.rounds.planner import draw_all
+from ritornello.rounds.random_streams import Purpose, Streams
 from ritornello.testing import (
     chi_square_p_value,
     connect_collective,

@@ -6,12 +6,9 @@ import numpy as np
 import pytest
 
 from played_shard import PlayedShard, equal_shares, forgetting, uniformity
-from ritornello.selection import (
-    ClassBalancedReservoir,
-    FirstOffered,
-    GraspEviction,
-    SelectionPolicy,
-)
+from ritornello.policies.class_shares import FirstOffered
+from ritornello.policies.largest_class import ClassBalancedReservoir, GraspEviction
+from ritornello.policies.selection import SelectionPolicy
 from ritornello.testing import chi_square_p_value
 
 SEQUENTIAL = [ClassBalancedReservoir, GraspEviction]

@@ -4,8 +4,8 @@ import gc
 
 import torch
 
-from ritornello.outputs import NUM_KEPT, Outputs
-from ritornello.records import Layout
+from ritornello.records.layout import Layout
+from ritornello.rounds.joining import NUM_KEPT, Outputs
 
 LARGE = torch.arange(100_000.0).view(100, 1000)
 

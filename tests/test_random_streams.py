@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from ritornello import RehearsalBuffer
-from ritornello.random_streams import SHARED, Purpose, stream
+from ritornello.rounds.random_streams import SHARED, Purpose, stream
 
 
 def test_a_stream_is_a_function_of_its_key() -> None:

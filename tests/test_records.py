@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ritornello.nesting import leaves_of
-from ritornello.records import ROW_ALIGNMENT, Layout
+from ritornello.records.layout import ROW_ALIGNMENT, Layout
+from ritornello.records.nesting import leaves_of
 
 DTYPES = [
     torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.float16,

@@ -7,17 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ritornello.contents import Contents
-from ritornello.random_streams import Purpose, Streams, stream
-from ritornello.sampling import (
-    ROUNDS_AHEAD,
-    Plan,
-    Planner,
-    SamplingPolicy,
-    UniformSampling,
-    plan_draw,
-)
+from ritornello.policies.contents import Contents
+from ritornello.policies.sampling import SamplingPolicy, UniformSampling
+from ritornello.rounds.planner import ROUNDS_AHEAD, Planner, plan_draw
+from ritornello.rounds.random_streams import Purpose, Streams, stream
 from ritornello.testing import chi_square_p_value
+from ritornello.transports.plan import Plan
 
 
 def plans(sizes: list[int], num_representatives: int, step: int, seed: int = 0) -> list[Plan]:

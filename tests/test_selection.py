@@ -11,21 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from played_shard import PlayedShard, equal_shares
-from ritornello.rounds import check_labels, rows_of_rank, size_after
-from ritornello.selection import (
-    POLICIES,
-    Assignment,
-    ClassBalanced,
-    ClassBalancedReservoir,
-    Fifo,
-    PerClassRandom,
-    Reservoir,
-    SelectionPolicy,
-    selection_policy,
-)
+from ritornello.policies.class_shares import ClassBalanced, PerClassRandom
+from ritornello.policies.largest_class import ClassBalancedReservoir
+from ritornello.policies.names import SELECTION_POLICIES, selection_policy
+from ritornello.policies.reservoir import Fifo, Reservoir
+from ritornello.policies.selection import Assignment, SelectionPolicy, check_labels, size_after
+from ritornello.records.shard import rows_of_rank
 from ritornello.testing import chi_square_p_value
 
-BALANCED = [name for name in POLICIES if name not in ("reservoir", "fifo")]
+BALANCED = [name for name in SELECTION_POLICIES if name not in ("reservoir", "fifo")]
 
 
 @settings(deadline=None, max_examples=250)
@@ -76,7 +70,7 @@ def test_fifo_keeps_the_latest() -> None:
         assert sorted(shard.positions[: shard.size]) == list(range(max(0, total - 10), total))
 
 
-@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("name", SELECTION_POLICIES)
 def test_no_candidates(name: str) -> None:
     shard = PlayedShard(selection_policy(name), 5)
     shard.offer(np.zeros(0, dtype=np.int64))
@@ -85,7 +79,7 @@ def test_no_candidates(name: str) -> None:
     assert shard.size == 3
 
 
-@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("name", SELECTION_POLICIES)
 def test_the_same_stream_gives_the_same_shard(name: str) -> None:
     shards = [PlayedShard(selection_policy(name), 30, seed=4) for _ in range(2)]
     for shard in shards:
@@ -105,7 +99,7 @@ def test_labels_may_be_any_non_negative_integers(name: str) -> None:
     assert set(shard.counts.values()) <= {7, 8}
 
 
-@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("name", SELECTION_POLICIES)
 def test_a_policy_belongs_to_one_buffer(name: str) -> None:
     policy = selection_policy(name)
     policy.bind(10, 0, 1)
@@ -122,9 +116,9 @@ def test_unknown_policies() -> None:
 
 @pytest.mark.parametrize("name", BALANCED)
 def test_the_number_of_classes(name: str) -> None:
-    assert POLICIES[name](num_classes=3).num_classes == 3  # type: ignore[call-arg]
+    assert SELECTION_POLICIES[name](num_classes=3).num_classes == 3  # type: ignore[call-arg]
     with pytest.raises(ValueError, match="num_classes=0: it must be at least 1"):
-        POLICIES[name](num_classes=0)  # type: ignore[call-arg]
+        SELECTION_POLICIES[name](num_classes=0)  # type: ignore[call-arg]
 
 
 def test_labels_out_of_range() -> None:

@@ -17,9 +17,9 @@ import torch
 import torch.distributed as dist
 
 from ritornello import PeerLostError, RehearsalBuffer, RoundError
-from ritornello.buffer import _shut_down
-from ritornello.shard import Shard
-from ritornello.storage import Storage
+from ritornello.records.shard import Shard
+from ritornello.records.storage import Storage
+from ritornello.rounds.worker import shut_down
 from ritornello.testing import connect_shared_memory, run_ranks, spawn_ranks
 from ritornello.transports import SharedMemoryTransport, Transport, open_transport
 from ritornello.transports.shared_memory import GATHERED
@@ -177,7 +177,7 @@ def test_a_forked_child_that_ends_closes_nothing() -> None:
                     process = buffer._process
                     buffer._process = -1  # as a forked child would find it
                     buffer.close()
-                    _shut_down(buffer._worker, end, 0.0, process=-1)
+                    shut_down(buffer._worker, end, buffer._checkpointing.finish, 0.0, process=-1)
                     buffer._process = process
                 buffer.update((torch.zeros(4), torch.arange(4)))
             return end._ended.tolist()
@@ -220,7 +220,7 @@ def test_auto_takes_shared_memory_where_there_is_any() -> None:
 
 
 def test_shared_memory_is_refused_across_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
-    from ritornello.transports import _share_memory
+    from ritornello.transports.opening import _share_memory
 
     class Apart(SharedMemoryTransport):
         def __init__(self, inner: Transport) -> None:
@@ -232,7 +232,7 @@ def test_shared_memory_is_refused_across_hosts(monkeypatch: pytest.MonkeyPatch) 
         return str(caught.value)
 
     ends = connect_shared_memory(2)
-    monkeypatch.setattr("ritornello.transports.SharedMemoryTransport", Apart)
+    monkeypatch.setattr("ritornello.transports.opening.SharedMemoryTransport", Apart)
     assert all("use 'auto'" in message for message in run_ranks(ends, rank_main))
 
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ritornello import RehearsalBuffer, storage
-from ritornello.storage import MappedMemory, Storage
+from ritornello import RehearsalBuffer
+from ritornello.records import storage
+from ritornello.records.storage import MappedMemory, Storage
 from ritornello.testing import spawn_ranks
 
 

@@ -7,20 +7,15 @@ import numpy as np
 import pytest
 
 from ritornello.errors import PeerLostError
-from ritornello.storage import Storage
+from ritornello.records.storage import Storage
 from ritornello.testing import (
     TransportConformance,
     connect_collective,
     connect_shared_memory,
     run_ranks,
 )
-from ritornello.transports import (
-    CollectiveTransport,
-    LocalTransport,
-    Transport,
-    check_agreement,
-    open_transport,
-)
+from ritornello.transports import CollectiveTransport, LocalTransport, Transport, open_transport
+from ritornello.transports.agreement import check_agreement
 
 AUTO = Storage.of("auto")
 

@@ -15,11 +15,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ritornello.experiments.draw_statistics import Traffic, TrafficCount, draw_blocks
-from ritornello.experiments.step_time import A100, RoundLoad, predict
-from ritornello.records import Layout
-from ritornello.rounds import rows_of_rank, rows_per_rank
-from ritornello.sampling import UniformSampling
+from ritornello.experiments.speed.draw_statistics import Traffic, TrafficCount, draw_blocks
+from ritornello.experiments.speed.step_time import A100, RoundLoad, predict
+from ritornello.policies.sampling import UniformSampling
+from ritornello.records.layout import Layout
+from ritornello.records.shard import rows_of_rank, rows_per_rank
 
 PAGE = Path(__file__).with_name("sizing.md")
 

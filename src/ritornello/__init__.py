@@ -4,35 +4,31 @@ Start with ``RehearsalBuffer``.
 """
 
 from ritornello.buffer import RehearsalBuffer
-from ritornello.checkpoint import SavedFolder
-from ritornello.contents import Contents
 from ritornello.errors import BufferClosedError, CheckpointError, PeerLostError, RoundError
-from ritornello.exemplars import at_random, closest_to_mean, herding
-from ritornello.forgetting import Forgotten, forget
-from ritornello.loading import rehearse
-from ritornello.sampling import (
+from ritornello.policies.class_shares import (
+    ClassBalanced,
+    FirstOffered,
+    GreedyBalanced,
+    PerClassRandom,
+)
+from ritornello.policies.contents import Contents
+from ritornello.policies.exemplars import at_random, closest_to_mean, herding
+from ritornello.policies.largest_class import ClassBalancedReservoir, GraspEviction
+from ritornello.policies.reservoir import Fifo, Reservoir
+from ritornello.policies.sampling import (
     ClassBalancedSampling,
     GraspSampling,
     SamplingPolicy,
     UniformSampling,
 )
-from ritornello.saved_representatives import SavedRepresentatives
-from ritornello.selection import (
-    Assignment,
-    ClassBalanced,
-    ClassBalancedReservoir,
-    Fifo,
-    FirstOffered,
-    GraspEviction,
-    GreedyBalanced,
-    PerClassRandom,
-    Reservoir,
-    SavedShards,
-    SelectionPolicy,
-    rank_of_exemplar,
-)
-from ritornello.stats import BufferStats
-from ritornello.transports import Transport
+from ritornello.policies.selection import Assignment, SavedShards, SelectionPolicy
+from ritornello.policies.share_scores import rank_of_exemplar
+from ritornello.prefetch import rehearse
+from ritornello.rounds.stats import BufferStats
+from ritornello.saving.folder import SavedFolder
+from ritornello.saving.forgetting import Forgotten, forget
+from ritornello.saving.saved_buffer import SavedRepresentatives
+from ritornello.transports.base import Transport
 from ritornello.version import __version__
 
 __all__ = [

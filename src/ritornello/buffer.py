@@ -17,44 +17,41 @@ from __future__ import annotations
 
 import logging
 import os
-import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn, Self
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from ritornello.arguments import Arguments
-from ritornello.checkpoint import SavedBuffer, SavedFolder
-from ritornello.compiling import outside_graphs
-from ritornello.converted import Converted
-from ritornello.errors import (
-    BufferClosedError,
-    CheckpointError,
-)
-from ritornello.manifest import TaskMark
-from ritornello.nesting import Batch
-from ritornello.rounds import Rounds
-from ritornello.sampling import SamplingPolicy, sampling_policy
-from ritornello.selection import SelectionPolicy, selection_policy
-from ritornello.state_dicts import PREFIX, SavedState, WholeState, entry_of, gathered
-from ritornello.stats import BufferStats
-from ritornello.steps import Steps
-from ritornello.storage import Storage
-from ritornello.transports import Transport, check_agreement, open_transport
-from ritornello.worker import InlineWorker, ThreadWorker, Worker
+from ritornello.errors import BufferClosedError
+from ritornello.policies.names import sampling_policy, selection_policy
+from ritornello.policies.sampling import SamplingPolicy
+from ritornello.policies.selection import SelectionPolicy
+from ritornello.records.nesting import Batch
+from ritornello.records.storage import Storage
+from ritornello.rounds.arguments import Arguments
+from ritornello.rounds.compiling import outside_graphs
+from ritornello.rounds.round import Rounds
+from ritornello.rounds.stats import BufferStats
+from ritornello.rounds.steps import Steps
+from ritornello.rounds.worker import EXIT_SECONDS, InlineWorker, ThreadWorker, Worker, shut_down
+from ritornello.saving.checkpointing import Checkpointing
+from ritornello.saving.converted import Converted
+from ritornello.saving.folder import SavedFolder
+from ritornello.saving.saved_buffer import SavedBuffer
+from ritornello.saving.state_dict import SavedState, WholeState
+from ritornello.transports.agreement import check_agreement
+from ritornello.transports.base import Transport
+from ritornello.transports.opening import open_transport
 
 if TYPE_CHECKING:
     import torch.distributed as dist
     from torch.distributed.device_mesh import DeviceMesh
 
 logger = logging.getLogger(__name__)
-
-EXIT_SECONDS = 5.0
-"""How long a buffer that was never closed waits for its round when it is collected."""
 
 
 class RehearsalBuffer:
@@ -102,9 +99,6 @@ class RehearsalBuffer:
         storage: where the shards lie: "auto" (shared memory where ranks share a host, else
             ordinary memory), "cpu", "pinned", "shared", a CUDA device such as "cuda", or
             "file:DIR" (a file in a folder, for shards larger than memory).
-        rounds_per_exchange: ``k``: one round in ``k`` steps, which draws ``r`` representatives
-            for each of the next ``k``. For steps of a millisecond, which a round a step would
-            disturb. Candidates can then be drawn 1 to ``k`` steps later.
         timeout_seconds: how long a peer may be silent before a ``PeerLostError``. It must be
             longer than any pause that some ranks make and others do not, such as an evaluation
             on one rank.
@@ -132,7 +126,6 @@ class RehearsalBuffer:
         num_draws: int = 1,
         transport: str | Transport = "auto",
         storage: str | torch.device = "auto",
-        rounds_per_exchange: int = 1,
         timeout_seconds: float = 300.0,
         asynchronous: bool = True,
     ) -> None:
@@ -151,7 +144,6 @@ class RehearsalBuffer:
                 sampling=sampling,
                 storage=place.kind,
                 num_draws=num_draws,
-                rounds_per_exchange=rounds_per_exchange,
             )
             # Before any check that only one rank might fail: so all ranks fail together.
             check_agreement(channel, arguments.as_text())
@@ -164,7 +156,7 @@ class RehearsalBuffer:
                 num_representatives=num_representatives,
                 seed=seed,
                 storage=place,
-                draws_per_round=num_draws * rounds_per_exchange,
+                num_draws=num_draws,
             )
         except BaseException:
             channel.close()
@@ -176,17 +168,20 @@ class RehearsalBuffer:
             else InlineWorker(rounds.run)
         )
         self._steps = Steps(arguments, rounds, self._worker, place, timeout_seconds)
+        self._checkpointing = Checkpointing(arguments, self._steps, self._worker)
+        self._num_draws = num_draws
         self._timeout_seconds = timeout_seconds
         # One path for close(), garbage collection and the interpreter's exit.
         self._process = os.getpid()
+        self._parts = self._worker, channel, self._checkpointing.finish
         self._finalizer = weakref.finalize(
-            self, _shut_down, self._worker, rounds, EXIT_SECONDS, self._process
+            self, shut_down, *self._parts, EXIT_SECONDS, self._process
         )
 
     @property
     def num_draws(self) -> int:
         """Draws per step."""
-        return self._steps.num_draws
+        return self._num_draws
 
     @outside_graphs
     def update(self, batch: Batch) -> Batch:
@@ -221,8 +216,7 @@ class RehearsalBuffer:
         """Takes the representatives that were drawn after the last offer.
 
         Waits only if that round is still running. ``draw`` and ``offer`` alternate: each offer
-        starts a round, and each draw takes its result (with ``rounds_per_exchange=k``: every
-        k-th offer, and k draws share its result). The first draw may come before any offer.
+        starts a round, and each draw takes its result. The first draw may come before any offer.
 
         Returns:
             ``r`` samples nested like a mini-batch, the caller's own; with ``num_draws`` of 2 or
@@ -241,7 +235,7 @@ class RehearsalBuffer:
     def offer(self, batch: Batch) -> None:
         """Offers a mini-batch: its candidates are copied, and a round starts.
 
-        They can be drawn from the next ``draw`` on (see ``rounds_per_exchange``).
+        They can be drawn from the next ``draw`` on.
 
         Args:
             batch: as for ``update``.
@@ -271,19 +265,7 @@ class RehearsalBuffer:
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size}: it must be at least 1")
         self._steps.settle()
-        return self._read(batch_size)
-
-    def _read(self, batch_size: int) -> Iterator[Batch]:
-        num_rounds = self._steps.rounds.num_rounds
-        for first in range(0, self._steps.rounds.num_held, batch_size):
-            if self._steps.rounds.num_rounds != num_rounds:
-                raise RuntimeError(
-                    "representatives: the buffer has changed meanwhile; finish the iteration "
-                    "before the next update, draw or offer"
-                )
-            num_rows = min(batch_size, self._steps.rounds.num_held - first)
-            assert self._steps.layout is not None
-            yield self._steps.layout.rebuild(self._steps.rounds.representatives(first, num_rows))
+        return self._steps.read(batch_size)
 
     def measure_distances(self, embed: Callable[[Batch], Tensor], batch_size: int = 256) -> None:
         """Measures how far every representative is from the mean of its class, for "grasp".
@@ -313,7 +295,6 @@ class RehearsalBuffer:
             )
         features = [embed(batch) for batch in self.representatives(batch_size)]
         with self._steps.with_peers("measure_distances"):
-            self._steps.check_in_step("measure_distances")
             self._steps.rounds.measure_distances(
                 torch.cat(features) if features else torch.zeros(0, 0)
             )
@@ -331,11 +312,12 @@ class RehearsalBuffer:
             PeerLostError, RoundError, BufferClosedError: see ``update``.
         """
         self._check_open("begin_task")
-        self._steps.settle()
-        self._steps.tasks = (
-            *self._steps.tasks,
-            TaskMark(str(name), self._steps.rounds.num_rounds, time.time()),
-        )
+        self._checkpointing.begin_task(name)
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The names of the tasks that have begun, in their order; see ``begin_task``."""
+        return tuple(task.name for task in self._checkpointing.tasks)
 
     def save(self, folder: str | os.PathLike[str], *, background: bool = False) -> None:
         """Saves the buffer in a folder: a file for each shard, and a manifest.
@@ -363,11 +345,7 @@ class RehearsalBuffer:
             PeerLostError, RoundError, BufferClosedError: see ``update``.
         """
         self._check_open("save")
-        self._steps.settle()
-        with self._steps.with_peers("save"):
-            self._steps.begin_saving(folder, background)
-            if not background:
-                self._steps.end_saving()
+        self._checkpointing.save(folder, background)
 
     def wait_until_saved(self) -> None:
         """Waits until the last save in the background is on disk. All ranks call it.
@@ -377,10 +355,7 @@ class RehearsalBuffer:
             PeerLostError, RoundError, BufferClosedError: see ``update``.
         """
         self._check_open("wait_until_saved")
-        self._steps.settle()
-        with self._steps.with_peers("wait_until_saved"):
-            self._steps.check_in_step("wait_until_saved")
-            self._steps.end_saving()
+        self._checkpointing.wait()
 
     def load(
         self,
@@ -418,7 +393,7 @@ class RehearsalBuffer:
             found = SavedFolder(folder)
             return found if convert is None else Converted(found, convert)
 
-        self._steps.load(saved, "load")
+        self._checkpointing.load(saved, "load")
 
     def state_dict(self, *, whole: bool = False) -> dict[str, Any]:
         """The buffer's state in memory, as ``save`` would write it: copies, shard included.
@@ -437,16 +412,7 @@ class RehearsalBuffer:
             PeerLostError, RoundError, BufferClosedError: see ``update``.
         """
         self._check_open("state_dict")
-        self._steps.settle()
-        try:
-            entry = entry_of(self._steps.snapshot())
-        except TypeError as error:
-            raise CheckpointError(self._steps.here(str(error))) from error
-        if not whole:
-            return {f"{PREFIX}{self._transport.rank}": entry}
-        with self._steps.with_peers("state_dict"):
-            self._steps.check_in_step("state_dict")
-            return dict(gathered(entry, self._transport))
+        return self._checkpointing.state_dict(whole)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes over a ``state_dict``; as ``load``.
@@ -458,7 +424,7 @@ class RehearsalBuffer:
             See ``load``.
         """
         self._check_open("load_state_dict")
-        self._steps.load(lambda: SavedState(state), "load_state_dict")
+        self._checkpointing.load(lambda: SavedState(state), "load_state_dict")
 
     @property
     def whole(self) -> WholeState:
@@ -470,7 +436,7 @@ class RehearsalBuffer:
             accelerator.register_for_checkpointing(buffer.whole)
             fabric.save("last.ckpt", {"model": model, "buffer": buffer.whole})
         """
-        return WholeState(self)
+        return WholeState(partial(self.state_dict, whole=True), self.load_state_dict)
 
     def __len__(self) -> int:
         """Representatives in the whole buffer. Waits for the running round."""
@@ -489,33 +455,14 @@ class RehearsalBuffer:
         Args:
             per_class: whether to count classes, which reads the label of every representative.
         """
-        self._steps.settle()
-        rounds = self._steps.rounds
-        labels = rounds.labels() if per_class else np.zeros(0, dtype=np.int64)
-        labels, counts = np.unique(labels, return_counts=True)
-        return BufferStats(
-            capacity=self._steps.capacity,
-            num_held=rounds.contents.num_held,
-            held_per_rank=rounds.contents.sizes.tolist(),
-            held_per_class=dict(zip(labels.tolist(), counts.tolist(), strict=True)),
-            record_bytes=self._steps.layout.record_bytes if self._steps.layout else 0,
-            shard_bytes=rounds.shard.num_bytes if rounds.shard else 0,
-            num_rounds=rounds.num_rounds,
-            bytes_sent=rounds.bytes_sent,
-            bytes_received=rounds.bytes_received,
-            seconds_waited=self._steps.seconds_waited,
-            seconds_joining=self._steps.seconds_joining,
-            seconds_offering=self._steps.seconds_offering,
-            seconds_per_stage=dict(rounds.seconds_per_stage),
-        )
+        return self._steps.stats(per_class)
 
     def close(self) -> None:
         """Finishes the running round and ends the worker. May be called twice.
 
-        Candidates for which no round has started yet (``rounds_per_exchange``) are dropped. What a
-        save in the background has not yet written is written.
-        Other ranks may still need this rank's records for their last round, so this waits for
-        it, at most ``timeout_seconds``. Never raises for a peer that is gone.
+        What a save in the background has not yet written is written. Other ranks may still need
+        this rank's records for their last round, so this waits for it, at most
+        ``timeout_seconds``. Never raises for a peer that is gone.
         """
         self._close(self._timeout_seconds)
 
@@ -554,26 +501,6 @@ class RehearsalBuffer:
             return
         try:
             self._steps.finish(wait_seconds)
+            self._checkpointing.finish(wait_seconds)
         finally:  # also after Ctrl-C
-            rounds, exit_seconds = self._steps.rounds, min(wait_seconds, EXIT_SECONDS)
-            _shut_down(self._worker, rounds, exit_seconds, self._process)
-
-
-def _shut_down(worker: Worker, rounds: Rounds, wait_seconds: float, process: int) -> None:
-    if process != os.getpid():
-        return  # in a forked child: worker and transport are the parent's
-    has_stopped = worker.stop(wait_seconds)
-    if rounds.saving is not None and not rounds.saving.has_ended:
-        if has_stopped:
-            rounds.saving.finish(wait_seconds)
-        else:
-            logger.warning("a save in the background was given up")
-            rounds.saving.give_up()
-    if not has_stopped:
-        # Python must not end while a thread is inside torch: that would abort the process.
-        rounds.transport.interrupt()
-        has_stopped = worker.stop(EXIT_SECONDS)
-    if has_stopped:
-        rounds.transport.close()
-    else:  # it still uses the transport
-        worker.call_at_end(rounds.transport.close)
+            shut_down(*self._parts, min(wait_seconds, EXIT_SECONDS), self._process)

@@ -18,15 +18,14 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from ritornello.errors import BufferClosedError, PeerLostError
-from ritornello.random_streams import Purpose, stream
-from ritornello.sampling import UniformSampling, plan_draw
-from ritornello.storage import Storage
-from ritornello.transports import (
-    CollectiveTransport,
-    LocalTransport,
-    SharedMemoryTransport,
-    Transport,
-)
+from ritornello.policies.sampling import UniformSampling
+from ritornello.records.storage import Storage
+from ritornello.rounds.planner import plan_draw
+from ritornello.rounds.random_streams import Purpose, stream
+from ritornello.transports.base import Transport
+from ritornello.transports.collective import CollectiveTransport
+from ritornello.transports.local import LocalTransport
+from ritornello.transports.shared_memory import SharedMemoryTransport
 
 Result = TypeVar("Result")
 

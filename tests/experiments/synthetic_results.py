@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from ritornello.experiments import metrics
-from ritornello.experiments.config import Recipe
+from ritornello.experiments.recipes.recipe import Recipe
+from ritornello.experiments.results import metrics
 
 REMEMBERED = {"incremental": 0.0, "rehearsal": 0.9, "der": 0.85, "from-scratch": 0.95, "joint": 1.0}
 RUNTIMES = {"incremental": 10.0, "from-scratch": 35.0, "joint": 11.0}

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from ritornello.experiments.augmentation import AUGMENTATIONS, Pixels
-from ritornello.experiments.config import Recipe
-from ritornello.experiments.data import load
+from ritornello.experiments.data.load import load
+from ritornello.experiments.models.augmentation import AUGMENTATIONS, Pixels
+from ritornello.experiments.recipes.recipe import Recipe
 
 RANDOM = [name for name in AUGMENTATIONS if name != "none"]
 
@@ -115,7 +115,7 @@ def test_mixed_precision_does_not_move_the_crops(augmentation: str) -> None:
 
 def test_no_augmentation_loads_no_kornia() -> None:
     code = (
-        "import sys; from ritornello.experiments.augmentation import Pixels; "
+        "import sys; from ritornello.experiments.models.augmentation import Pixels; "
         "Pixels((1, 4, 4)); assert 'kornia' not in sys.modules; "
         "Pixels((1, 4, 4), 'crop-flip'); assert 'kornia' in sys.modules"
     )

@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from ritornello.experiments.bench import (
+from ritornello.experiments.cli.command import main
+from ritornello.experiments.speed.bench import (
     WORKLOADS,
     Rounds,
     check_bench,
     measure_beside,
     measure_rounds,
 )
-from ritornello.experiments.cli import main
 
 
 def test_rounds_are_timed_stage_by_stage() -> None:

@@ -7,10 +7,14 @@ from collections.abc import Iterable
 
 import pytest
 
-from ritornello import sampling, selection
-from ritornello.experiments import augmentation, changes, config, exemplars, scenarios
-from ritornello.experiments.changes import BufferChanges, Changes, Sweep
-from ritornello.experiments.recipes import RECIPES, recipe_named
+from ritornello.experiments.cli import flags as changes
+from ritornello.experiments.cli.flags import BufferChanges, Changes, Sweep
+from ritornello.experiments.data import scenarios
+from ritornello.experiments.models import augmentation
+from ritornello.experiments.recipes import recipe as config
+from ritornello.experiments.recipes.named import RECIPES, recipe_named
+from ritornello.experiments.training import exemplars
+from ritornello.policies import names
 
 
 def test_what_is_not_given_is_as_in_the_recipe() -> None:
@@ -75,10 +79,10 @@ def help_of(kind: type) -> dict[str, str]:
         (Changes, "remembers", exemplars.CHOICES),
         (Changes, "amp", config.AMP_MODES),
         (Changes, "optimiser", config.OPTIMISERS),
-        (BufferChanges, "selection", selection.POLICIES),
-        (BufferChanges, "sampling", sampling.POLICIES),
-        (Sweep, "selections", selection.POLICIES),
-        (Sweep, "samplings", sampling.POLICIES),
+        (BufferChanges, "selection", names.SELECTION_POLICIES),
+        (BufferChanges, "sampling", names.SAMPLING_POLICIES),
+        (Sweep, "selections", names.SELECTION_POLICIES),
+        (Sweep, "samplings", names.SAMPLING_POLICIES),
     ],
 )
 def test_the_help_names_all_that_there_is(kind: type, field: str, names: Iterable[str]) -> None:

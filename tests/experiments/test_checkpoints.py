@@ -18,14 +18,15 @@ import pytest
 
 from ritornello import RehearsalBuffer
 from ritornello.errors import CheckpointError
-from ritornello.experiments import checkpoints, train
-from ritornello.experiments.config import Recipe
-from ritornello.experiments.interruption import RunInterruptedError
-from ritornello.experiments.launch import LaunchError, launch
-from ritornello.experiments.recipes import recipe_named
-from ritornello.experiments.results import Results
-from ritornello.experiments.saving import Saver, Saving
+from ritornello.experiments.ranks.interruption import RunInterruptedError
+from ritornello.experiments.ranks.launch import LaunchError, launch
+from ritornello.experiments.recipes.named import recipe_named
+from ritornello.experiments.recipes.recipe import Recipe
+from ritornello.experiments.results.writing import Results
 from ritornello.experiments.strategies import STRATEGIES
+from ritornello.experiments.training import checkpoints
+from ritornello.experiments.training import run as train
+from ritornello.experiments.training.saver import Saver, Saving
 
 EVERY_7 = Saving(save_every=7, resume=True)
 
@@ -401,7 +402,7 @@ def test_a_signal_between_two_runs_is_heard_by_the_second(
         if path.name == "results.json":
             preempt()
 
-    monkeypatch.setattr(train, "write_json", write_and_preempt)
+    monkeypatch.setattr("ritornello.experiments.training.run.write_json", write_and_preempt)
     variants = {
         name: recipe_named("digits", strategy=name, epochs=1, num_tasks=2)
         for name in ("incremental", "rehearsal")

@@ -11,10 +11,9 @@ from typing import Any
 import pytest
 from command import run
 
-from ritornello.experiments import cli
-from ritornello.experiments.config import Recipe
-from ritornello.experiments.recipes import RECIPES
-from ritornello.experiments.saving import Saver
+from ritornello.experiments.recipes.named import RECIPES
+from ritornello.experiments.recipes.recipe import Recipe
+from ritornello.experiments.training.saver import Saver
 
 
 @pytest.fixture(autouse=True)
@@ -47,7 +46,7 @@ def test_a_package_that_is_missing(
         import matplotlib  # noqa: F401
 
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.setattr(cli, "_train", show)
+    monkeypatch.setattr("ritornello.experiments.cli.training._train", show)
     assert run("run", "digits") == 2
     error = capsys.readouterr().err
     assert "matplotlib" in error
@@ -145,7 +144,7 @@ def test_what_runs(
     def train(recipes: dict[str, Recipe], *further: object) -> None:
         asked.update(recipes)
 
-    monkeypatch.setattr(cli, "_train", train)
+    monkeypatch.setattr("ritornello.experiments.cli.training._train", train)
     assert run(*arguments) == 0
     assert list(asked) == labels
     if "--capacity" in arguments:
@@ -156,7 +155,10 @@ def test_what_runs(
 
 def test_a_recipe_as_published_keeps_its_figure(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Recipe] = []
-    monkeypatch.setattr(cli, "_train", lambda recipes, *_: asked.extend(recipes.values()))
+    monkeypatch.setattr(
+        "ritornello.experiments.cli.training._train",
+        lambda recipes, *_: asked.extend(recipes.values()),
+    )
     name = "buzzega-mnist-er-500"
     run("run", name, "--seeds", "1", "2", "--device", "cpu", "--data", "mnist.npz")
     run("run", name, "--epochs", "2")

@@ -11,7 +11,7 @@ from matplotlib import colormaps
 from matplotlib.colors import to_rgb
 from numpy.typing import NDArray
 
-from ritornello.experiments import colours, figures
+from ritornello.experiments.reporting import colours, figures
 
 Colour = NDArray[np.float64]
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from ritornello.experiments.recipes import recipe_named
+from ritornello.experiments.recipes.named import recipe_named
 
 
 def test_the_schedule_of_the_learning_rate() -> None:

@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from ritornello.experiments import data
-from ritornello.experiments.data_set import InMemoryImages, Joined, Relabelled
+from ritornello.experiments.data import load as data
+from ritornello.experiments.data.data_set import InMemoryImages, Joined, Relabelled
 
 
 def save_npz(path: Path, **changes: np.ndarray | None) -> Path:

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from scipy.stats import binom
 
-from ritornello.contents import Contents
-from ritornello.experiments.draw_statistics import (
+from ritornello.experiments.speed.draw_statistics import (
     Fairness,
     FairnessCount,
     TrafficCount,
@@ -19,8 +18,10 @@ from ritornello.experiments.draw_statistics import (
     draw_blocks,
     plan_seconds,
 )
-from ritornello.random_streams import Purpose, stream
-from ritornello.sampling import SamplingPolicy, UniformSampling, plan_draw
+from ritornello.policies.contents import Contents
+from ritornello.policies.sampling import SamplingPolicy, UniformSampling
+from ritornello.rounds.planner import plan_draw
+from ritornello.rounds.random_streams import Purpose, stream
 from ritornello.testing import chi_square_p_value
 
 

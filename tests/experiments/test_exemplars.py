@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from ritornello import RehearsalBuffer
-from ritornello.experiments import exemplars
-from ritornello.experiments.data import load
-from ritornello.experiments.scenarios import class_incremental
+from ritornello.experiments.data.load import load
+from ritornello.experiments.data.scenarios import class_incremental
+from ritornello.experiments.data.stream import TaskImages
 from ritornello.experiments.strategies import Rehearsal
-from ritornello.experiments.stream import TaskImages
+from ritornello.experiments.training import exemplars
 from ritornello.testing import run_ranks, spawn_ranks
 from ritornello.transports import LocalTransport, Transport
 

@@ -15,17 +15,22 @@ from PIL import Image
 
 from ritornello import RehearsalBuffer, SavedFolder
 from ritornello.errors import CheckpointError
-from ritornello.experiments import cli, living_folder, models, report, saved_results, train
-from ritornello.experiments.config import Recipe
-from ritornello.experiments.data import load
-from ritornello.experiments.extension import extend
-from ritornello.experiments.inspection import find_buffers
-from ritornello.experiments.launch import launch
-from ritornello.experiments.recipes import recipe_named
-from ritornello.experiments.results import Results
-from ritornello.experiments.saving import Saver, Saving
+from ritornello.experiments import cli
+from ritornello.experiments.data.load import load
+from ritornello.experiments.inspection.inspection import find_buffers
+from ritornello.experiments.models import build as models
+from ritornello.experiments.ranks.launch import launch
+from ritornello.experiments.recipes.named import recipe_named
+from ritornello.experiments.recipes.recipe import Recipe
+from ritornello.experiments.reporting import report
+from ritornello.experiments.results import reading as saved_results
+from ritornello.experiments.results import run_folder as living_folder
+from ritornello.experiments.results.writing import Results
 from ritornello.experiments.strategies.der import with_further_logits
-from ritornello.experiments.trainer import Trainer
+from ritornello.experiments.training import run as train
+from ritornello.experiments.training.extension import extend
+from ritornello.experiments.training.saver import Saver, Saving
+from ritornello.experiments.training.trainer import Trainer
 
 RESUME = Saving(save_every=5, resume=True)
 
@@ -547,7 +552,7 @@ def test_an_interrupted_extension_goes_on_bit_by_bit(
 
 
 def test_one_job_at_a_time(living: Path, arrived: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ritornello.experiments.extension.locked", crash)
+    monkeypatch.setattr("ritornello.experiments.training.extension.locked", crash)
     with pytest.raises(CheckpointError, match="cannot begin: CrashError"):
         extend(living, arrived / "second.npz")
 

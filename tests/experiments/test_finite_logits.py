@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ritornello import RehearsalBuffer
-from ritornello.experiments.launch import LaunchError, launch
+from ritornello.experiments.ranks.launch import LaunchError, launch
 from ritornello.experiments.strategies import DER, DERPlusPlus
 
 MESSAGE = r"task 3, step 2 of this run: the logits of 3 new sample\(s\) are not finite, .*learning"

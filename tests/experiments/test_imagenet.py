@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ritornello.experiments import train
-from ritornello.experiments.launch import launch
-from ritornello.experiments.recipes import recipe_named
+from ritornello.experiments.ranks.launch import launch
+from ritornello.experiments.recipes.named import recipe_named
+from ritornello.experiments.training import run as train
 
 NUM_CLASSES = 8
 

@@ -17,11 +17,12 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 
 from ritornello import RehearsalBuffer, SavedFolder
-from ritornello.checkpoint import replace_manifest
-from ritornello.experiments import contact_sheet, inspection_tables
-from ritornello.experiments.data import load
-from ritornello.experiments.inspection import find_buffers, inspect_buffer
-from ritornello.manifest import Removal, TaskMark
+from ritornello.experiments.data.load import load
+from ritornello.experiments.inspection import contact_sheet
+from ritornello.experiments.inspection import tables as inspection_tables
+from ritornello.experiments.inspection.inspection import find_buffers, inspect_buffer
+from ritornello.saving.folder import replace_manifest
+from ritornello.saving.manifest import Removal, TaskMark
 from ritornello.testing import run_ranks
 from ritornello.transports import LocalTransport, Transport
 
@@ -383,7 +384,7 @@ def test_a_run_that_goes_on_is_not_touched(capsys: pytest.CaptureFixture[str]) -
     save(Path("out/buffer"))
     before = Path("out/buffer/manifest.json").read_bytes()
     program = (
-        "from pathlib import Path; from ritornello.experiments.folder_lock import locked\n"
+        "from pathlib import Path; from ritornello.experiments.results.run_folder import locked\n"
         "with locked(Path('out')): print('locked', flush=True); input()"
     )
     with subprocess.Popen(

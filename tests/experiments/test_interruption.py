@@ -13,10 +13,10 @@ import pytest
 import torch.distributed as dist
 
 from ritornello.errors import CheckpointError
-from ritornello.experiments.folder_lock import locked
-from ritornello.experiments.interruption import Agreement, NotedSignals, RunInterruptedError
-from ritornello.experiments.launch import launch
-from ritornello.experiments.ranks import Ranks
+from ritornello.experiments.ranks.group import Ranks
+from ritornello.experiments.ranks.interruption import Agreement, NotedSignals, RunInterruptedError
+from ritornello.experiments.ranks.launch import launch
+from ritornello.experiments.results.run_folder import locked
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
@@ -101,7 +101,7 @@ def test_what_fails_on_one_rank_fails_on_all() -> None:
 def test_a_folder_belongs_to_one_job(tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path\n"
-        "from ritornello.experiments.folder_lock import locked\n"
+        "from ritornello.experiments.results.run_folder import locked\n"
         "with locked(Path(sys.argv[1])): print('mine', flush=True); sys.stdin.read()"
     )
     folder = tmp_path / "new" / "folder"

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ritornello import RehearsalBuffer
-from ritornello.experiments.label_streams import LabelStream, fill
+from ritornello.experiments.speed.label_streams import LabelStream, fill
 from ritornello.testing import run_ranks
 from ritornello.transports import LocalTransport, Transport
 

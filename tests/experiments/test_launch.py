@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from ritornello.experiments import train
-from ritornello.experiments.config import Recipe
-from ritornello.experiments.interruption import RunInterruptedError
-from ritornello.experiments.launch import LaunchError, launch, place_in_job, restarted
-from ritornello.experiments.recipes import recipe_named
-from ritornello.experiments.saving import Saver, Saving
+from ritornello.experiments.ranks.interruption import RunInterruptedError
+from ritornello.experiments.ranks.launch import LaunchError, launch, place_in_job, restarted
+from ritornello.experiments.recipes.named import recipe_named
+from ritornello.experiments.recipes.recipe import Recipe
+from ritornello.experiments.training import run as train
+from ritornello.experiments.training.saver import Saver, Saving
 
 
 def _place(*_: Any) -> tuple[int, int, str | None]:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from ritornello.experiments import metrics
+from ritornello.experiments.results import metrics
 
 MATRIX = np.array([[0.9, 0.2, 0.0], [0.5, 0.8, 0.1], [0.6, 0.3, 0.7]])
 

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ritornello.experiments import models
+from ritornello.experiments.models import build as models
 
 SMALL = [
     ("mlp", (1, 28, 28), 100),

@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from ritornello.experiments.config import Recipe
-from ritornello.experiments.data import DataSet, load
-from ritornello.experiments.network import Network
-from ritornello.experiments.recipes import recipe_named
+from ritornello.experiments.data.data_set import DataSet
+from ritornello.experiments.data.load import load
+from ritornello.experiments.models.network import Network
+from ritornello.experiments.recipes.named import recipe_named
+from ritornello.experiments.recipes.recipe import Recipe
 
 
 @pytest.fixture(scope="module")

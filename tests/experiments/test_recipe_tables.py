@@ -2,10 +2,10 @@ from __future__ import annotations
 
 from rich.console import Console
 
-from ritornello.experiments.config import Recipe
-from ritornello.experiments.published import PUBLISHED
-from ritornello.experiments.recipe_tables import all_recipes, one_recipe
-from ritornello.experiments.recipes import RECIPES
+from ritornello.experiments.recipes.named import RECIPES
+from ritornello.experiments.recipes.published import PUBLISHED
+from ritornello.experiments.recipes.recipe import Recipe
+from ritornello.experiments.recipes.tables import all_recipes, one_recipe
 
 
 def lines_of(parts: list[object]) -> list[str]:

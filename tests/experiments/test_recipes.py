@@ -6,16 +6,16 @@ from dataclasses import asdict
 import pytest
 from torch import nn
 
-from ritornello.experiments import models
-from ritornello.experiments.augmentation import AUGMENTATIONS
-from ritornello.experiments.config import Recipe
-from ritornello.experiments.data import NAMES
-from ritornello.experiments.published import BUZZEGA_MNIST, VAN_DE_VEN_MNIST
-from ritornello.experiments.recipes import RECIPES, recipe_named
-from ritornello.experiments.scenarios import SCENARIOS
-from ritornello.experiments.train import check
-from ritornello.sampling import POLICIES as SAMPLING
-from ritornello.selection import POLICIES as SELECTION
+from ritornello.experiments.data.load import NAMES
+from ritornello.experiments.data.scenarios import SCENARIOS
+from ritornello.experiments.models import build as models
+from ritornello.experiments.models.augmentation import AUGMENTATIONS
+from ritornello.experiments.recipes.named import RECIPES, recipe_named
+from ritornello.experiments.recipes.published import BUZZEGA_MNIST, VAN_DE_VEN_MNIST
+from ritornello.experiments.recipes.recipe import Recipe
+from ritornello.experiments.training.run import check
+from ritornello.policies.names import SAMPLING_POLICIES as SAMPLING
+from ritornello.policies.names import SELECTION_POLICIES as SELECTION
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 from synthetic_results import results_of, results_of_variant
 
-from ritornello.experiments import saved_results
-from ritornello.experiments.config import Published, Recipe
-from ritornello.experiments.results_page import page_of, write_results_page
-from ritornello.experiments.sweep import summarise, variants
+from ritornello.experiments.recipes.recipe import Published, Recipe
+from ritornello.experiments.reporting.results_page import page_of, write_results_page
+from ritornello.experiments.results import reading as saved_results
+from ritornello.experiments.results.groups import summarise
+from ritornello.experiments.training.variants import variants
 
 RECIPE = Recipe(
     name="digits",

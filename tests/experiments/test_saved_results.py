@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from synthetic_results import results_of
 
-from ritornello.experiments.saved_results import archive, find_results, load_results
+from ritornello.experiments.results.reading import archive, find_results, load_results
 
 
 def write(path: Path, content: Any) -> Path:

@@ -11,10 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from ritornello.experiments import scenarios
-from ritornello.experiments.config import Recipe
-from ritornello.experiments.data import Arrival, DataSet, InMemoryImages, load
-from ritornello.experiments.scenarios import SCENARIOS, Task, class_incremental, scenario_of
+from ritornello.experiments.data import scenarios
+from ritornello.experiments.data.data_set import Arrival, DataSet, InMemoryImages
+from ritornello.experiments.data.load import load
+from ritornello.experiments.data.scenarios import SCENARIOS, Task, class_incremental, scenario_of
+from ritornello.experiments.recipes.recipe import Recipe
 
 
 @cache

@@ -14,9 +14,10 @@ from chromium import Chromium
 from PIL import Image
 from synthetic_results import results_of, results_of_variant
 
-from ritornello.experiments import metrics, report
-from ritornello.experiments.config import Published, Recipe
-from ritornello.experiments.sweep import Results
+from ritornello.experiments.recipes.recipe import Published, Recipe
+from ritornello.experiments.reporting import report
+from ritornello.experiments.results import metrics
+from ritornello.experiments.results.labels import Results
 
 pytestmark = pytest.mark.skipif(
     chromium.PATH is None, reason="needs Chromium: apt-get install chromium"

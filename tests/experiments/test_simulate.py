@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ritornello.contents import Contents
 from ritornello.experiments import cli
-from ritornello.experiments.draw_statistics import plan_seconds
-from ritornello.experiments.simulate import Simulation, simulate, simulate_ranks
-from ritornello.experiments.simulate_report import summary, tables
-from ritornello.experiments.step_time import A100
-from ritornello.sampling import SamplingPolicy, UniformSampling
+from ritornello.experiments.speed.draw_statistics import plan_seconds
+from ritornello.experiments.speed.simulate import Simulation, simulate, simulate_ranks
+from ritornello.experiments.speed.simulate_report import summary, tables
+from ritornello.experiments.speed.step_time import A100
+from ritornello.policies.contents import Contents
+from ritornello.policies.sampling import SamplingPolicy, UniformSampling
 
 SMALL = Simulation(
     ranks=(8,),

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from ritornello.experiments.bench import Rounds
-from ritornello.experiments.step_time import (
+from ritornello.experiments.speed.bench import Rounds
+from ritornello.experiments.speed.step_time import (
     A100,
     MACHINES,
     MachineChanges,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ritornello import RehearsalBuffer
-from ritornello.experiments.recipes import recipe_named
+from ritornello.experiments.recipes.named import recipe_named
 from ritornello.experiments.strategies import (
     AGEM,
     DER,

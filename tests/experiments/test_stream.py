@@ -10,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ritornello.experiments.data import InMemoryImages
-from ritornello.experiments.scenarios import Task
-from ritornello.experiments.stream import (
+from ritornello.experiments.data.data_set import InMemoryImages
+from ritornello.experiments.data.scenarios import Task
+from ritornello.experiments.data.stream import (
     TaskImages,
     load_batches,
     positions_of_pass,

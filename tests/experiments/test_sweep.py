@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 from synthetic_results import results_of, results_of_variant
 
-from ritornello.experiments import sweep
-from ritornello.experiments.config import Published, Recipe
-from ritornello.experiments.recipes import RECIPES
+from ritornello.experiments.recipes.named import RECIPES
+from ritornello.experiments.recipes.recipe import Published, Recipe, with_changes
+from ritornello.experiments.results import groups as sweep
+from ritornello.experiments.results.groups import Statistic, summarise
 from ritornello.experiments.strategies import STRATEGIES
-from ritornello.experiments.sweep import Statistic, summarise, variants
+from ritornello.experiments.training.variants import folder_name, uses_buffer, variants
 
 RECIPE = Recipe(
     name="digits",
@@ -66,7 +67,7 @@ def test_the_product_of_everything() -> None:
     assert [label for label in made if label.startswith("from")] == [
         f"from-scratch, seed {seed}" for seed in range(3)
     ]
-    assert len({sweep.folder_name(label) for label in made}) == len(made)
+    assert len({folder_name(label) for label in made}) == len(made)
 
 
 def test_what_is_given_twice_runs_once() -> None:
@@ -77,8 +78,8 @@ def test_what_is_given_twice_runs_once() -> None:
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_strategies_without_a_buffer_have_no_settings_of_it(strategy: str) -> None:
     made = variants(RECIPE, [strategy], capacities=[1, 2])
-    assert len(made) == (2 if sweep.uses_buffer(strategy) else 1)
-    assert sweep.uses_buffer(strategy) == (strategy not in ("incremental", "from-scratch", "joint"))
+    assert len(made) == (2 if uses_buffer(strategy) else 1)
+    assert uses_buffer(strategy) == (strategy not in ("incremental", "from-scratch", "joint"))
 
 
 def test_strategies_that_are_not_there() -> None:
@@ -102,14 +103,14 @@ def test_strategies_that_are_not_there() -> None:
 def test_the_published_figure_goes_where_it_does_not_belong(
     changes: dict[str, Any], stays: bool
 ) -> None:
-    changed = sweep.with_changes(RECIPE, **changes)
+    changed = with_changes(RECIPE, **changes)
     assert (changed.published is not None) == stays
     assert changed == dataclasses.replace(RECIPE, **changes, published=changed.published)
 
 
 def test_names_of_folders() -> None:
-    assert sweep.folder_name("der++, capacity 0.2, seed 1") == "der++-capacity-0.2-seed-1"
-    assert sweep.folder_name("mnist: ../der") == "mnist-..-der"
+    assert folder_name("der++, capacity 0.2, seed 1") == "der++-capacity-0.2-seed-1"
+    assert folder_name("mnist: ../der") == "mnist-..-der"
 
 
 @pytest.mark.parametrize(

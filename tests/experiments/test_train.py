@@ -10,10 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ritornello.experiments import train
-from ritornello.experiments.config import Recipe
-from ritornello.experiments.launch import launch
-from ritornello.experiments.recipes import recipe_named
+from ritornello.experiments.ranks.launch import launch
+from ritornello.experiments.recipes.named import recipe_named
+from ritornello.experiments.recipes.recipe import Recipe
+from ritornello.experiments.training import run as train
 
 
 def quick(**changes: Any) -> Recipe:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from ritornello.experiments import train
-from ritornello.experiments.recipes import recipe_named
+from ritornello.experiments.recipes.named import recipe_named
+from ritornello.experiments.training import run as train
 
 pytestmark = pytest.mark.cuda
 

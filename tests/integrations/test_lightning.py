@@ -304,7 +304,7 @@ def test_the_buffer_lives_on_from_fit_to_fit(made: Callable[..., Rehearsal]) -> 
     trainer(rehearsal).fit(module, loader())  # another one
     assert rehearsal.buffer is buffer
     assert sizes(module.trained) == [8] + [11] * 14
-    marks = [(mark.name, mark.first_round) for mark in buffer._steps.tasks]
+    marks = [(mark.name, mark.first_round) for mark in buffer._checkpointing.tasks]
     assert marks == [("Monday", 0), ("Tuesday", 5)]
 
 
@@ -316,7 +316,7 @@ def test_tasks_within_a_fit(made: Callable[..., Rehearsal]) -> None:
             rehearsal.begin_task(f"day {self.current_epoch}")
 
     trainer(rehearsal, max_epochs=2).fit(Daily(), loader())
-    marks = [(mark.name, mark.first_round) for mark in rehearsal.buffer._steps.tasks]
+    marks = [(mark.name, mark.first_round) for mark in rehearsal.buffer._checkpointing.tasks]
     assert marks == [("day 0", 0), ("day 1", 5)]
 
 
@@ -337,7 +337,7 @@ def test_checkpoints_hold_the_buffer(made: Callable[..., Rehearsal], tmp_path: P
     training.fit(halves, loader(), ckpt_path=tmp_path / "last.ckpt", weights_only=True)
     for ours, expected in zip(halves.trained, whole.trained[5:], strict=True):
         assert torch.equal(ours[0], expected[0])
-    assert len(second.buffer._steps.tasks) == 1
+    assert len(second.buffer._checkpointing.tasks) == 1
     # Evaluating that checkpoint does not take the buffer back to it.
     training.validate(
         halves, loader(), ckpt_path=tmp_path / "last.ckpt", verbose=False, weights_only=True
@@ -566,7 +566,7 @@ def test_two_ranks_and_on_one(made: Callable[..., Rehearsal], tmp_path: Path) ->
     training.fit(module, DataLoader(floats(), batch_size=4), ckpt_path=path, weights_only=True)
     assert sizes(module.trained) == [7] * 8
     assert rehearsal.buffer.stats().held_per_rank == [24]
-    assert len(rehearsal.buffer._steps.tasks) == 1
+    assert len(rehearsal.buffer._checkpointing.tasks) == 1
 
     fabric = Fabric(accelerator="cpu", devices=1)
     with RehearsalBuffer(24, num_representatives=3) as buffer:

@@ -17,12 +17,12 @@ import torch
 
 import ritornello
 from ritornello import RehearsalBuffer
-from ritornello.experiments import train
-from ritornello.experiments.extension import extend
-from ritornello.experiments.launch import launch
-from ritornello.experiments.recipes import recipe_named
-from ritornello.experiments.saving import Saver, Saving
-from ritornello.experiments.tracking import Tracking
+from ritornello.experiments.ranks.launch import launch
+from ritornello.experiments.recipes.named import recipe_named
+from ritornello.experiments.training import run as train
+from ritornello.experiments.training.extension import extend
+from ritornello.experiments.training.saver import Saver, Saving
+from ritornello.experiments.training.tracking import Tracking
 from ritornello.integrations import trackers
 from ritornello.testing import run_ranks
 from ritornello.transports import LocalTransport, Transport

@@ -33,8 +33,8 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ritornello.buffer import RehearsalBuffer
 from ritornello.integrations import missing
-from ritornello.nesting import Batch
-from ritornello.stats import BufferStats
+from ritornello.records.nesting import Batch
+from ritornello.rounds.stats import BufferStats
 
 try:
     from lightning.pytorch import Callback
@@ -291,8 +291,8 @@ class Rehearsal(Callback):
     def _mark_task(self) -> None:
         """Marks the beginning of the task that was named, unless it has begun."""
         name, self._task = self._task, None
-        tasks = self.buffer._steps.tasks
-        if name is not None and (not tasks or tasks[-1].name != name):
+        tasks = self.buffer.tasks
+        if name is not None and (not tasks or tasks[-1] != name):
             self.buffer.begin_task(name)
 
     def _augmenting(self, trainer: Trainer, owner: Any, own: Hook | None) -> Hook:

@@ -8,21 +8,15 @@ order on every rank.
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from typing import TypeVar
+from collections.abc import Sequence
 
-import numpy as np
 from torch import Tensor
 
 from ritornello.arrays import Ints
-from ritornello.errors import CheckpointError, PeerLostError
-from ritornello.sampling import Plan
-from ritornello.shard import Shard
-from ritornello.storage import Storage
-
-Result = TypeVar("Result")
+from ritornello.records.shard import Shard
+from ritornello.records.storage import Storage
+from ritornello.transports.plan import Plan
 
 
 class Transport(ABC):
@@ -89,78 +83,3 @@ class Transport(ABC):
     @abstractmethod
     def close(self) -> None:
         """Gives back what the transport holds. May be called twice; never blocks for long."""
-
-
-def gather_counts(transport: Transport, count: int) -> Ints:
-    """Gives every rank the count of all, int64 ``[num_ranks]``, none of which is negative.
-
-    Raises:
-        PeerLostError: a rank is somewhere else, in a call between rounds.
-    """
-    counts = transport.all_gather(np.array([count]))[:, 0].copy()
-    elsewhere = tuple(np.flatnonzero(counts < 0).tolist())
-    if elsewhere:
-        raise PeerLostError(
-            f"rank(s) {list(elsewhere)} have called something like save, after fewer updates",
-            elsewhere,
-        )
-    return counts
-
-
-def together(transport: Transport, act: Callable[[], Result], doing: str) -> Result:
-    """Does something that may fail on some ranks; if it fails on one, it fails on all.
-
-    Blocks until every rank has called it.
-
-    Args:
-        transport: to the other ranks.
-        act: what each rank does; involves no other rank.
-        doing: what it is, for the other ranks' errors.
-
-    Returns:
-        What it returned on this rank.
-
-    Raises:
-        CheckpointError: it failed here, or on the ranks that the error names.
-    """
-    failure: Exception | None = None
-    try:
-        result = act()
-    except Exception as error:
-        failure = error
-    failed = transport.all_gather(np.array([failure is not None]))[:, 0]
-    if failure is not None:
-        if isinstance(failure, CheckpointError):
-            raise failure
-        raise CheckpointError(f"{doing} failed: {failure or type(failure).__name__}") from failure
-    if failed.any():
-        raise CheckpointError(
-            f"{doing} failed on rank(s) {np.flatnonzero(failed).tolist()}: see the error there"
-        )
-    return result
-
-
-def check_agreement(transport: Transport, arguments: Mapping[str, str]) -> None:
-    """Checks that all ranks were given the same arguments.
-
-    Blocks until every rank has called it.
-
-    Raises:
-        ValueError: on every rank, naming the arguments that differ, their values and ranks.
-    """
-    text = json.dumps(dict(arguments)).encode()
-    length = int(transport.all_gather(np.array([len(text)])).max())
-    padded = np.frombuffer(text.ljust(length), dtype=np.uint8).astype(np.int64)
-    everyone = [json.loads(bytes(row.astype(np.uint8))) for row in transport.all_gather(padded)]
-    mine = everyone[transport.rank]
-    differences = [
-        f"{name} is "
-        + ", ".join(f"{each.get(name)} on rank {i}" for i, each in enumerate(everyone))
-        for name in mine
-        if any(each.get(name) != mine[name] for each in everyone)
-    ]
-    if differences:
-        raise ValueError(
-            f"rank {transport.rank}: RehearsalBuffer was given different arguments on different "
-            f"ranks: {'; '.join(differences)}. All ranks must pass the same"
-        )

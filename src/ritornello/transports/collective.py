@@ -15,11 +15,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ritornello.arrays import Ints
-from ritornello.digest import digest
 from ritornello.errors import PeerLostError
-from ritornello.sampling import Plan
-from ritornello.shard import Shard
+from ritornello.records.digest import digest
+from ritornello.records.shard import Shard
 from ritornello.transports.base import Transport
+from ritornello.transports.plan import Plan
 
 RECORDS_TAG, SIZES_TAG, NO_TAG = range(3)
 """What a message is; none has the last."""

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from ritornello.arrays import Ints
 from ritornello.errors import BufferClosedError, PeerLostError
-from ritornello.sampling import Plan
-from ritornello.shard import Shard
+from ritornello.records.shard import Shard
 from ritornello.transports.base import Transport
+from ritornello.transports.plan import Plan
 
 if TYPE_CHECKING:
     from mpi4py.MPI import Intracomm, Request

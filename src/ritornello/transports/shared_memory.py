@@ -24,12 +24,12 @@ import torch
 from torch import Tensor
 
 from ritornello.arrays import Ints
-from ritornello.digest import digest
 from ritornello.errors import BufferClosedError, PeerLostError
-from ritornello.sampling import Plan
-from ritornello.shard import LARGE_RECORD_BYTES, Shard
-from ritornello.storage import MappedMemory, Storage
+from ritornello.records.digest import digest
+from ritornello.records.shard import LARGE_RECORD_BYTES, Shard
+from ritornello.records.storage import MappedMemory, Storage
 from ritornello.transports.base import Transport
+from ritornello.transports.plan import Plan
 from ritornello.transports.semaphores import SEMAPHORE_BYTES, Semaphores
 
 logger = logging.getLogger(__name__)

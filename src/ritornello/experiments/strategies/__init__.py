@@ -4,15 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ritornello import (
-    ClassBalanced,
-    FirstOffered,
-    GreedyBalanced,
-    PerClassRandom,
-    RehearsalBuffer,
-    SelectionPolicy,
-)
-from ritornello.experiments.config import Recipe
+from ritornello.buffer import RehearsalBuffer
+from ritornello.experiments.recipes.recipe import Recipe
 from ritornello.experiments.strategies.a_gem import AGEM
 from ritornello.experiments.strategies.base import (
     Criterion,
@@ -29,6 +22,13 @@ from ritornello.experiments.strategies.gdumb import GDumb
 from ritornello.experiments.strategies.incremental import Incremental
 from ritornello.experiments.strategies.joint import Joint
 from ritornello.experiments.strategies.rehearsal import Rehearsal
+from ritornello.policies.class_shares import (
+    ClassBalanced,
+    FirstOffered,
+    GreedyBalanced,
+    PerClassRandom,
+)
+from ritornello.policies.selection import SelectionPolicy
 
 STRATEGIES: dict[str, type[Strategy]] = {
     "incremental": Incremental,

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ritornello import RehearsalBuffer
-from ritornello.experiments.config import Recipe
-from ritornello.rounds import rows_of_rank
+from ritornello.buffer import RehearsalBuffer
+from ritornello.experiments.recipes.recipe import Recipe
+from ritornello.records.shard import rows_of_rank
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
 """Logits ``[n, num_classes]`` and labels ``[n]`` to one loss per sample, ``[n]``."""

@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ritornello import RehearsalBuffer
-from ritornello.experiments.config import Recipe
+from ritornello.buffer import RehearsalBuffer
+from ritornello.experiments.recipes.recipe import Recipe
 from ritornello.experiments.strategies.base import Past, RehearsalStrategy
 from ritornello.experiments.strategies.finite_logits import FiniteLogits
 

@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ritornello import RehearsalBuffer
-from ritornello.experiments.config import Recipe
+from ritornello.buffer import RehearsalBuffer
+from ritornello.experiments.recipes.recipe import Recipe
 from ritornello.experiments.strategies.base import RehearsalStrategy
 
 

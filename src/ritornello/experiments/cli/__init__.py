@@ -1,0 +1,5 @@
+"""The ``ritornello`` command."""
+
+from ritornello.experiments.cli.command import main
+
+__all__ = ["main"]

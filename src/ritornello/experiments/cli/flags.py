@@ -1,0 +1,190 @@
+"""What the command line can change about a recipe."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from ritornello.experiments.recipes.named import recipe_named
+from ritornello.experiments.recipes.recipe import Recipe, with_changes
+
+Switch = Literal["on", "off"]
+
+
+@dataclass
+class TaskChanges:
+    """Settings to change that each task may have otherwise; what is not given stays as it is.
+
+    Sizes are of all ranks together; in recipes that scale with the ranks, of one.
+    """
+
+    # How it learns.
+    epochs: int | None = None
+    """Passes over each task."""
+    iterations: int | None = None
+    """Steps per task, in place of epochs."""
+    batch_size: int | None = None
+    """New samples per step."""
+    optimiser: str | None = None
+    """sgd or adam."""
+    keeps_optimiser: Switch | None = None
+    """Whether momentum and the like go on from task to task."""
+    learning_rate: float | None = None
+    """At its highest: warm-up and milestones are the recipe's."""
+    momentum: float | None = None
+    """Of sgd."""
+    weight_decay: float | None = None
+    """Of all weights."""
+    alpha: float | None = None
+    """DER, DER++: weight of the distance to the logits that the buffer remembers."""
+    beta: float | None = None
+    """DER++: weight of the labels of a second draw."""
+    loss_weights: str | None = None
+    """by-sample, or by-task: in task k new samples count 1/k, past ones 1 - 1/k, together."""
+
+    # The pixels and the arithmetic.
+    augmentation: str | None = None
+    """Of training images, representatives too: none, crop-flip or resized-crop-flip."""
+    dropout: float | None = None
+    """The share of features that each step leaves out, for models that can."""
+    amp: str | None = None
+    """Mixed precision: off, bfloat16 or float16."""
+    compile: Switch | None = None
+    """Whether torch.compile compiles the model: a slow start, then faster steps."""
+    channels_last: Switch | None = None
+    """Memory format of images: faster convolutions on GPUs, above all in mixed precision."""
+
+    # The machine.
+    device: str | None = None
+    """auto, cpu or cuda."""
+    workers: int | None = None
+    """Loader processes per rank."""
+
+    def as_changes(self) -> dict[str, Any]:
+        """What is given, under the names that a recipe's fields have.
+
+        Raises:
+            ValueError: two settings contradict each other.
+        """
+        if self.epochs is not None and self.iterations is not None:
+            raise ValueError("--epochs and --iterations: a task has one of the two; leave one out")
+        fields = {
+            "data": "data_path",
+            "tasks": "num_tasks",
+            "batch_size": "global_batch_size",
+            "workers": "num_workers",
+        }
+        changes = {
+            fields.get(name, name): value for name, value in vars(self).items() if value is not None
+        }
+        for each in ("compile", "channels_last", "keeps_optimiser", "fixed_shares"):
+            if each in changes:
+                changes[each] = changes[each] == "on"
+        if changes.get("class_order") == "ascending":
+            changes["class_order"] = None
+        if self.epochs is not None:
+            changes["iterations"] = None
+        return changes
+
+
+@dataclass
+class Changes(TaskChanges):
+    """Settings to change; what is not given is as in the recipe. See ``TaskChanges``."""
+
+    # The stream.
+    data: str | None = None
+    """An npz file, a folder of images, or where torchvision keeps the data set."""
+    image_size: int | None = None
+    """What images of a folder are resized to and cropped at the centre, in pixels."""
+    scenario: str | None = None
+    """How the data become a stream of tasks: class-incremental, task-incremental,
+    domain-incremental-permuted, domain-incremental-rotated, instance-incremental, blurry or
+    arrivals."""
+    tasks: int | None = None
+    """How many tasks there are."""
+    class_order: Literal["ascending", "by-seed"] | None = None
+    """How classes arrive: in the same order with every seed, or in one that the seed draws."""
+    blur: float | None = None
+    """With --scenario blurry: the share of a task's samples that are of other tasks' classes."""
+
+    # The model.
+    crop_size: int | None = None
+    """What the model sees, in pixels, where crops are smaller than the images."""
+    model: str | None = None
+    """mlp, mlp-400, small-cnn, strided-cnn, cifar-resnet18, or a model of timm."""
+
+    # What it remembers.
+    logits_dtype: str | None = None
+    """DER, DER++: of the logits that the buffer remembers: float32 or float16."""
+    remembers: str | None = None
+    """What the buffer gets: stream (candidates of every step), or a task's exemplars at its end:
+    random, herding, closest-to-mean (the last two with --selection first-offered)."""
+    fixed_shares: Switch | None = None
+    """Equal shares of the buffer for all classes that will ever come, instead of those so far."""
+
+    def applied_to(self, name: str, **further: Any) -> Recipe:
+        """The recipe with that name and these changes.
+
+        Args:
+            name: of the recipe.
+            further: changes of fields of the recipe; None: not changed.
+
+        Raises:
+            ValueError: there is no such recipe, or two settings contradict each other.
+        """
+        given = {name: value for name, value in further.items() if value is not None}
+        return with_changes(recipe_named(name), **self.as_changes() | given)
+
+
+@dataclass
+class RehearsalChanges:
+    """The buffer of a run, as far as it may change on the way."""
+
+    capacity: int | float | None = None
+    """Representatives in the whole buffer; below 1: a fraction of the training samples, as 0.2."""
+    representatives: int | None = None
+    """Past samples added per step, on all ranks together."""
+    candidates: int | None = None
+    """Samples offered to the buffer per step, on all ranks together, expected."""
+    sampling: str | None = None
+    """Who is drawn: uniform, class-balanced or grasp."""
+
+    def as_changes(self) -> dict[str, Any]:
+        """What is given, under the names that a recipe's fields have."""
+        fields = {
+            "representatives": "global_num_representatives",
+            "candidates": "global_num_candidates",
+        }
+        return {
+            fields.get(name, name): value for name, value in vars(self).items() if value is not None
+        }
+
+
+@dataclass
+class BufferChanges(RehearsalChanges):
+    """The buffer of one run."""
+
+    selection: str | None = None
+    """Who is admitted, and who is replaced: class-balanced, per-class-random,
+    class-balanced-reservoir, grasp, greedy-balanced, first-offered, reservoir or fifo."""
+
+
+@dataclass
+class Sweep:
+    """What to compare: every combination runs. What is not given is as in the recipe."""
+
+    strategies: Annotated[tuple[str, ...], tyro.conf.arg(aliases=("--strategy",))] = ()
+    """If not given: incremental, the recipe's own, from-scratch."""
+    capacities: Annotated[tuple[int | float, ...], tyro.conf.arg(aliases=("--capacity",))] = ()
+    """Representatives in the whole buffer; below 1: a fraction of the training samples, as 0.2."""
+    representatives: tuple[int, ...] = ()
+    """Past samples added per step, on all ranks together."""
+    candidates: tuple[int, ...] = ()
+    """Samples offered to the buffer per step, on all ranks together, expected."""
+    selections: Annotated[tuple[str, ...], tyro.conf.arg(aliases=("--selection",))] = ()
+    """Who is admitted, and who is replaced: class-balanced, per-class-random,
+    class-balanced-reservoir, grasp, greedy-balanced, first-offered, reservoir or fifo."""
+    samplings: Annotated[tuple[str, ...], tyro.conf.arg(aliases=("--sampling",))] = ()
+    """Who is drawn: uniform, class-balanced or grasp."""

@@ -1,0 +1,282 @@
+"""Runs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from rich.console import Console
+from rich.markup import escape
+
+from ritornello.experiments.cli.flags import (
+    BufferChanges,
+    Changes,
+    RehearsalChanges,
+    Sweep,
+    TaskChanges,
+)
+from ritornello.experiments.cli.output import COMMAND, _output_folder, _show
+from ritornello.experiments.recipes.named import RECIPES, recipe_named
+from ritornello.experiments.recipes.recipe import Recipe
+from ritornello.experiments.training.saver import Saving
+from ritornello.experiments.training.tracking import Tracking
+from ritornello.experiments.training.variants import variants
+
+ALL_STRATEGIES = ("incremental", "rehearsal", "from-scratch")
+
+
+RecipeName = Annotated[
+    str, tyro.conf.Positional, tyro.conf.arg(metavar="RECIPE", help="See 'ritornello recipes'.")
+]
+
+
+RunFolder = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
+
+
+Seeds = Annotated[tuple[int, ...], tyro.conf.arg(aliases=("--seed",))]
+
+
+Settings = Annotated[Changes, tyro.conf.arg(name="")]
+
+
+BufferSettings = Annotated[BufferChanges, tyro.conf.arg(name="")]
+
+
+TaskSettings = Annotated[TaskChanges, tyro.conf.arg(name="")]
+
+
+RehearsalSettings = Annotated[RehearsalChanges, tyro.conf.arg(name="")]
+
+
+SweepSettings = Annotated[Sweep, tyro.conf.arg(name="")]
+
+
+SavingSettings = Annotated[Saving, tyro.conf.arg(name="")]
+
+
+TrackingSettings = Annotated[Tracking, tyro.conf.arg(name="")]
+
+
+def run(
+    recipe: RecipeName,
+    /,
+    changes: Settings,
+    buffer: BufferSettings,
+    saving: SavingSettings,
+    tracking: TrackingSettings,
+    strategy: str | None = None,
+    seeds: Seeds = (),
+    ranks: int | None = None,
+    output: str | None = None,
+) -> None:
+    """Run one recipe with one strategy.
+
+    Args:
+        recipe: Which recipe.
+        changes: Settings to change.
+        buffer: Settings of the buffer to change.
+        saving: Checkpoints.
+        tracking: Curves while it runs.
+        strategy: incremental, rehearsal, from-scratch, ...; if not given, the recipe's own.
+        seeds: Of everything random. Several: one run each, and means of them.
+        ranks: Local processes to start. Leave it out under torchrun, srun or mpirun.
+        output: Folder for results.json, model.pt, the buffer and report.html; runs/... if not
+            given.
+    """
+    changed = changes.applied_to(recipe, **buffer.as_changes())
+    chosen = strategy or changed.strategy
+    recipes = variants(changed, [chosen], seeds=seeds)
+    _train(recipes, ranks, output, f"{recipe}-{chosen}", saving, tracking)
+
+
+def compare(
+    recipe: RecipeName,
+    /,
+    changes: Settings,
+    sweep: SweepSettings,
+    saving: SavingSettings,
+    tracking: TrackingSettings,
+    seeds: Seeds = (),
+    ranks: int | None = None,
+    output: str | None = None,
+) -> None:
+    """Run one recipe with several strategies, buffers and seeds, and compare them.
+
+    Args:
+        recipe: Which recipe.
+        changes: Settings to change.
+        sweep: What to compare.
+        saving: Checkpoints.
+        tracking: Curves while it runs.
+        seeds: Of everything random. Several: every combination runs with each, for means of them.
+        ranks: Local processes to start. Leave it out under torchrun, srun or mpirun.
+        output: Folder for comparison.json and report.html; runs/... if not given.
+    """
+    changed = changes.applied_to(recipe)
+    settings = vars(sweep) | {
+        "strategies": sweep.strategies or ("incremental", changed.strategy, "from-scratch")
+    }
+    recipes = variants(changed, **settings, seeds=seeds)
+    _train(recipes, ranks, output, f"{recipe}-compare", saving, tracking)
+
+
+def extend(
+    folder: RunFolder,
+    /,
+    changes: TaskSettings,
+    buffer: RehearsalSettings,
+    saving: SavingSettings,
+    tracking: TrackingSettings,
+    data: str,
+    name: str | None = None,
+    test: tuple[str, ...] = (),
+    ranks: int | None = None,
+    output: str | None = None,
+) -> None:
+    """Go on with a finished run: learn new data, with new classes or without, and rehearse the old.
+
+    Args:
+        folder: Output folder of run; model, buffer and results in it are replaced when all is done.
+        changes: Settings to change, from now on.
+        buffer: Settings of the buffer to change, from now on.
+        saving: Checkpoints.
+        tracking: Curves while it runs.
+        data: What is new: a folder with CLASS/*.jpg (every tenth image is held out for testing), or
+            with train/CLASS and val/CLASS; or an npz file.
+        name: Of the new task; if not given, that of the folder or file.
+        test: Where data of earlier tasks lie now, if they were moved.
+        ranks: Local processes to start. Leave it out under torchrun, srun or mpirun.
+        output: Another folder to write to; the run then stays as it is.
+    """
+    from ritornello.experiments.ranks.launch import place_in_job
+    from ritornello.experiments.training.extension import extend as extend_run
+    from ritornello.experiments.training.extension_plan import plan
+
+    settings: dict[str, Any] = {
+        "name": name,
+        "changes": changes.as_changes() | buffer.as_changes(),
+    }
+    place = place_in_job(os.environ)
+    num_ranks = place.num_ranks if place else ranks or 1
+    saving.check()
+    tracking.check()
+    planned = plan(Path(folder), Path(data), num_ranks=num_ranks, **settings)
+    console = Console(quiet=place is not None and place.rank != 0)
+    console.print(planned.announcement(num_ranks), highlight=False)
+    settings |= {"tests": test, "output": output, "command": COMMAND.get()}
+    settings |= {"saving": saving, "tracking": tracking}
+    target = partial(extend_run, **settings)
+    results = _launch(ranks, saving, "--resume", target, folder, data)
+    if not console.quiet:
+        from ritornello.experiments.reporting.report import table_of_tasks
+        from ritornello.experiments.results.reading import load_results
+
+        console.print()
+        console.print(table_of_tasks(results))
+        where = Path(output or folder)
+        _show(load_results([where]), where / "report.html")
+
+
+def demo(ranks: int = 2, output: str | None = None) -> None:
+    """See forgetting happen, and rehearsal undo it: embedded data, about a minute.
+
+    Args:
+        ranks: Local processes to start.
+        output: Folder for comparison.json and report.html; runs/demo if not given.
+    """
+    _train(variants(recipe_named("digits"), ALL_STRATEGIES), ranks, output, "demo")
+
+
+def recipes(
+    name: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="RECIPE")] = None,
+) -> None:
+    """List the recipes, or show all settings of one.
+
+    Args:
+        name: The one to show.
+    """
+    from ritornello.experiments.recipes.tables import all_recipes, one_recipe
+
+    console = Console()
+    if name is None:
+        for part in all_recipes([make() for make in RECIPES.values()]):
+            console.print(part)
+        console.print("\nAll settings of one: ritornello recipes RECIPE", highlight=False)
+    else:
+        for part in one_recipe(recipe_named(name)):
+            console.print(part, highlight=False)
+
+
+def _train(
+    recipes: dict[str, Recipe],
+    ranks: int | None,
+    output: str | None,
+    default_name: str,
+    saving: Saving | None = None,
+    tracking: Tracking | None = None,
+) -> None:
+    """Trains one variant or several on all ranks; the main one shows what came out."""
+    from ritornello.experiments.ranks.launch import place_in_job, restarted
+    from ritornello.experiments.training import run as train
+
+    place = place_in_job(os.environ)
+    num_ranks = place.num_ranks if place else ranks or 1
+    saving, tracking = saving or train.OFF, tracking or train.UNTRACKED
+    saving.check()
+    tracking.check()
+    for each in recipes.values():
+        train.check(each, num_ranks)
+    goes_on = saving.is_on and (saving.resume or restarted())
+    if goes_on and output is None:
+        raise ValueError("--resume: say with --output which run goes on")
+    is_main = place is None or place.rank == 0
+    folder = _output_folder(output, default_name, goes_on) if is_main else None
+    console = Console(quiet=not is_main)
+    console.print(_announcement(recipes, num_ranks), highlight=False)
+    path = None if folder is None else str(folder)
+    command = COMMAND.get()
+    if goes_on and output is not None and train.all_finished(recipes, Path(output), num_ranks):
+        console.print("has finished before; nothing is run", highlight=False)
+    else:
+        several = len(recipes) > 1
+        settings: dict[str, Any] = {"command": command, "saving": saving, "tracking": tracking}
+        target = partial(train.compare if several else train.run, **settings)
+        what = recipes if several else next(iter(recipes.values()))
+        _launch(ranks, saving, f"--resume --output {path}", target, what, path)
+    if folder is not None:
+        from ritornello.experiments.results.reading import load_results
+
+        _show(load_results([folder]), folder / "report.html")
+
+
+def _launch(
+    ranks: int | None, saving: Saving, flags: str, target: Callable[..., Any], *arguments: Any
+) -> Any:
+    """Trains on all ranks. An interruption says with which flags it goes on."""
+    from ritornello.experiments.ranks.interruption import SIGNALS, RunInterruptedError
+    from ritornello.experiments.ranks.launch import LaunchError, launch
+
+    try:
+        return launch(ranks, target, *arguments, num_restarts=saving.restarts)
+    except LaunchError as error:
+        if saving.is_on and error.signal_number in SIGNALS:
+            raise RunInterruptedError(
+                error.signal_number, f"all ranks were ended; goes on with {flags}"
+            ) from None
+        raise
+
+
+def _announcement(recipes: dict[str, Recipe], num_ranks: int) -> str:
+    """What is about to run."""
+    first = next(iter(recipes.values()))
+    strategies = dict.fromkeys(each.strategy for each in recipes.values())
+    seeds = list(dict.fromkeys(each.seed for each in recipes.values()))
+    text = f"{', '.join(strategies)} on {num_ranks} rank{'s' if num_ranks > 1 else ''}, "
+    text += f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
+    if len(recipes) > len(strategies):
+        text += f": {len(recipes)} runs"
+    return f"[bold]{first.name}[/bold]: {escape(first.description)}\n{text}"

@@ -1,0 +1,245 @@
+"""Data sets by name or path: digits, MNIST, CIFAR, npz files and folders of images."""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ritornello.experiments.data.data_set import (
+    Arrival,
+    Batch,
+    DataSet,
+    InMemoryImages,
+    LabelledImages,
+)
+from ritornello.experiments.data.folders import (
+    FileImages,
+    FolderImages,
+    arrivals,
+    class_folders,
+    one_arrival,
+    tiny_imagenet,
+)
+
+__all__ = [
+    "Arrival",
+    "Batch",
+    "DataSet",
+    "FileImages",
+    "FolderImages",
+    "InMemoryImages",
+    "LabelledImages",
+    "load",
+    "load_arrival",
+]
+
+FOLDERS: dict[str, tuple[Callable[[Path, int], DataSet], int]] = {
+    "folder": (class_folders, 224),
+    "imagenet": (class_folders, 256),
+    "tiny-imagenet": (tiny_imagenet, 64),
+    "arrivals": (arrivals, 224),
+}
+"""Data sets whose images are decoded from files: how to read them, and their image_size if none
+is given. ImageNet's is above the usual 224, so that random crops have something to choose from."""
+
+NAMES = ("digits", "mnist", "cifar10", "cifar100", "npz", *FOLDERS)
+
+
+def load(name: str, path: str | None = None, image_size: int | None = None) -> DataSet:
+    """Loads a data set.
+
+    Args:
+        name: one of ``NAMES``:
+            "digits" is embedded in scikit-learn;
+            "mnist", "cifar10", "cifar100" are torchvision's, downloaded if need be;
+            "npz" is a file with the arrays of all images;
+            "folder" holds ``train/CLASS`` and ``val/CLASS`` or ``test/CLASS``;
+            "imagenet" is the same, stored somewhat larger than models take it;
+            "tiny-imagenet" is the folder as it was published;
+            "arrivals" is a folder of folders that arrived over time (``folders.arrivals``).
+        path: an npz file, which then takes the place of a download; the folder; else where
+            torchvision keeps its files (``data`` if not given).
+        image_size: of folders only: what is decoded is resized (its shorter side) and cropped at
+            the centre to it; None: see ``FOLDERS``.
+
+    Raises:
+        ValueError: unknown name, or content that does not fit; names file and rule.
+        FileNotFoundError: no such file or folder.
+        ConnectionError: a download failed; says what to do instead.
+    """
+    if path is not None and path.endswith(".npz"):
+        return _npz(name, Path(path))
+    if name == "digits":
+        return _digits()
+    if name in ("mnist", "cifar10", "cifar100"):
+        return _torchvision(name, path or "data")
+    if name not in NAMES:
+        raise ValueError(f"data={name!r}: there are {', '.join(map(repr, NAMES))}")
+    if path is None:
+        raise ValueError(f"data={name!r} needs a path: --data PATH")
+    if name == "npz":
+        raise ValueError(f"data='npz': {path} does not end with .npz")
+    read, usual_size = FOLDERS[name]
+    return read(Path(path), usual_size if image_size is None else image_size)
+
+
+def load_arrival(path: Path, image_shape: tuple[int, int, int]) -> DataSet:
+    """Loads what has arrived together, as images of the same shape as those before.
+
+    Args:
+        path: an npz file, or a folder with ``train/CLASS`` and ``val/CLASS`` or ``test/CLASS``, or
+            with one folder per class, of which every tenth image is held out for testing.
+        image_shape: ``(C, H, W)``.
+
+    Raises:
+        ValueError: content that does not fit; names file and rule.
+        FileNotFoundError: no such file or folder.
+    """
+    channels, height, width = image_shape
+    if path.suffix == ".npz":
+        data = _npz("npz", path)
+        if data.image_shape != image_shape:
+            raise ValueError(
+                f"data: {path} has images of {_shape_text(data.image_shape)}, but those before "
+                f"are of {_shape_text(image_shape)}: they must be alike"
+            )
+        return data
+    if height != width or channels not in (1, 3):
+        raise ValueError(
+            f"data: {path}: images of files are square and have 1 or 3 channels, but those before "
+            f"are of {_shape_text(image_shape)}: give an npz file"
+        )
+    return one_arrival(path, height, channels)
+
+
+def _shape_text(image_shape: tuple[int, int, int]) -> str:
+    channels, height, width = image_shape
+    return f"{height} x {width} with {channels} channel{'s' if channels > 1 else ''}"
+
+
+def _digits() -> DataSet:
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    images = (bunch.images * (255 / 16)).round().astype(np.uint8)
+    labels = bunch.target.astype(np.int64)
+    # Every fourth sample of each class is for testing.
+    order = np.argsort(labels, kind="stable")
+    is_test = np.zeros(len(labels), dtype=bool)
+    is_test[order[::4]] = True
+    return _in_memory(
+        "digits",
+        (images[~is_test], labels[~is_test]),
+        (images[is_test], labels[is_test]),
+        tuple("0123456789"),
+    )
+
+
+def _torchvision(name: str, folder: str) -> DataSet:
+    from torchvision import datasets
+
+    maker = {
+        "mnist": datasets.MNIST,
+        "cifar10": datasets.CIFAR10,
+        "cifar100": datasets.CIFAR100,
+    }[name]
+    try:
+        train, test = (maker(folder, train=train, download=True) for train in (True, False))
+    except (OSError, RuntimeError) as error:
+        raise ConnectionError(
+            f"data={name!r} could not be downloaded to {folder!r} ({error}). Put torchvision's "
+            "files there, or give an npz file with train_images, train_labels, test_images and "
+            "test_labels: --data FILE.npz"
+        ) from error
+    arrays = [
+        (np.asarray(part.data), np.asarray(part.targets, dtype=np.int64)) for part in (train, test)
+    ]
+    return _in_memory(name, arrays[0], arrays[1], tuple(train.classes))
+
+
+def _npz(name: str, path: Path) -> DataSet:
+    if not path.exists():
+        raise FileNotFoundError(f"data: there is no file {path}")
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"data: {path} is damaged, or no npz file")
+    with np.load(path, allow_pickle=False) as archive:
+        parts = [_npz_part(path, archive, part) for part in ("train", "test")]
+        num_classes = int(max(labels.max(initial=0) for _, labels in parts)) + 1
+        names = tuple(str(number) for number in range(num_classes))
+        if "class_names" in archive:
+            names = tuple(map(str, archive["class_names"]))
+    if len(names) < num_classes:
+        raise ValueError(
+            f"data: {path} has {len(names)} class_names, but labels up to {num_classes - 1}"
+        )
+    return _in_memory(path.stem if name == "npz" else name, parts[0], parts[1], names)
+
+
+def _npz_part(path: Path, archive: Any, part: str) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    keys = [f"{part}_images"]
+    if keys[0] not in archive and f"{part}_jpeg" in archive:
+        keys = [f"{part}_jpeg", f"{part}_offsets"]
+    missing = [key for key in [*keys, f"{part}_labels"] if key not in archive]
+    if missing:
+        raise ValueError(
+            f"data: {path} has no {', '.join(missing)}: it must hold {part}_images (or "
+            f"{part}_jpeg with {part}_offsets) and {part}_labels; it holds {archive.files}"
+        )
+    labels = archive[f"{part}_labels"]
+    if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer) or np.any(labels < 0):
+        raise ValueError(
+            f"data: {path}: {part}_labels is {labels.dtype} {list(labels.shape)}: it must be a "
+            "list of non-negative integers"
+        )
+    if len(keys) == 2:
+        images = _decode_jpegs(archive[keys[0]], archive[keys[1]])
+    else:
+        images = archive[keys[0]]
+    if images.dtype != np.uint8 or images.ndim not in (3, 4):
+        raise ValueError(
+            f"data: {path}: {keys[0]} is {images.dtype} {list(images.shape)}: it must be uint8 "
+            "[n, height, width] or [n, height, width, channels]"
+        )
+    if len(images) != len(labels) or len(labels) == 0:
+        raise ValueError(
+            f"data: {path} has {len(images)} {keys[0]} but {len(labels)} {part}_labels"
+        )
+    return images, labels.astype(np.int64)
+
+
+def _decode_jpegs(stream: NDArray[np.uint8], offsets: NDArray[np.int64]) -> NDArray[np.uint8]:
+    """Decodes JPEG files that stand one after another in ``stream``."""
+    from PIL import Image
+
+    def decode(number: int) -> NDArray[np.uint8]:
+        with Image.open(
+            io.BytesIO(stream[offsets[number] : offsets[number + 1]].tobytes())
+        ) as image:
+            return np.asarray(image)
+
+    with ThreadPoolExecutor() as pool:
+        return np.stack(list(pool.map(decode, range(len(offsets) - 1), chunksize=256)))
+
+
+def _in_memory(
+    name: str,
+    train: tuple[NDArray[np.uint8], NDArray[np.int64]],
+    test: tuple[NDArray[np.uint8], NDArray[np.int64]],
+    class_names: tuple[str, ...],
+) -> DataSet:
+    """A data set of images ``[n, H, W]`` or ``[n, H, W, C]``."""
+    parts = []
+    for images, labels in (train, test):
+        channels_last = images[..., None] if images.ndim == 3 else images
+        parts.append(InMemoryImages(np.moveaxis(channels_last, 3, 1), labels))
+    pixels = parts[0].images.numpy()
+    mean = pixels.mean(axis=(0, 2, 3), dtype=np.float64) / 255
+    std = pixels.std(axis=(0, 2, 3), dtype=np.float64) / 255
+    return DataSet(name, parts[0], parts[1], class_names, tuple(mean.tolist()), tuple(std.tolist()))

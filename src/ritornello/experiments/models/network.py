@@ -1,0 +1,97 @@
+"""The model as strategies see it: stored images in, logits out."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ritornello.experiments.data.data_set import DataSet
+from ritornello.experiments.models import build as models
+from ritornello.experiments.models.augmentation import Pixels
+from ritornello.experiments.recipes.recipe import Recipe
+
+
+class Network(nn.Module):
+    """An untrained model with all that surrounds it, the same on every rank.
+
+    Images are augmented and normalised, the model runs in mixed precision if the recipe asks for
+    it, and logits come out as float32. In training mode gradients are averaged over the ranks.
+
+    Args:
+        recipe: what to build.
+        data: what to build it for.
+        device: of this rank.
+        num_ranks: with several, the model is made parallel.
+    """
+
+    def __init__(self, recipe: Recipe, data: DataSet, device: torch.device, num_ranks: int) -> None:
+        super().__init__()
+        self._num_ranks = num_ranks
+        self._amp = recipe.amp
+        self._device_type = device.type
+        self._memory_format = (
+            torch.channels_last if recipe.channels_last else torch.contiguous_format
+        )
+        self.pixels = Pixels.of(recipe, data).to(device)
+        self.model = models.build(
+            recipe.model, data.num_classes, self.pixels.image_shape, recipe.dropout
+        )
+        self.model.to(device).to(memory_format=self._memory_format)
+        parallel: nn.Module = self.model
+        if num_ranks > 1:
+            parallel = DistributedDataParallel(
+                self.model, device_ids=[device] if device.type == "cuda" else None
+            )
+        if recipe.compile:
+            parallel.compile()
+        # In a tuple, so that its parameters are not counted a second time.
+        self._parallel = (parallel,)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits, float32 ``[b, num_classes]``, of uint8 images ``[b, C, H, W]``."""
+        # In evaluation ranks may have unequally many mini-batches: each runs the model alone.
+        model = self._parallel[0] if self.training else self.model
+        pixels = self.pixels.for_training if self.training else self.pixels.for_evaluation
+        with self._autocast():
+            logits: Tensor = model(pixels(images).contiguous(memory_format=self._memory_format))
+        return logits.float()
+
+    def agree(self) -> None:
+        """Gives all ranks the first one's running statistics, as each has its own after a step.
+
+        Blocks until all ranks have called it.
+        """
+        if self._num_ranks > 1:
+            for buffer in self.model.buffers():
+                dist.broadcast(buffer, 0)
+
+    def rehearse_step(self, images: Tensor) -> None:
+        """Makes a step that changes nothing but running statistics and the random state.
+
+        ``DistributedDataParallel`` adds up gradients in another order in its first step than
+        later. A model that goes on in the middle of a run must have its first step behind it,
+        or the last bits of its weights differ from those of a run that never stopped.
+        """
+        if self._num_ranks > 1:
+            self.train()
+            self(images).sum().backward()
+            self.model.zero_grad(set_to_none=True)
+
+    @torch.no_grad()
+    def features(self, images: Tensor) -> Tensor:
+        """What the last layer sees of images as they are in evaluation, float32 ``[b, d]``."""
+        was_training = self.training
+        self.eval()
+        with self._autocast():
+            features = models.features(self.model, self.pixels.for_evaluation(images))
+        self.train(was_training)
+        return features.float()
+
+    def _autocast(self) -> AbstractContextManager[object]:
+        if self._amp == "off":
+            return nullcontext()
+        return torch.autocast(self._device_type, getattr(torch, self._amp))

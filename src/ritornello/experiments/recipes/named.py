@@ -1,0 +1,141 @@
+"""Recipes: complete, named experiments. A recipe is a function that returns a configuration."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from ritornello.experiments.recipes.published import PUBLISHED
+from ritornello.experiments.recipes.recipe import Recipe, with_changes
+
+
+def digits() -> Recipe:
+    """The 8x8 digits that come with scikit-learn: no download, seconds to train."""
+    return Recipe(
+        name="digits",
+        description="8x8 digits embedded in scikit-learn, 5 tasks of 2 classes (the demo)",
+        data="digits",
+        epochs=12,
+        global_batch_size=16,
+        learning_rate=0.05,
+        momentum=0.9,
+        capacity=200,
+        global_num_representatives=16,
+        global_num_candidates=8,
+    )
+
+
+def mnist() -> Recipe:
+    """Split MNIST, class-incremental, one pass; the perceptron of Buzzega et al. (2020)."""
+    return Recipe(
+        name="mnist",
+        description="Split MNIST, 5 tasks of 2 classes, one pass, 500 representatives",
+        data="mnist",
+        global_batch_size=16,
+        learning_rate=0.05,
+        momentum=0.5,
+        # Within the pass: a decaying rate forgets less of the tasks before.
+        milestones=((0.5, 0.3), (0.8, 0.1)),
+        capacity=500,
+        global_num_representatives=64,
+    )
+
+
+def cifar10() -> Recipe:
+    """Split CIFAR-10 with a small convolutional network and a buffer of a fifth of the data."""
+    return Recipe(
+        name="cifar10",
+        description="Split CIFAR-10, 5 tasks of 2 classes, small CNN, buffer of 20 % of the data",
+        data="cifar10",
+        model="small-cnn",
+        epochs=3,
+        global_batch_size=64,
+        learning_rate=0.05,
+        momentum=0.9,
+        weight_decay=5e-4,
+        milestones=((1, 0.3), (2, 0.1)),
+        capacity=0.2,
+        global_num_representatives=64,
+        global_num_candidates=32,
+    )
+
+
+def cifar10_quick() -> Recipe:
+    """Split CIFAR-10 with a network whose steps take 15 ms on one core, and few representatives.
+
+    They count by task, as a quarter of the mini-batch would otherwise be a quarter of the loss,
+    whatever it stands for.
+    """
+    return replace(
+        cifar10(),
+        name="cifar10-quick",
+        description="Split CIFAR-10, 5 tasks of 2 classes, strided CNN, r/b = 1/4, buffer of 20 %",
+        model="strided-cnn",
+        loss_weights="by-task",
+        epochs=6,
+        learning_rate=0.02,
+        milestones=((2, 0.3), (4, 0.1)),
+        global_num_representatives=16,
+    )
+
+
+def folder() -> Recipe:
+    """Your own images: a folder with train/CLASS/*.jpg and val/CLASS/*.jpg."""
+    return Recipe(
+        name="folder",
+        description="your own images (--data FOLDER with train/CLASS and val/CLASS)",
+        data="folder",
+        image_size=256,
+        augmentation="resized-crop-flip",
+        crop_size=224,
+        num_tasks=4,
+        model="resnet18",
+        epochs=30,
+        global_batch_size=56,
+        learning_rate=0.0125,
+        momentum=0.9,
+        weight_decay=5e-5,
+        warmup_epochs=5,
+        milestones=((21, 0.5), (26, 0.05), (28, 0.01)),
+        capacity=10_000,
+        global_num_representatives=8,
+        global_num_candidates=16,
+        num_workers=4,
+    )
+
+
+def arrivals() -> Recipe:
+    """Your own stream: a folder of folders, one for each day on which data arrived."""
+    return replace(
+        folder(),
+        name="arrivals",
+        description="your own stream (--data FOLDER with DAY/CLASS/*.jpg)",
+        data="arrivals",
+        scenario="arrivals",
+    )
+
+
+RECIPES: dict[str, Callable[[], Recipe]] = {
+    **{
+        recipe.__name__.replace("_", "-"): recipe
+        for recipe in (digits, mnist, cifar10, cifar10_quick, folder, arrivals)
+    },
+    **PUBLISHED,
+}
+
+
+def recipe_named(name: str, **changes: Any) -> Recipe:
+    """A recipe by its name, with some settings changed.
+
+    Raises:
+        ValueError: no recipe has that name.
+    """
+    if name not in RECIPES:
+        close = difflib.get_close_matches(name, RECIPES, n=1)
+        hint = f" (did you mean {close[0]!r}?)" if close else ""
+        raise ValueError(
+            f"there is no recipe {name!r}{hint}; 'ritornello recipes' lists all {len(RECIPES)}"
+        )
+    return with_changes(RECIPES[name](), **changes)

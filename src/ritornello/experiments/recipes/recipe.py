@@ -1,0 +1,256 @@
+"""The configuration of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+AMP_MODES = ("off", "bfloat16", "float16")
+
+OPTIMISERS = ("sgd", "adam")
+
+MAX_RATE_SCALE = 64
+"""Where recipes scale with the ranks: the learning rate grows with them up to here."""
+
+
+@dataclass(frozen=True)
+class Published:
+    """A figure of others that a recipe reproduces."""
+
+    top1: float | None
+    """Average top-1 at the end, in percent; None where only ``top5`` was published."""
+    spread: float | None
+    """Its standard deviation over ``num_runs`` (or what ``source`` says), in percent."""
+    num_runs: int | None
+    source: str
+    top5: float | None = None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything about a run but the number of ranks.
+
+    Sizes are those of all ranks together, so that 1, 2 or 128 ranks are comparable; see
+    ``scales_with_ranks`` for recipes whose authors gave those of one rank.
+    """
+
+    name: str
+    description: str
+
+    # The stream.
+    data: str
+    """See ``data.load``."""
+    data_path: str | None = None
+    image_size: int | None = None
+    """Of images that are decoded from files: they are resized to it and cropped at the centre."""
+    scenario: str = "class-incremental"
+    """See ``scenarios.SCENARIOS``."""
+    num_tasks: int = 5
+    class_order: tuple[int, ...] | str | None = None
+    """The classes as they arrive; "by-seed": in an order that the seed decides; None: ascending."""
+    blur: float = 0.1
+    """Of scenario="blurry": the share of a task's samples that are of other tasks' classes."""
+
+    # The pixels that the model sees. What the buffer stores is neither normalised nor augmented.
+    pixels: str = "standardised"
+    """"standardised": mean 0, deviation 1 per channel; "unit": from 0 to 1."""
+    augmentation: str = "none"
+    """See ``augmentation.AUGMENTATIONS``."""
+    crop_size: int | None = None
+    """Of augmentations that crop to a size other than the image's."""
+
+    # The model.
+    model: str = "mlp"
+    """See ``models.build``."""
+    dropout: float = 0.0
+    channels_last: bool = False
+    compile: bool = False
+    """Whether ``torch.compile`` compiles the model."""
+    amp: str = "off"
+    """Mixed precision: "off", "bfloat16" or "float16"."""
+
+    # How it learns.
+    strategy: str = "rehearsal"
+    """See ``strategies``."""
+    alpha: float = 0.5
+    """Weight of the distance to stored logits (DER, DER++)."""
+    beta: float = 0.5
+    """Weight of the second draw's labels (DER++)."""
+    loss_weights: str = "by-sample"
+    """Of rehearsal. "by-sample": all samples of the augmented mini-batch count the same;
+    "by-task": in task k the new ones count 1/k, the past ones 1 - 1/k, together."""
+    optimiser: str = "sgd"
+    keeps_optimiser: bool = False
+    """Whether the optimiser goes on from task to task; else each task has a new one."""
+    epochs: int = 1
+    """Per task."""
+    iterations: int | None = None
+    """Per task, in place of epochs: a task's samples are passed over until there were as many."""
+    global_batch_size: int = 64
+    """``N * b``."""
+    learning_rate: float = 0.05
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    warmup_epochs: float = 0.0
+    """Over which the learning rate rises linearly, at the beginning of each task."""
+    milestones: tuple[tuple[float, float], ...] = ()
+    """(epoch, factor): from that epoch of a task on, the learning rate is multiplied by it."""
+
+    # The buffer.
+    capacity: int | float = 500
+    """Representatives in the whole buffer; below 1: a fraction of the training samples."""
+    global_num_representatives: int = 64
+    """``N * r``."""
+    global_num_candidates: int | None = None
+    """``N * c``; None: every sample is a candidate."""
+    remembers: str = "stream"
+    """"stream": candidates come from every mini-batch; else how a task's exemplars are chosen at
+    its end: see ``exemplars.CHOICES``."""
+    selection: str = "class-balanced"
+    fixed_shares: bool = False
+    """Equal shares for all classes that will ever come, instead of those so far; of selection
+    policies with class shares, and of exemplars."""
+    sampling: str = "uniform"
+    logits_dtype: str = "float32"
+    """Of stored logits: "float32" or "float16"."""
+
+    # The machine.
+    scales_with_ranks: bool = False
+    """Whether sizes and learning rate are those of one rank: sizes are multiplied by the number
+    of ranks, the learning rate by at most ``MAX_RATE_SCALE``."""
+    device: str = "auto"
+    """"auto": one GPU per rank if there are any, else the CPU."""
+    num_workers: int = 0
+    """Loader processes per rank."""
+    seed: int = 0
+
+    published: Published | None = None
+
+    @classmethod
+    def from_results(cls, config: Mapping[str, Any]) -> Recipe:
+        """The recipe that the results of a run hold, as JSON gives it back.
+
+        Raises:
+            ValueError: it has settings that this version does not know.
+        """
+        unknown = sorted(set(config) - {each.name for each in fields(cls)})
+        if unknown:
+            raise ValueError(
+                f"the results have settings of another version of Ritornello: {', '.join(unknown)}"
+            )
+        read: dict[str, Any] = {name: _as_tuples(value) for name, value in config.items()}
+        if read.get("published") is not None:
+            read["published"] = Published(**read["published"])
+        return cls(**read)
+
+    def on(self, num_ranks: int) -> Recipe:
+        """The recipe with sizes of all ranks together, for recipes that scale with the ranks."""
+        if not self.scales_with_ranks:
+            return self
+        candidates = self.global_num_candidates
+        return replace(
+            self,
+            scales_with_ranks=False,
+            global_batch_size=self.global_batch_size * num_ranks,
+            global_num_representatives=self.global_num_representatives * num_ranks,
+            global_num_candidates=None if candidates is None else candidates * num_ranks,
+            learning_rate=self.learning_rate * min(num_ranks, MAX_RATE_SCALE),
+        )
+
+    def num_stored(self, num_train_samples: int) -> int:
+        """The capacity in representatives."""
+        if self.capacity < 1:
+            return max(1, round(self.capacity * num_train_samples))
+        return int(self.capacity)
+
+    def check(self, num_ranks: int) -> None:
+        """Checks what can be checked before anything is loaded.
+
+        Raises:
+            ValueError: names the setting, its value and the rule.
+        """
+        for name, allowed in (
+            ("amp", AMP_MODES),
+            ("optimiser", OPTIMISERS),
+            ("pixels", ("standardised", "unit")),
+            ("loss_weights", ("by-sample", "by-task")),
+            ("logits_dtype", ("float32", "float16")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r}: there are {', '.join(allowed)}")
+        for name in ("epochs", "iterations", "global_batch_size", "global_num_representatives"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value}: it must be at least 1")
+        if not (0 < self.capacity < 1 or self.capacity == int(self.capacity) >= 1):
+            raise ValueError(
+                f"capacity={self.capacity}: it must be at least 1, or a fraction of the training "
+                "samples between 0 and 1"
+            )
+        if not self.learning_rate > 0:
+            raise ValueError(f"learning_rate={self.learning_rate}: it must be above 0")
+        for name in ("alpha", "beta"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)}: it must not be negative")
+        if not 0 <= self.blur < 1:
+            raise ValueError(f"blur={self.blur}: it must be from 0 to below 1")
+        self._check_split(num_ranks)
+
+    def _check_split(self, num_ranks: int) -> None:
+        sizes = self.on(num_ranks)
+        if sizes.global_batch_size < num_ranks:
+            raise ValueError(
+                f"global_batch_size={sizes.global_batch_size}: it must be at least the number of "
+                f"ranks ({num_ranks}), so that every rank has a sample"
+            )
+        if sizes.global_num_representatives < num_ranks:
+            raise ValueError(
+                f"global_num_representatives={sizes.global_num_representatives}: it must be at "
+                f"least the number of ranks ({num_ranks}), so that every rank draws one"
+            )
+        candidates = sizes.global_num_candidates
+        if candidates is not None and candidates % num_ranks:
+            below = candidates // num_ranks * num_ranks
+            near = [each for each in (below, below + num_ranks) if each > 0]
+            raise ValueError(
+                f"global_num_candidates={candidates} does not divide evenly over {num_ranks} "
+                f"ranks; take {' or '.join(map(str, near))}, or another number of ranks"
+            )
+
+    def learning_rate_factor(self, epoch: float, step_epochs: float = 0.0) -> float:
+        """What the learning rate is multiplied by in a step.
+
+        Args:
+            epoch: the time within the task at which the step begins.
+            step_epochs: how long the step takes; the first one shall not have the rate 0.
+        """
+        if epoch < self.warmup_epochs:
+            return min(1.0, (epoch + step_epochs) / self.warmup_epochs)
+        passed = [factor for start, factor in sorted(self.milestones) if epoch >= start]
+        return passed[-1] if passed else 1.0
+
+
+def _as_tuples(value: Any) -> Any:
+    """Lists, which JSON knows alone, as the tuples that they were."""
+    return tuple(map(_as_tuples, value)) if isinstance(value, list) else value
+
+
+MACHINE_SETTINGS = ("data_path", "device", "num_workers", "channels_last", "compile", "amp")
+"""Settings that a published figure should not depend on; nor should it on the seed."""
+
+
+DESCRIPTIONS = ("name", "description", "published")
+"""Fields of a recipe that are not settings."""
+
+
+def with_changes(recipe: Recipe, **changes: Any) -> Recipe:
+    """A recipe with some settings changed.
+
+    The published figure goes where a change makes the run another one than it was published for.
+    """
+    changed = replace(recipe, **changes)
+    may_differ = {name: getattr(recipe, name) for name in ("seed", *MACHINE_SETTINGS)}
+    if replace(changed, **may_differ) != recipe:
+        return replace(changed, published=None)
+    return changed

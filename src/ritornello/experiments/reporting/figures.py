@@ -1,0 +1,247 @@
+"""The pictures of a report: accuracy over time, and what it costs. Each is inline SVG."""
+
+from __future__ import annotations
+
+import io
+import textwrap
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from markupsafe import Markup
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
+
+from ritornello.experiments.reporting.colours import COLOURS, INK, PALETTE, themed
+from ritornello.experiments.results.groups import Group
+from ritornello.experiments.results.metrics import average_after_each_task, matrix_of
+
+MARKERS = "osD^vP*X<"
+"""As many as make marker and colour together repeat late."""
+PARTS = ("load", "wait", "train")
+PART_COLOURS = (4, 0, 1)
+"""Of a step, and their places in the palette."""
+
+WIDTH, SMALL_WIDTH = 4.6, 4.0
+"""Of a picture of all groups, and of one of a single group, in inches of 72 pixels: as many as a
+telephone, and a third of a page, have for it."""
+FONT_SIZE = 10.5
+LEGEND_FONT_SIZE = 9.5
+LETTER_WIDTH = 0.53
+"""Of a letter in a legend, about, in font sizes: the reader's font is not known."""
+
+MAX_LINES = 12
+"""Tasks that one picture can show a line each of, or a number each."""
+
+NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+"""A kilobyte less, and the same bytes every time."""
+
+Drawing = tuple[tuple[float, float], Callable[[Axes], None]]
+"""Size in inches, and what draws."""
+
+
+def colours_of(groups: Sequence[Group]) -> list[str]:
+    """A colour for each group: a strategy's own where the strategy appears once."""
+    strategies = [group.strategy for group in groups]
+    fixed = {each for each in COLOURS if strategies.count(each) == 1}
+    taken = {COLOURS[each] for each in fixed}
+    others = [colour for colour in PALETTE if colour not in taken]
+    colours, number = [], 0
+    for strategy in strategies:
+        if strategy in fixed:
+            colours.append(COLOURS[strategy])
+        else:
+            colours.append(others[number % len(others)])
+            number += 1
+    return colours
+
+
+def average_over_time(groups: Sequence[Group]) -> Drawing:
+    """Mean accuracy over the tasks seen so far; a band of one standard deviation of the seeds."""
+    names = [group.label for group in groups]
+
+    def draw(axes: Axes) -> None:
+        for number, (group, colour) in enumerate(zip(groups, colours_of(groups), strict=True)):
+            runs = np.array([average_after_each_task(matrix_of(run["top1"])) for run in group.runs])
+            values, x = 100 * runs.mean(axis=0), range(1, runs.shape[1] + 1)
+            marker = MARKERS[number % len(MARKERS)]
+            if group.strategy == "joint":  # before the last task it has learnt nothing
+                values, x = values[-1:], x[-1:]
+            axes.plot(x, values, marker=marker, markersize=5, color=colour, label=group.label)
+            if group.num_runs > 1 and len(x) > 1:
+                band = 100 * runs.std(axis=0, ddof=1)
+                axes.fill_between(x, values - band, values + band, color=colour, alpha=0.2, lw=0)
+        _accuracy_axes(axes, max(group.num_tasks for group in groups))
+        legend(axes, names)
+
+    return (WIDTH, 2.7 + legend_inches(names)), draw
+
+
+def tasks_over_time(group: Group) -> Drawing:
+    """Accuracy on each task from the moment when it was learnt; mean over the seeds."""
+    names = _task_names(group)
+
+    def draw(axes: Axes) -> None:
+        matrix = _mean_matrix(group)
+        for task, name in enumerate(names):
+            axes.plot(
+                range(task + 1, len(matrix) + 1),
+                matrix[task:, task],
+                marker=MARKERS[task % len(MARKERS)],
+                markersize=5,
+                color=PALETTE[task % len(PALETTE)],
+                label=name,
+            )
+        _accuracy_axes(axes, len(matrix))
+        legend(axes, names, SMALL_WIDTH)
+
+    return (SMALL_WIDTH, 2.4 + legend_inches(names, SMALL_WIDTH)), draw
+
+
+def heat_map(group: Group) -> Drawing:
+    """The accuracy matrix; mean over the seeds."""
+
+    def draw(axes: Axes) -> None:
+        matrix = _mean_matrix(group)
+        num_tasks = len(matrix)
+        image = axes.imshow(matrix, cmap="viridis", vmin=0, vmax=100, aspect="auto")
+        axes.set_xlabel("accuracy on task (%)")
+        axes.set_ylabel("after task")
+        every = range(0, num_tasks, 1 + num_tasks // MAX_LINES)
+        axes.set_xticks(every, [str(i + 1) for i in every])
+        axes.set_yticks(every, [str(i + 1) for i in every])
+        axes.spines[:].set_visible(False)
+        if num_tasks > MAX_LINES:
+            figure = axes.figure
+            assert isinstance(figure, Figure)
+            figure.colorbar(image, ax=axes, label="%").outline.set_visible(False)
+            return
+        for (row, column), value in np.ndenumerate(matrix):
+            text, colour = f"{value:.0f}", colour_on_heat_map(value)
+            if np.isnan(value):
+                text, colour = "-", INK
+            axes.text(column, row, text, ha="center", va="center", color=colour)
+
+    return (SMALL_WIDTH, 2.9), draw
+
+
+def colour_on_heat_map(value: float) -> str:
+    """Of a number: black or white, whichever stands out more from what is below it."""
+    return "black" if value > 43 else "white"
+
+
+def last_row(group: Group) -> str:
+    """The end of the accuracy matrix, in words."""
+    values = _mean_matrix(group)[-1]
+    numbers = ", ".join("-" if np.isnan(value) else f"{value:.0f}" for value in values)
+    return f"after the last task the accuracies on all tasks are {numbers} %"
+
+
+def legend(axes: Axes, names: Sequence[str], width: float = WIDTH) -> None:
+    """Names the lines, below the plot, where that hides nothing."""
+    handles, labels = axes.get_legend_handles_labels()
+    axes.figure.legend(
+        handles,
+        [textwrap.fill(label, _letters(1, width)) for label in labels],
+        frameon=False,
+        labelcolor=INK,
+        fontsize=LEGEND_FONT_SIZE,
+        ncols=_columns(names, width),
+        columnspacing=1.2,
+        handlelength=1.6,
+        loc="outside lower left",
+    )
+
+
+def legend_inches(names: Sequence[str], width: float = WIDTH) -> float:
+    """The height that ``legend`` needs below the plot."""
+    lines = [len(textwrap.wrap(name, _letters(1, width))) for name in names]
+    columns = _columns(names, width)
+    rows = -(-len(names) // columns)
+    by_column = [lines[start : start + rows] for start in range(0, len(lines), rows)]
+    return 0.15 + 0.19 * max(sum(column) for column in by_column)
+
+
+def _columns(names: Sequence[str], width: float) -> int:
+    """As many as the longest name leaves room for."""
+    longest = max(map(len, names))
+    return next((n for n in (5, 4, 3, 2) if longest <= _letters(n, width) and n <= len(names)), 1)
+
+
+def _letters(columns: int, width: float) -> int:
+    """How many there is room for in one of the columns, beside its line."""
+    points = 72 * width / columns - 3.4 * LEGEND_FONT_SIZE
+    return int(points / (LETTER_WIDTH * LEGEND_FONT_SIZE))
+
+
+def svg(drawing: Drawing, title: str, description: str = "") -> Markup:
+    """Draws a figure as inline SVG that has the page's colours.
+
+    Args:
+        drawing: what to draw.
+        title: of the picture; each has one of its own in the page.
+        description: what is to be seen in it, for those who do not see it.
+    """
+    size, draw = drawing
+    settings: Any = {
+        "axes.edgecolor": INK,
+        "axes.labelcolor": INK,
+        "axes.spines.right": False,
+        "axes.spines.top": False,
+        "font.size": FONT_SIZE,
+        "svg.fonttype": "none",
+        "svg.hashsalt": title,
+        "text.color": INK,
+        "text.parse_math": False,  # a class may be called $x$
+        "xtick.color": INK,
+        "ytick.color": INK,
+    }
+    with rc_context(settings):
+        figure = Figure(figsize=size, layout="constrained")
+        draw(figure.add_subplot())
+        stream = io.StringIO()
+        figure.savefig(stream, format="svg", transparent=True, metadata=NO_METADATA)
+    text = stream.getvalue()
+    text = themed(text[text.index("<svg") :])
+    # Ids are per document, and the page holds several.
+    prefix = "".join(letter for letter in title.lower() if letter.isalnum())
+    for mark in ('id="', 'href="#', "url(#"):
+        text = text.replace(mark, f"{mark}{prefix}-")
+    label = Markup.escape(f"{title}: {description}" if description else title)
+    return Markup(text.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1))
+
+
+def _mean_matrix(group: Group) -> NDArray[np.float64]:
+    """Of the accuracies, in percent; NaN where some run has none."""
+    mean: NDArray[np.float64] = 100 * np.mean(
+        [matrix_of(run["top1"]) for run in group.runs], axis=0
+    )
+    return mean
+
+
+def _task_names(group: Group) -> list[str]:
+    """The tasks' own names where all seeds have the same ones, and where they are short.
+
+    Legends leave out what begins with an underscore, so such a name begins with a space.
+    """
+    names = [[task["name"] for task in run["tasks"]] for run in group.runs]
+    same = all(each == names[0] for each in names)
+    return [
+        " " * name.startswith("_") + name if same and len(name) < 24 else f"task {number + 1}"
+        for number, name in enumerate(names[0])
+    ]
+
+
+def _accuracy_axes(axes: Axes, num_tasks: int) -> None:
+    axes.set_ylim(-3, 103)
+    axes.set_xlim(1 - 0.05 * num_tasks, 1.05 * num_tasks)
+    if num_tasks <= MAX_LINES:
+        axes.set_xticks(range(1, num_tasks + 1))
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    axes.set_xlabel("after task")
+    axes.set_ylabel("top-1 accuracy (%)")
+    axes.grid(axis="y", alpha=0.25)

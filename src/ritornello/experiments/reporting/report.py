@@ -1,0 +1,342 @@
+"""The report of saved results: tables for the terminal, and one self-contained HTML file."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader
+from markupsafe import Markup
+from rich.markup import escape
+from rich.table import Table
+
+import ritornello
+from ritornello.experiments.recipes.published import family_of
+from ritornello.experiments.reporting import colours, figures, trade_offs
+from ritornello.experiments.reporting.figures import Drawing, svg
+from ritornello.experiments.reporting.provenance import commands_of, origin_of
+from ritornello.experiments.reporting.summaries import (
+    buffer_of,
+    duration,
+    families_of,
+    findings_of,
+    summary_of,
+    times_incremental,
+)
+from ritornello.experiments.results.groups import Group, summarise
+from ritornello.experiments.results.labels import WITHOUT_BUFFER, Results
+
+__all__ = ["summary_of", "table_of", "table_of_tasks", "write_report"]
+
+MAX_OPEN = 8
+"""With more groups, the plots of single groups are folded away."""
+
+NOTHING = "-"
+
+FIGURE = re.compile(r"\d( ± \d+\.\d)? %")
+NO_BREAK = "\u00a0"
+"""A space at which no line ends."""
+
+TERMINAL_COLUMNS = {
+    "seeds": "seeds",
+    "avg top-1": "top1",
+    "top-5": "top5",
+    "forgetting": "forgetting",
+    "runtime": "runtime",
+    "step: load/wait/train": "step",
+    "published": "published",
+}
+"""Header to what stands below it."""
+
+DISPENSABLE = ("step", "top5", "seeds")
+"""Columns that a narrow terminal does without, the first one first: the report has them all."""
+
+LABEL_LETTERS = 24
+"""A label has as many on a line, if the terminal has room for them; it may take several lines."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the tables, as texts with units."""
+
+    label: str
+    seeds: str
+    capacity: str
+    top1: str
+    top5: str
+    forgetting: str
+    backward: str
+    forward: str
+    seconds: str
+    multiple: str
+    published: str
+    step_ms: dict[str, float]
+    """Its parts, mean of all steps."""
+    emphasised: bool
+
+    @property
+    def runtime(self) -> str:
+        """Such as "3.8 s (1.8x)"."""
+        return self.seconds if self.multiple == NOTHING else f"{self.seconds} ({self.multiple})"
+
+    @property
+    def step(self) -> str:
+        """Such as "0.16/0.41/3.37 ms"."""
+        return "/".join(f"{milliseconds:.2f}" for milliseconds in self.step_ms.values()) + " ms"
+
+
+def table_of(results: Mapping[str, Results], width: int = 80) -> Table:
+    """The table that a run ends with.
+
+    Args:
+        results: a label, which is not looked at, to the results of a run.
+        width: of the terminal, in letters; columns that would be cut are left out.
+    """
+    rows = _rows(summarise(results))
+    columns = dict(TERMINAL_COLUMNS)
+    if all(row.seeds == "1" for row in rows):
+        del columns["seeds"]
+    if not any(row.published for row in rows):
+        del columns["published"]
+    longest_label = max(len(row.label) for row in rows)
+    for dispensable in DISPENSABLE:
+        widths = [
+            max(len(header), *(len(getattr(row, name)) for row in rows)) + 1
+            for header, name in columns.items()
+        ]
+        if min(longest_label, LABEL_LETTERS) + 1 + sum(widths) <= width:
+            break
+        columns = {header: name for header, name in columns.items() if name != dispensable}
+    table = Table(box=None, padding=(0, 1, 0, 0))
+    table.add_column("strategy", no_wrap=longest_label <= LABEL_LETTERS, overflow="fold")
+    for header in columns:
+        table.add_column(header, justify="right", no_wrap=True)
+    for row in rows:
+        texts = [getattr(row, name) for name in columns.values()]
+        style = "bold" if row.emphasised else None
+        table.add_row(escape(row.label), *texts, style=style)
+    return table
+
+
+def table_of_tasks(results: Results, num_tasks: int = 10) -> Table:
+    """The last tasks, and the accuracy on each before and after the newest one was learnt.
+
+    Args:
+        results: of a run with two tasks or more.
+        num_tasks: how many are shown.
+    """
+    table = Table(box=None, padding=(0, 1, 0, 0))
+    table.add_column("task", overflow="fold")
+    for name in ("test images", "before", "after"):
+        table.add_column(name, justify="right", no_wrap=True)
+    numbers = range(len(results["tasks"]))[-num_tasks:]
+    for number in numbers:
+        task = results["tasks"][number]
+        accuracies = [results["top1"][row][number] for row in (-2, -1)]
+        texts = [NOTHING if each is None else f"{100 * each:.1f} %" for each in accuracies]
+        style = "bold" if number == numbers[-1] else None
+        table.add_row(escape(task["name"]), f"{task['test_samples']:,}", *texts, style=style)
+    return table
+
+
+def write_report(results: Mapping[str, Results], path: Path) -> None:
+    """Writes the report, one HTML file with everything in it.
+
+    Args:
+        results: from ``saved_results.load_results``.
+        path: of the file; its folder is made if need be.
+    """
+    environment = Environment(
+        loader=PackageLoader("ritornello.experiments.reporting"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    groups = summarise(results)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(environment.get_template("report.html.j2").render(_contents(groups)))
+
+
+def _contents(groups: Sequence[Group]) -> dict[str, Any]:
+    """All that the template names."""
+    rows = _rows(groups)
+    in_time = [group for group in groups if group.num_tasks > 1]
+    return {
+        "title": _title(groups),
+        "ranks": _ranks(groups),
+        "circumstances": _circumstances(groups),
+        "descriptions": _descriptions(groups),
+        "findings": {
+            family: FIGURE.sub(lambda found: found[0].replace(" ", NO_BREAK), text)
+            for family, text in findings_of(groups).items()
+        },
+        "rows": rows,
+        "parts": dict(zip(figures.PARTS, figures.PART_COLOURS, strict=True)),
+        "longest_step": max(sum(row.step_ms.values()) for row in rows) or 1.0,
+        "several_seeds": any(group.num_runs > 1 for group in groups),
+        "any_buffer": any(group.capacity is not None for group in groups),
+        "any_multiple": any(row.multiple != NOTHING for row in rows),
+        "any_published": any(row.published for row in rows),
+        "several_tasks": bool(in_time),
+        "folded": len(groups) > MAX_OPEN,
+        "charts": _charts(groups, in_time, rows),
+        "over_time": [
+            (
+                group.label,
+                svg(
+                    figures.tasks_over_time(group),
+                    f"Accuracy on each task, {group.label}",
+                    "the numbers are those of the accuracy matrix",
+                ),
+            )
+            for group in in_time
+            if group.num_tasks <= figures.MAX_LINES
+        ],
+        "matrices": [
+            (
+                group.label,
+                svg(
+                    figures.heat_map(group),
+                    f"Accuracy matrix, {group.label}",
+                    figures.last_row(group),
+                ),
+            )
+            for group in in_time
+        ],
+        "origin": origin_of(groups),
+        "commands": commands_of(groups),
+        "tasks": _tasks(groups),
+        "settings": [(group.label, json.dumps(_settings(group), indent=1)) for group in groups],
+        "version": ritornello.__version__,
+        "style": Markup(colours.style_sheet()),
+    }
+
+
+def _charts(
+    groups: Sequence[Group], in_time: Sequence[Group], rows: Sequence[Row]
+) -> list[dict[str, Any]]:
+    """The pictures of all groups together, those that there is something to see in."""
+    several_seeds = any(group.num_runs > 1 for group in groups)
+    from_scratch = any(group.strategy == "from-scratch" for group in groups)
+    charts: list[tuple[Drawing | None, str, str, str, str]] = [
+        (
+            figures.average_over_time(in_time) if in_time else None,
+            "Accuracy after each task",
+            "Mean over the tasks seen so far.",
+            "Bands: one standard deviation over the seeds.",
+            f"after the last task {_listed(in_time)}",
+        ),
+        (
+            trade_offs.accuracy_by_runtime(groups),
+            "Accuracy against training time",
+            "Up is better, left is faster."
+            + " The dotted line is what training from scratch reaches." * from_scratch,
+            "Bars: one standard deviation.",
+            ", ".join(f"{row.label} {row.top1} in {row.runtime}" for row in rows),
+        ),
+        (
+            trade_offs.accuracy_by_capacity(groups),
+            "Accuracy against the size of the buffer",
+            "Average top-1 at the end.",
+            "Bars: one standard deviation.",
+            _listed([group for group in groups if group.capacity]),
+        ),
+    ]
+    return [
+        {
+            "title": title,
+            "text": f"{text} {deviation}" if several_seeds else text,
+            "svg": svg(drawing, title, description),
+        }
+        for drawing, title, text, deviation, description in charts
+        if drawing is not None
+    ]
+
+
+def _listed(groups: Sequence[Group]) -> str:
+    return ", ".join(f"{group.label} {group.average_top1.in_percent()}" for group in groups)
+
+
+def _title(groups: Sequence[Group]) -> str:
+    names = list(dict.fromkeys(group.recipe for group in groups))
+    if len(names) > 1:
+        names = list(dict.fromkeys(family_of(name) for name in names))
+    return ", ".join(names)
+
+
+def _circumstances(groups: Sequence[Group]) -> str:
+    """Such as "2 ranks, seed 0"."""
+    ranks = _ranks(groups)
+    seeds = sorted({seed for group in groups for seed in group.seeds})
+    return f"{ranks} rank{'s' if ranks != '1' else ''}, " + (
+        f"seed {seeds[0]}" if len(seeds) == 1 else f"{len(seeds)} seeds"
+    )
+
+
+def _ranks(groups: Sequence[Group]) -> str:
+    return " and ".join(map(str, sorted({group.first["world_size"] for group in groups})))
+
+
+def _descriptions(groups: Sequence[Group]) -> list[str]:
+    """Of each recipe, or of a family what its recipes have in common."""
+    found = []
+    for alike in families_of(groups).values():
+        texts = {str(group.first["config"].get("description") or "") for group in alike}
+        text = min(texts)
+        found.append(text if len(texts) == 1 else text.partition(":")[0])
+    return list(dict.fromkeys(filter(None, found)))
+
+
+def _tasks(groups: Sequence[Group]) -> list[dict[str, Any]]:
+    """The tasks, where all runs had the same ones."""
+    runs = [run for group in groups for run in group.runs]
+    tasks: list[dict[str, Any]] = runs[0].get("tasks", [])
+    return tasks if all(run.get("tasks") == tasks for run in runs) else []
+
+
+def _rows(groups: Sequence[Group]) -> list[Row]:
+    """A row for each group."""
+    with_buffer = sum(group.strategy not in WITHOUT_BUFFER for group in groups)
+    rows = []
+    for group in groups:
+        multiple = times_incremental(group, groups)
+        steps = group.step_seconds
+        # A task that is not trained on when it comes can be neither forgotten nor transferred.
+        learns_in_time = all(all(run.get("steps_per_task", [1])) for run in group.runs)
+        changes = group.num_tasks > 1 and learns_in_time
+        rows.append(
+            Row(
+                label=group.label,
+                seeds=str(group.num_runs),
+                capacity=buffer_of(group),
+                top1=group.average_top1.in_percent(),
+                top5=group.average_top5.in_percent(),
+                forgetting=group.forgetting.in_percent() if changes else NOTHING,
+                backward=group.backward_transfer.in_percent("+") if changes else NOTHING,
+                forward=group.forward_transfer.in_percent("+") if changes else NOTHING,
+                seconds=duration(group.seconds.mean),
+                multiple=NOTHING if multiple is None else f"{multiple:.1f}x",
+                published=_published_text(group),
+                step_ms={part: 1000 * steps[part] for part in figures.PARTS},
+                emphasised=with_buffer == 1 < len(groups) and group.strategy not in WITHOUT_BUFFER,
+            )
+        )
+    return rows
+
+
+def _published_text(group: Group) -> str:
+    figure, published = group.published_figure, group.published
+    if figure is None or published is None:
+        return ""
+    return ("top-5 " if published.top1 is None else "") + figure.in_percent()
+
+
+def _settings(group: Group) -> dict[str, Any]:
+    """A group's runs, and everything that was set."""
+    runs = [{k: run.get(k) for k in ("seed", "date", "command", "machine")} for run in group.runs]
+    first = {k: group.first[k] for k in ("config", "versions", "buffer")}
+    return {"runs": runs, **first}

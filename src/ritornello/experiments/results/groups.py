@@ -1,0 +1,187 @@
+"""Sweeps: many runs of one recipe, what tells them apart, and their means over seeds."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ritornello.experiments.recipes.published import family_of
+from ritornello.experiments.recipes.recipe import Published
+from ritornello.experiments.results.labels import WITHOUT_BUFFER, Results, labels_of, settings_of
+
+
+def num_train_samples(run: Results) -> int:
+    """Of the whole data set; older results only tell those of each task."""
+    total = run.get("train_samples")
+    return int(total or sum(task["train_samples"] for task in run["tasks"]))
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """The mean of a figure over the runs of a group, and how much it varies between them."""
+
+    mean: float
+    std: float | None
+    """Sample standard deviation (the divisor is the number of runs - 1); None for one run."""
+
+    def in_percent(self, sign: str = "") -> str:
+        """Such as "85.3 ± 0.9 %"; without a deviation "85.3 %", with sign="+" "+85.3 %"."""
+        spread = "" if self.std is None else f" ± {100 * self.std:.1f}"
+        return f"{100 * self.mean:{sign}.1f}{spread} %"
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ in nothing but the seed."""
+
+    label: str
+    """Without the seed."""
+    runs: tuple[Results, ...]
+
+    @property
+    def num_runs(self) -> int:
+        """How many there are."""
+        return len(self.runs)
+
+    @property
+    def first(self) -> Results:
+        """The run to ask for what all of them have in common."""
+        return self.runs[0]
+
+    @property
+    def recipe(self) -> str:
+        """Of all of them, its name."""
+        return str(self.first["recipe"])
+
+    @property
+    def strategy(self) -> str:
+        """Of all of them."""
+        return str(self.first["strategy"])
+
+    @property
+    def num_tasks(self) -> int:
+        """So far."""
+        return len(self.first["top1"])
+
+    @property
+    def capacity(self) -> int | None:
+        """Representatives in the whole buffer; None without one."""
+        if self.strategy in WITHOUT_BUFFER:
+            return None
+        if counted := (self.first.get("buffer") or {}).get("capacity"):
+            return int(counted)
+        capacity: float = self.first["config"]["capacity"]
+        if capacity < 1:
+            capacity *= num_train_samples(self.first)
+        return max(1, round(capacity))
+
+    @property
+    def published(self) -> Published | None:
+        """The figure of others that the runs reproduce, if there is one."""
+        figure = self.first["config"].get("published")
+        return Published(**figure) if figure else None
+
+    @property
+    def published_figure(self) -> Statistic | None:
+        """Its top-1 accuracy, or top-5 where only that was published; from 0 to 1."""
+        if (figure := self.published) is None:
+            return None
+        if figure.top1 is None:
+            return None if figure.top5 is None else Statistic(figure.top5 / 100, None)
+        spread = None if figure.spread is None else figure.spread / 100
+        return Statistic(figure.top1 / 100, spread)
+
+    @property
+    def seeds(self) -> list[int]:
+        """In ascending order, each once."""
+        return sorted({run["seed"] for run in self.runs})
+
+    @property
+    def average_top1(self) -> Statistic:
+        """Over all tasks at the end, from 0 to 1."""
+        return self._over_runs("average_top1")
+
+    @property
+    def average_top5(self) -> Statistic:
+        """Over all tasks at the end, from 0 to 1."""
+        return self._over_runs("average_top5")
+
+    @property
+    def forgetting(self) -> Statistic:
+        """See ``metrics.forgetting``."""
+        return self._over_runs("forgetting")
+
+    @property
+    def backward_transfer(self) -> Statistic:
+        """See ``metrics.backward_transfer``."""
+        return self._over_runs("backward_transfer")
+
+    @property
+    def forward_transfer(self) -> Statistic:
+        """See ``metrics.forward_transfer``."""
+        return self._over_runs("forward_transfer")
+
+    @property
+    def seconds(self) -> Statistic:
+        """Of training, evaluations left out."""
+        return self._over_runs("seconds")
+
+    @property
+    def step_seconds(self) -> dict[str, float]:
+        """Means of the parts of a step."""
+        parts = self.first["step_seconds"]
+        return {
+            part: statistics.fmean(run["step_seconds"].get(part, 0.0) for run in self.runs)
+            for part in parts
+        }
+
+    def _over_runs(self, name: str) -> Statistic:
+        values = [float(run[name]) for run in self.runs]
+        std = statistics.stdev(values) if len(values) > 1 else None
+        return Statistic(statistics.fmean(values), std)
+
+
+def summarise(results: Mapping[str, Results]) -> list[Group]:
+    """Groups runs that differ in nothing but the seed, in order of first appearance.
+
+    Args:
+        results: a label, which is not looked at, to the results of a run.
+
+    Returns:
+        The groups, each with a label of its own.
+    """
+    grouped: dict[str, list[Results]] = {}
+    for run in results.values():
+        settings = settings_of(run) | {"seed": None}
+        grouped.setdefault(json.dumps(settings, sort_keys=True), []).append(run)
+    labels = labels_of([runs[0] for runs in grouped.values()], ignored=["seed"])
+    # Settings that only newer versions write down make groups that no label tells apart.
+    seen: Counter[str] = Counter()
+    groups = []
+    for label, runs in zip(labels, grouped.values(), strict=True):
+        seen[label] += 1
+        number = f" ({seen[label]})" if seen[label] > 1 else ""
+        groups.append(Group(label + number, tuple(runs)))
+    return groups
+
+
+def reference_for(group: Group, groups: Sequence[Group], strategy: str) -> Group | None:
+    """The group of a strategy to measure another group by, on as many ranks of the same machines.
+
+    It is of the same recipe, else of the same family.
+    """
+
+    def circumstances(each: Group) -> tuple[Any, ...]:
+        devices = {run["machine"].get("device") for run in each.runs}
+        return family_of(each.recipe), each.first["world_size"], devices
+
+    alike = [
+        each
+        for each in groups
+        if each.strategy == strategy and circumstances(each) == circumstances(group)
+    ]
+    return next((each for each in alike if each.recipe == group.recipe), next(iter(alike), None))

@@ -1,0 +1,108 @@
+"""Labels."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from ritornello.experiments.recipes import published
+from ritornello.experiments.recipes.recipe import DESCRIPTIONS
+from ritornello.experiments.strategies import STRATEGIES
+
+Results = Mapping[str, Any]
+"""Of one run, as ``results.json`` holds them."""
+
+
+WITHOUT_BUFFER = tuple(name for name, each in STRATEGIES.items() if not each.rehearses)
+
+
+REHEARSAL_SETTINGS = (
+    "alpha",
+    "beta",
+    "loss_weights",
+    "capacity",
+    "global_num_representatives",
+    "global_num_candidates",
+    "remembers",
+    "selection",
+    "fixed_shares",
+    "sampling",
+    "logits_dtype",
+)
+"""Settings that change nothing where the strategy has no buffer."""
+
+
+SHORT_NAMES = {"global_num_representatives": "r", "global_num_candidates": "c"}
+
+
+def settings_of(run: Results) -> dict[str, Any]:
+    """Everything that a run's outcome may depend on, and the number of ranks."""
+    left_out = {*DESCRIPTIONS, "strategy", "seed"}
+    if run["strategy"] in WITHOUT_BUFFER:
+        left_out.update(REHEARSAL_SETTINGS)
+    return {
+        "recipe": run["recipe"],
+        "strategy": run["strategy"],
+        "world_size": run["world_size"],
+        **{name: value for name, value in run["config"].items() if name not in left_out},
+        "seed": run["seed"],
+    }
+
+
+def varying_settings(runs: Sequence[Results], ignored: Collection[str] = ()) -> set[str]:
+    """The settings that are not the same in all runs that have them."""
+    values: dict[str, set[str]] = {}
+    for run in runs:
+        for name, value in settings_of(run).items():
+            values.setdefault(name, set()).add(json.dumps(value))
+    return {name for name, each in values.items() if len(each) > 1} - set(ignored)
+
+
+def labels_of(runs: Sequence[Results], ignored: Collection[str] = ()) -> list[str]:
+    """What tells each run apart from the other ones of its strategy.
+
+    Args:
+        runs: of any recipes; a label begins with the recipe's name if there are several.
+        ignored: settings that no label names.
+
+    Returns:
+        One label per run. Runs that differ in nothing have the same label.
+    """
+    groups: dict[tuple[str, str], list[Results]] = {}
+    for run in runs:
+        groups.setdefault((run["recipe"], run["strategy"]), []).append(run)
+    varying = {key: varying_settings(group, ignored) for key, group in groups.items()}
+    several_recipes = len({recipe for recipe, _ in groups}) > 1
+    labels = []
+    for run in runs:
+        key = (run["recipe"], run["strategy"])
+        parts = [
+            _in_words(name, value)
+            for name, value in settings_of(run).items()
+            if name in varying[key]
+        ]
+        labels.append(", ".join([_name_of(run, several_recipes), *parts]))
+    return labels
+
+
+def _name_of(run: Results, several_recipes: bool) -> str:
+    """The strategy, and the recipe if there are several; one is enough if it names both."""
+    if not several_recipes:
+        return str(run["strategy"])
+    recipe = published.PUBLISHED.get(run["recipe"])
+    if recipe is not None and recipe().strategy == run["strategy"]:
+        return str(run["recipe"])
+    return f"{run['recipe']}: {run['strategy']}"
+
+
+def _in_words(name: str, value: Any) -> str:
+    if name == "world_size":
+        return f"{value} rank{'s' if value > 1 else ''}"
+    if isinstance(value, bool):
+        value = "on" if value else "off"
+    elif isinstance(value, float):
+        value = f"{value:g}"
+    elif value is None:
+        value = "all" if name == "global_num_candidates" else "none"
+    return f"{SHORT_NAMES.get(name, name.replace('_', ' '))} {value}"

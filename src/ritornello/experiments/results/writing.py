@@ -1,0 +1,166 @@
+"""What a run writes down: ``results.json``."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+import ritornello
+from ritornello.experiments.data.data_set import DataSet
+from ritornello.experiments.data.scenarios import Task
+from ritornello.experiments.recipes.recipe import Recipe
+from ritornello.experiments.results import metrics
+
+Results = dict[str, Any]
+
+
+@dataclass
+class StepSeconds:
+    """Where the time of the steps went, in seconds altogether."""
+
+    load: float = 0.0
+    """Waiting for the loader."""
+    step: float = 0.0
+    """Everything else that is done for a step."""
+    in_buffer: float = 0.0
+    """Of it, in the buffer, and measuring what the sampling policy goes by."""
+    saving: float = 0.0
+    """Making checkpoints; part of no step."""
+    num_steps: int = 0
+
+
+@dataclass
+class TaskLog:
+    """What is written down task by task."""
+
+    at_start: tuple[list[float | None], list[float | None]] | None = None
+    """Top-1 and top-5 accuracies of the untrained model; None: not measured."""
+    top1: list[list[float | None]] = field(default_factory=list)
+    top5: list[list[float | None]] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    steps: list[int] = field(default_factory=list)
+
+
+def results_of(
+    recipe: Recipe,
+    tasks: Sequence[Task],
+    log: TaskLog,
+    seconds: StepSeconds,
+    *,
+    num_resumed: int,
+    buffer: dict[str, Any] | None,
+    model: nn.Module,
+    device: torch.device,
+    num_ranks: int,
+    data: DataSet,
+) -> Results:
+    """Everything that ``results.json`` holds.
+
+    Args:
+        recipe: with sizes of all ranks.
+        tasks: of the stream.
+        log: of all tasks.
+        seconds: of all tasks' steps.
+        num_resumed: how often the run has gone on from a checkpoint.
+        buffer: its statistics, if there is one.
+        model: trained.
+        device: it was trained on.
+        num_ranks: by how many.
+        data: that it was trained on.
+    """
+    top1, top5 = metrics.matrix_of(log.top1), metrics.matrix_of(log.top5)
+    # A task that is not trained on when it comes can be neither forgotten nor transferred.
+    learnt = top1 if all(log.steps) else top1[-1:]
+    at_start = log.at_start
+    assert at_start is not None
+    steps = max(1, seconds.num_steps)
+    return {
+        "format": 1,
+        "recipe": recipe.name,
+        "strategy": recipe.strategy,
+        "seed": recipe.seed,
+        "world_size": num_ranks,
+        "config": asdict(recipe),
+        "versions": {
+            "ritornello": ritornello.__version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+        },
+        "machine": {
+            "processor": platform.processor() or platform.machine(),
+            "cores": os.cpu_count(),
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        },
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "data": {
+            "kind": recipe.data,
+            "path": _absolute_path(recipe),
+            "image_shape": list(data.image_shape),
+            "mean": list(data.mean),
+            "std": list(data.std),
+        },
+        "train_samples": len(data.train),
+        "class_names": list(data.class_names),
+        "tasks": [
+            {
+                "name": task.name,
+                "classes": list(task.classes),
+                "train_samples": task.num_train,
+                "test_samples": len(task.test_indices),
+                **({} if task.path is None else {"path": task.path}),
+            }
+            for task in tasks
+        ],
+        "top1": log.top1,
+        "top5": log.top5,
+        "top1_at_start": at_start[0],
+        "top5_at_start": at_start[1],
+        "average_top1": metrics.average_accuracy(top1),
+        "average_top5": metrics.average_accuracy(top5),
+        "forgetting": metrics.forgetting(learnt),
+        "backward_transfer": metrics.backward_transfer(learnt),
+        "forward_transfer": metrics.forward_transfer(
+            learnt, np.array(at_start[0], dtype=np.float64)
+        ),
+        "seconds": sum(log.seconds),
+        "seconds_per_task": log.seconds,
+        "steps_per_task": log.steps,
+        "step_seconds": {
+            "load": seconds.load / steps,
+            "wait": seconds.in_buffer / steps,
+            "train": (seconds.step - seconds.in_buffer) / steps,
+        },
+        "resumed": num_resumed,
+        "seconds_saving": seconds.saving,
+        "buffer": buffer,
+        "weights_sha256": weights_digest(model),
+    }
+
+
+def _absolute_path(recipe: Recipe) -> str | None:
+    """Where the data are, for runs that go on in another folder; None if they come with a package.
+
+    Without a path it is torchvision's folder; see ``data.load``.
+    """
+    if recipe.data_path is not None:
+        return os.path.abspath(recipe.data_path)
+    return None if recipe.data == "digits" else os.path.abspath("data")
+
+
+def weights_digest(model: nn.Module) -> str:
+    """SHA-256 of all weights: equal only if the models are bit-identical."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

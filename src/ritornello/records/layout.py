@@ -1,0 +1,281 @@
+"""The layout of a record: nested samples to rows of bytes, and back.
+
+A *record* is one representative as a row of bytes, all its fields side by side. Each field is
+aligned to its element size and the row to 16 bytes, so that rows move as 64-bit words and
+fields are typed views of the rows: nothing is ever converted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, is_dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ritornello.arrays import Bytes, Ints
+from ritornello.records.digest import digest
+from ritornello.records.nesting import (
+    Batch,
+    Path,
+    Template,
+    leaves_like,
+    leaves_of,
+    path_text,
+    rebuild,
+    template_of,
+)
+
+ROW_ALIGNMENT = 16
+
+LARGE_FIELD_BYTES = 16_384
+"""From here on, copying values one by one is faster than all of them twice."""
+
+INTEGERS = {
+    getattr(torch, name): np.dtype(name)
+    for name in ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
+}
+
+SHAPE_REMEDY = ". Pad, crop or resize all samples to one shape"
+
+LIST_REMEDY = (
+    ". If a list holds a tensor for each sample, make it one tensor [b, ...], padded where "
+    "lengths differ"
+)
+
+
+@dataclass(frozen=True)
+class Field:
+    """One leaf's place in the record."""
+
+    path: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    """Shape of one sample's value, without the batch dimension."""
+    offset: int
+    num_bytes: int
+
+    def __str__(self) -> str:
+        return f"{path_text(self.path)}: {self.dtype} {list(self.shape)}"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the fields of a sample lie in a record. Made by ``Layout.of(batch)``."""
+
+    fields: tuple[Field, ...]
+    record_bytes: int
+    template: Template
+    """Containers as in the batch; the leaves are positions in ``fields``."""
+
+    @classmethod
+    def of(cls, batch: Batch) -> Layout:
+        """Infers the layout from a mini-batch.
+
+        Raises:
+            TypeError: a leaf is no dense tensor.
+            ValueError: a leaf has no batch dimension, or there is none.
+        """
+        fields, offset = [], 0
+        for path, leaf in leaves_of(batch):
+            _check_leaf(path, leaf)
+            alignment = min(leaf.element_size(), ROW_ALIGNMENT)
+            offset = -(-offset // alignment) * alignment
+            shape = tuple(leaf.shape[1:])
+            num_bytes = leaf.element_size() * shape_elements(shape)
+            fields.append(Field(path, leaf.dtype, shape, offset, num_bytes))
+            offset += num_bytes
+        if not fields:
+            raise ValueError("the mini-batch holds no tensor; give a tensor, tuple, list or dict")
+        record_bytes = max(ROW_ALIGNMENT, -(-offset // ROW_ALIGNMENT) * ROW_ALIGNMENT)
+        positions = {field.path: position for position, field in enumerate(fields)}
+        return cls(tuple(fields), record_bytes, template_of(batch, positions.__getitem__))
+
+    def nested_as(self, batch: Batch) -> Layout:
+        """The same fields in the containers of a mini-batch that ``leaves`` has accepted."""
+        positions = {field.path: position for position, field in enumerate(self.fields)}
+        return replace(self, template=template_of(batch, positions.__getitem__))
+
+    def leaves(self, batch: Batch) -> list[Tensor]:
+        """The leaves of a mini-batch in the order of ``fields``, checked against the layout.
+
+        Raises:
+            TypeError: a leaf is no dense tensor.
+            ValueError: another nesting, dtype, shape, or leaves of different batch sizes.
+        """
+        found: list[Any] = [None] * len(self.fields)
+        leaves_like(self.template, batch, found)
+        num_samples: int | None = None
+        for field, leaf in zip(self.fields, found, strict=True):
+            _check_leaf(field.path, leaf)
+            num_in_leaf, *shape = leaf.shape
+            if leaf.dtype != field.dtype or tuple(shape) != field.shape:
+                raise ValueError(
+                    f"{path_text(field.path)} is {leaf.dtype} {shape} per sample, but the "
+                    f"buffer's records hold {field.dtype} {list(field.shape)} there: "
+                    "dtype and shape are fixed by the first mini-batch"
+                    + SHAPE_REMEDY
+                    * (leaf.dtype == field.dtype)
+                )
+            if num_samples is None:
+                num_samples = num_in_leaf
+            elif num_in_leaf != num_samples:
+                first = self.fields[0].path
+                raise ValueError(
+                    f"{path_text(field.path)} has {num_in_leaf} samples, but {path_text(first)} "
+                    f"has {num_samples}: all leaves of a mini-batch need the same first dimension"
+                    + LIST_REMEDY
+                    * (_is_in_list(field.path) or _is_in_list(first))
+                )
+        return found
+
+    def views(self, rows: Tensor) -> list[Tensor]:
+        """The fields of records as typed views ``[num_rows, *shape]`` of ``rows``.
+
+        Args:
+            rows: uint8 ``[num_rows, record_bytes]``.
+        """
+        return [self.view(rows, position) for position in range(len(self.fields))]
+
+    def view(self, rows: Tensor, position: int) -> Tensor:
+        """One field of records as a typed view, as in ``views``."""
+        field = self.fields[position]
+        shape = (rows.shape[0], *field.shape)
+        if not field.num_bytes:
+            return torch.empty(shape, dtype=field.dtype, device=rows.device)
+        columns = rows[:, field.offset : field.offset + field.num_bytes].view(field.dtype)
+        return columns.view(shape)
+
+    def integers(self, rows: Tensor, position: int) -> Ints:
+        """One integer field of records, ``[num_rows]``, as int64 in CPU memory."""
+        if rows.device.type != "cpu":
+            return self.view(rows, position).cpu().numpy().astype(np.int64)
+        field = self.fields[position]
+        columns = rows.numpy()[:, field.offset : field.offset + field.num_bytes]
+        return columns.view(INTEGERS[field.dtype])[:, 0].astype(np.int64)
+
+    def pack(self, leaves: Sequence[Tensor], index: Ints | None, rows: Tensor) -> None:
+        """Copies samples into records.
+
+        Args:
+            leaves: one tensor ``[b, *shape]`` per field, on the device of ``rows``.
+            index: int64 ``[num_rows]``, the samples to take; None: all of them.
+            rows: uint8 ``[num_rows, record_bytes]``, written; its padding is left as it is.
+        """
+        for position, leaf in enumerate(leaves):
+            field = self.fields[position]
+            samples = bytes_of(leaf)
+            if samples is None or rows.device.type != "cpu":
+                view, source = self.view(rows, position), leaf.detach()
+                if index is not None:
+                    on_device = torch.from_numpy(index).to(rows.device, non_blocking=True)
+                    source = source.index_select(0, on_device)
+                view.copy_(source)
+                continue
+            places = rows.numpy()[:, field.offset : field.offset + field.num_bytes]
+            if index is None:
+                places[:] = samples
+            elif field.num_bytes < LARGE_FIELD_BYTES:
+                places[:] = samples[index]
+            else:
+                for place, sample in enumerate(index.tolist()):
+                    places[place] = samples[sample]
+
+    def rebuild(self, leaves: Sequence[Tensor]) -> Batch:
+        """A batch nested as the samples were, from one tensor per field."""
+        return rebuild(self.template, leaves)
+
+    def position(self, path: Path) -> int:
+        """The position in ``fields`` of the leaf at ``path``.
+
+        Raises:
+            ValueError: there is none.
+        """
+        for position, field in enumerate(self.fields):
+            if field.path == path:
+                return position
+        raise ValueError(
+            f"label={path[0] if len(path) == 1 else path!r} names no leaf of the samples; "
+            f"there are {'; '.join(map(str, self.fields))}. Give the index or key of the label, "
+            "a tuple of them for a nested one, or label=None for a policy that needs no labels"
+        )
+
+    def label_position(self, path: Path, required: bool) -> int | None:
+        """The position in ``fields`` of the class label at ``path``.
+
+        Args:
+            path: of the leaf.
+            required: whether labels are needed; if not, None where there is none that fits.
+
+        Raises:
+            ValueError: there is no such leaf, or it is not one integer per sample.
+        """
+        if not required and path not in [field.path for field in self.fields]:
+            return None
+        position = self.position(path)
+        field = self.fields[position]
+        if field.dtype in INTEGERS and field.shape == ():
+            return position
+        if not required:
+            return None
+        raise ValueError(
+            f"the label {field} per sample: it must be one integer per sample, such as int64 []; "
+            "label= says which leaf it is"
+        )
+
+    @property
+    def digest(self) -> int:
+        """A number that differs between layouts, to compare them over ranks."""
+        return digest(";".join(map(str, self.fields)))
+
+
+def bytes_of(leaf: Tensor) -> Bytes | None:
+    """A leaf's bytes as an array ``[b, bytes per sample]``; None if they are not in one piece.
+
+    NumPy copies on the calling thread alone. For such small copies torch would wake all its
+    threads, and wait for them.
+    """
+    if leaf.device.type != "cpu" or not leaf.is_contiguous() or leaf.numel() == 0:
+        return None
+    if leaf.is_conj() or leaf.is_neg():  # the bytes are not yet the values
+        return None
+    array: Bytes = leaf.detach().view(leaf.shape[0], -1).view(torch.uint8).numpy()
+    return array
+
+
+def shape_elements(shape: Sequence[int]) -> int:
+    """The number of elements of a tensor of that shape."""
+    return torch.Size(shape).numel()
+
+
+def _check_leaf(path: Path, leaf: Any) -> None:
+    if not isinstance(leaf, Tensor):
+        raise TypeError(
+            f"{path_text(path)} is a {type(leaf).__name__}; the buffer holds tensors "
+            f"({_remedy_for(leaf)})"
+        )
+    if leaf.layout != torch.strided or leaf.is_quantized:
+        raise TypeError(f"{path_text(path)} is {leaf.layout}; the buffer holds dense tensors only")
+    if leaf.dim() == 0:
+        raise ValueError(
+            f"{path_text(path)} has no dimensions; a mini-batch's leaf has the shape [b, ...]"
+        )
+
+
+def _remedy_for(leaf: Any) -> str:
+    """What to do with what is no tensor."""
+    if isinstance(leaf, (str, bytes)):
+        return "leave text out of it, or offer its tokens, padded to one length"
+    if leaf is None or "NonTensor" in type(leaf).__name__:  # TensorDict's
+        return "leave out what is no tensor"
+    if is_dataclass(leaf):
+        return "torch.utils._pytree.register_dataclass makes a dataclass a container of tensors"
+    if type(leaf).__module__.startswith("PIL."):
+        return "torchvision's pil_to_tensor converts images"
+    return "torch.as_tensor converts arrays and numbers"
+
+
+def _is_in_list(path: Path) -> bool:
+    return len(path) > 1 and isinstance(path[-1], int)

@@ -1,0 +1,98 @@
+"""The rules for the arguments of a ``RehearsalBuffer``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ritornello.policies.names import sampling_policy, selection_policy
+from ritornello.policies.sampling import SamplingPolicy
+from ritornello.policies.selection import SelectionPolicy
+from ritornello.version import __version__
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What all ranks must give alike, unchecked as given."""
+
+    capacity: int
+    num_representatives: int
+    num_candidates: int | None
+    selection: str | SelectionPolicy
+    label: Any
+    seed: int
+    sampling: str | SamplingPolicy
+    storage: str
+    num_draws: int
+
+    @property
+    def label_path(self) -> tuple[Any, ...]:
+        """Where the class label is in a sample."""
+        return self.label if isinstance(self.label, tuple) else (self.label,)
+
+    def as_text(self) -> dict[str, str]:
+        """Argument to text, equal for equal arguments, to compare over ranks.
+
+        Ranks of other versions would draw other numbers, so the versions are part of it.
+        """
+        given = {name: _text(value) for name, value in vars(self).items()}
+        return given | {"ritornello's version": __version__, "NumPy's version": np.__version__}
+
+    def check(self, num_ranks: int) -> None:
+        """Checks every rule.
+
+        Raises:
+            ValueError, TypeError: names the argument, its value and the rule.
+        """
+        _check_count("capacity", self.capacity, minimum=1)
+        if self.capacity < num_ranks:
+            raise ValueError(
+                f"capacity={self.capacity}: it must be at least the number of ranks "
+                f"({num_ranks}), so that every rank holds a representative"
+            )
+        _check_count("num_representatives", self.num_representatives, minimum=1)
+        if self.num_representatives > self.capacity:
+            raise ValueError(
+                f"num_representatives={self.num_representatives}: it must be at most the "
+                f"capacity ({self.capacity}), as no rank draws a representative twice in a step"
+            )
+        if self.num_candidates is not None:
+            _check_count("num_candidates", self.num_candidates, minimum=1)
+        _check_count("num_draws", self.num_draws, minimum=1)
+        _check_count("seed", self.seed, minimum=0)
+        if self.seed >= 2**64:
+            raise ValueError(f"seed={self.seed}: it must be below 2**64")
+        if self.label is None:
+            self._check_policies_without_labels()
+
+    def _check_policies_without_labels(self) -> None:
+        for policy, given, others in (
+            (selection_policy(self.selection), self.selection, "selection='reservoir' or 'fifo'"),
+            (sampling_policy(self.sampling), self.sampling, "sampling='uniform'"),
+        ):
+            if policy.needs_labels:
+                raise ValueError(
+                    f"label=None: the policy {_text(given)} needs the class labels; say which "
+                    f"leaf they are, or use {others}"
+                )
+
+
+def _check_count(name: str, value: Any, *, minimum: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise TypeError(f"{name}={value!r}: it must be an integer")
+    if value < minimum:
+        raise ValueError(f"{name}={value}: it must be at least {minimum}")
+
+
+def _text(value: object) -> str:
+    """A value as text; of a policy its type and settings, as its repr has an address."""
+    if isinstance(value, (SelectionPolicy, SamplingPolicy)):
+        settings = (
+            f"{k}={v!r}"
+            for k, v in vars(value).items()
+            if not k.startswith("_") and k not in ("num_slots", "rank", "num_ranks")
+        )
+        return f"{type(value).__qualname__}({', '.join(settings)})"
+    return str(value)

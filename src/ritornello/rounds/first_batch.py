@@ -1,0 +1,65 @@
+"""What the first mini-batch fixes: the layout of records, the label's place, the staging memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ritornello.records.layout import Layout
+from ritornello.records.storage import Storage, free_memory_bytes
+from ritornello.rounds.arguments import Arguments
+from ritornello.rounds.staging import Staging
+
+
+@dataclass
+class Begun:
+    """What is known of the samples from the first mini-batch on, or from a load."""
+
+    layout: Layout
+    label: int | None
+    """The position of the class label among the fields."""
+    staging: Staging
+
+    @classmethod
+    def on(
+        cls,
+        device: torch.device,
+        layout: Layout,
+        label: int | None,
+        arguments: Arguments,
+        storage: Storage,
+    ) -> Begun:
+        """With mini-batches on a device.
+
+        Args:
+            device: where they are.
+            layout: of the records.
+            label: the position of the class label.
+            arguments: of the buffer.
+            storage: where the shard lies.
+        """
+        num_draws = arguments.num_draws
+        num_per_step = arguments.num_representatives * num_draws
+        staging = Staging(layout, device, storage.device, num_per_step, reorders=num_draws > 1)
+        return cls(layout, label, staging)
+
+
+def check_room(layout: Layout, arguments: Arguments) -> None:
+    """Checks that the staging memory fits, before records of a size that is only read are believed.
+
+    Raises:
+        MemoryError: it does not.
+    """
+    num_per_step = arguments.num_representatives * arguments.num_draws
+    free = free_memory_bytes()
+    if free is not None and 2 * num_per_step * layout.record_bytes > free:
+        raise MemoryError(
+            f"{num_per_step} representatives of {layout.record_bytes} bytes do not fit"
+        )
+
+
+def device_of(leaves: list[Tensor]) -> torch.device:
+    """Where mini-batches are: on the GPU, if a leaf is."""
+    return next((leaf.device for leaf in leaves if leaf.is_cuda), torch.device("cpu"))

@@ -1,0 +1,131 @@
+"""Planner."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ritornello.arrays import Ints
+from ritornello.policies.contents import Contents
+from ritornello.policies.names import SAMPLING_POLICIES
+from ritornello.policies.sampling import SamplingPolicy
+from ritornello.rounds.random_streams import Streams
+from ritornello.transports.plan import Plan, plans_of_draws
+
+ROUNDS_AHEAD = 16
+"""How many rounds are planned at once when the shards are full."""
+
+
+NUMBERS_AHEAD = 2**16
+"""How many indices are drawn ahead at most; at thousands of ranks one round has as many."""
+
+
+class Planner:
+    """Plans the rounds of one rank.
+
+    While shards fill, round by round; from then on several rounds with the same few calls, as
+    calls, not numbers, are what a plan costs. Each round's draw has a stream of its own, so
+    the plans are the same either way. Policies that look at labels see other ones each round.
+
+    Args:
+        rank: whose plans.
+        num_representatives: ``r``; each rank gets as many, or all if the buffer holds fewer.
+        policy: what to draw.
+        streams: that all ranks share.
+        num_draws: how many draws, each on its own, make one round's exchange.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        num_representatives: int,
+        policy: SamplingPolicy,
+        streams: Streams,
+        num_draws: int = 1,
+    ) -> None:
+        self._rank = rank
+        self._num_representatives = num_representatives
+        self._policy = policy
+        self._streams = streams
+        self._num_draws = num_draws
+        self._ahead: dict[int, Plan] = {}
+
+    def forget(self) -> None:
+        """Drops what was planned ahead: the shards are others now."""
+        self._ahead.clear()
+
+    def plan(self, step: int, contents: Contents, sizes_are_final: bool) -> Plan:
+        """Plans one round.
+
+        Args:
+            step: the round's number.
+            contents: the whole buffer.
+            sizes_are_final: whether later rounds will find the same sizes.
+
+        Raises:
+            ValueError: the policy breaks its contract.
+        """
+        if step not in self._ahead:
+            num_numbers = len(contents.sizes) * self._num_representatives * self._num_draws
+            ahead = sizes_are_final and not self._policy.needs_labels
+            num_rounds = min(ROUNDS_AHEAD, NUMBERS_AHEAD // num_numbers) if ahead else 1
+            steps = range(step, step + max(1, num_rounds))
+            shape = (contents, self._num_representatives, self._num_draws)
+            draws = [draw_all(*shape, self._policy, self._streams.at(each)) for each in steps]
+            plans = plans_of_draws(np.stack(draws), contents.sizes, self._rank)
+            self._ahead = dict(zip(steps, plans, strict=True))
+        return self._ahead.pop(step)
+
+
+def plan_draw(
+    sizes: Ints,
+    rank: int,
+    num_representatives: int,
+    policy: SamplingPolicy,
+    generator: np.random.Generator,
+    num_draws: int = 1,
+) -> Plan:
+    """Plans a single round for one rank; see ``Planner``.
+
+    Raises:
+        ValueError: the policy breaks its contract.
+    """
+    draws = draw_all(Contents(sizes), num_representatives, num_draws, policy, generator)
+    return plans_of_draws(draws[None], sizes, rank)[0]
+
+
+def draw_all(
+    contents: Contents,
+    num_representatives: int,
+    num_draws: int,
+    policy: SamplingPolicy,
+    generator: np.random.Generator,
+) -> Ints:
+    """One round's draws for all ranks: int64 ``[num_draws, num_ranks, num_drawn]``.
+
+    Raises:
+        ValueError: the policy breaks its contract.
+    """
+    num_ranks, num_held = len(contents.sizes), contents.num_held
+    num_drawn = min(num_representatives, num_held)
+    if num_drawn == 0:
+        return np.zeros((num_draws, num_ranks, 0), dtype=np.int64)
+    draws = [policy.draw(contents, num_ranks, num_drawn, generator) for _ in range(num_draws)]
+    if type(policy) not in SAMPLING_POLICIES.values():
+        for drawn in draws:
+            _check_draw(drawn, num_ranks, num_drawn, num_held)
+    return draws[0][None] if num_draws == 1 else np.stack(draws)
+
+
+def _check_draw(drawn: Ints, num_ranks: int, num_drawn: int, num_held: int) -> None:
+    if not isinstance(drawn, np.ndarray) or not np.issubdtype(drawn.dtype, np.integer):
+        kind = getattr(drawn, "dtype", type(drawn).__name__)
+        raise ValueError(
+            f"the sampling policy gave indices of the kind {kind}: it must give an array of "
+            "integers"
+        )
+    if drawn.shape != (num_ranks, num_drawn) or drawn.min() < 0 or drawn.max() >= num_held:
+        raise ValueError(
+            f"the sampling policy gave indices of the shape {list(drawn.shape)}, from "
+            f"{drawn.min(initial=0)} to {drawn.max(initial=0)}: they must have the shape "
+            f"[{num_ranks}, {num_drawn}] and be from 0 to {num_held - 1}"
+        )

@@ -1,0 +1,340 @@
+"""Rounds: one step's work on the buffer. Admit, plan, exchange, stage.
+
+Round ``k`` admits the candidates of the k-th mini-batch to this rank's shard, then draws the
+representatives for the next one out of all shards. Everything random in it comes from streams keyed
+by ``k``, so its result does not depend on when it runs.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+
+from ritornello.arrays import Bytes, Floats, Ints
+from ritornello.policies.contents import Contents
+from ritornello.policies.names import SELECTION_POLICIES
+from ritornello.policies.sampling import SamplingPolicy
+from ritornello.policies.selection import (
+    SelectionPolicy,
+    check_labels,
+    size_after,
+)
+from ritornello.records.layout import Layout
+from ritornello.records.shard import Shard, rows_per_rank
+from ritornello.records.storage import Storage
+from ritornello.rounds.distances import cosine_distances
+from ritornello.rounds.planner import Planner
+from ritornello.rounds.random_streams import Purpose, Streams
+from ritornello.rounds.staging import Candidates, Staging
+from ritornello.transports.agreement import gather_counts, gather_padded, together
+from ritornello.transports.base import Transport
+
+STAGES = ("admit", "plan", "exchange", "stage")
+
+
+class Rounds:
+    """One rank's side of all rounds. The worker runs them; all else is for between two rounds.
+
+    Args:
+        transport: to the other ranks.
+        selection: this rank's policy; is bound to the shard.
+        sampling: the policy of the draws.
+        capacity: of the whole buffer.
+        num_representatives: ``r``.
+        seed: of all streams.
+        storage: where the shard lies.
+        num_draws: draws of ``r``, each on its own, that a round makes for each rank.
+
+    Attributes:
+        before_write: told the slots that are about to be overwritten, if anybody wants to know.
+    """
+
+    def __init__(
+        self,
+        transport: Transport,
+        selection: SelectionPolicy,
+        sampling: SamplingPolicy,
+        *,
+        capacity: int,
+        num_representatives: int,
+        seed: int,
+        storage: Storage,
+        num_draws: int = 1,
+    ) -> None:
+        self.transport = transport
+        self.num_rounds = 0
+        self.stage = STAGES[0]
+        self._stage_began: float | None = None
+        self.seconds_per_stage = dict.fromkeys(STAGES, 0.0)
+        self.bytes_sent = self.bytes_received = 0
+        self.shard: Shard | None = None
+        self.before_write: Callable[[Ints], None] | None = None
+        self.is_torn = False  # whether a load has failed when it had begun to overwrite
+        self._full = False
+        self._unused_selection = copy.deepcopy(selection)
+        self.selection, self.sampling = selection, sampling
+        self.needs_labels = selection.needs_labels or sampling.needs_labels
+        self._is_builtin = type(selection) in SELECTION_POLICIES.values()
+        self._selection_streams = Streams(seed, Purpose.SELECTION, transport.rank)
+        self.adoption_streams = Streams(seed, Purpose.ADOPTION)
+        self._planner = Planner(
+            transport.rank,
+            num_representatives,
+            sampling,
+            Streams(seed, Purpose.SAMPLING),
+            num_draws,
+        )
+        self._storage = storage
+        self.capacity = capacity
+        self.limits = rows_per_rank(capacity, transport.num_ranks)
+        self.contents = self.no_contents()
+        self.admitted_in = np.zeros(0, dtype=np.int64)  # slot -> round, made with the shard
+        selection.bind(self.num_rows, transport.rank, transport.num_ranks)
+
+    @property
+    def num_rows(self) -> int:
+        """This rank's part of the capacity."""
+        return int(self.limits[self.transport.rank])
+
+    @property
+    def num_held(self) -> int:
+        """Representatives in this rank's shard."""
+        return int(self.contents.sizes[self.transport.rank])
+
+    def open(self, layout: Layout, label: int | None, staging: Staging) -> None:
+        """Says what the samples look like; the shard is made in the first round.
+
+        Args:
+            layout: of the records.
+            label: the position of the label among the fields.
+            staging: to and from the trainer.
+        """
+        self._layout, self._label, self._staging = layout, label, staging
+
+    def run(self, candidates: Candidates) -> int:
+        """Runs one round.
+
+        Returns:
+            How many representatives are staged for the next mini-batch.
+
+        Raises:
+            ValueError: a label out of range, samples of another layout on another rank, or an
+                assignment that breaks the policy's contract.
+            MemoryError: the shard does not fit.
+            PeerLostError: see ``Transport``.
+        """
+        with self._staging.worker_stream():
+            self._enter("admit")
+            shard = self.make_shard()
+            size, admitted = self._admit(candidates, shard)
+            self._enter("plan")
+            self._learn_sizes(size)
+            if admitted is not None:
+                self._learn_labels(admitted)
+            plan = self._planner.plan(self.num_rounds, self.contents, self._full)
+            if plan.num_drawn:
+                self._enter("exchange")
+                received = self._staging.receive(plan.num_drawn)
+                self.transport.exchange(shard, plan, received)
+                self._enter("stage")
+                self._staging.deliver(plan.num_drawn, plan.order)
+        self._enter(None)
+        kept = int(plan.send_counts[self.transport.rank])
+        self.bytes_sent += (int(plan.send_counts.sum()) - kept) * self._layout.record_bytes
+        self.bytes_received += (plan.num_drawn - kept) * self._layout.record_bytes
+        self.num_rounds += 1
+        return plan.num_drawn
+
+    def labels(self) -> Ints:
+        """The labels (int64) of the representatives in this rank's shard."""
+        if self.shard is None or self._label is None:
+            return np.zeros(0, dtype=np.int64)
+        with self._staging.worker_stream():  # after the last round's writes
+            return self._labels_of(self.shard.rows[: self.num_held])
+
+    def representatives(self, first: int, num_rows: int) -> list[torch.Tensor]:
+        """Copies of this rank's representatives from a slot on, field by field."""
+        assert self.shard is not None
+        rows = self._staging.copy_for_trainer(self.shard.rows[first : first + num_rows])
+        return self._layout.views(rows)
+
+    def measure_distances(self, features: torch.Tensor) -> None:
+        """Tells all ranks how far each representative is from its class's mean.
+
+        Blocks until all ranks have called it.
+
+        Args:
+            features: ``[num_held, d]`` of this rank's representatives, in the order of slots.
+
+        Raises:
+            ValueError: on every rank, if some rank's features cannot be used.
+        """
+        distances = cosine_distances(features, self.labels(), self.transport)
+        for rank, of_rank in enumerate(gather_padded(distances, self.transport)):
+            self.contents.set_rank_distances(rank, of_rank)
+
+    # For who saves and restores it, on the trainer's thread while no round runs.
+
+    def to_host(self, rows: torch.Tensor) -> Bytes:
+        """Rows of the shard in CPU memory, as they are after the last round."""
+        if rows.device.type == "cpu":
+            return rows.numpy()
+        with self._staging.worker_stream():
+            return rows.cpu().numpy()
+
+    def used_rows(self, record_bytes: int) -> torch.Tensor:
+        """The rows in use, uint8 ``[num_held, record_bytes]``: the shard itself."""
+        if self.shard is None:
+            return torch.zeros((0, record_bytes), dtype=torch.uint8)
+        return self.shard.rows[: self.num_held]
+
+    def check_records(self, records: torch.Tensor) -> None:
+        """Checks the labels of saved records.
+
+        Raises:
+            ValueError: one is out of range.
+        """
+        if self.needs_labels:
+            check_labels(self._labels_of(records), self.selection.num_classes)
+
+    def overwrite(self, records: Callable[[], Iterator[tuple[Ints, Bytes]]]) -> None:
+        """Writes records to the shard; they come with their slots. Blocks until all ranks have.
+
+        Raises:
+            CheckpointError: on every rank, if one could not read or place them.
+        """
+        failure: Exception | None = None
+        try:
+            with self._staging.worker_stream():  # whose rounds write it, once it is zeroed
+                shard = self.make_shard()
+        except (MemoryError, ValueError, OSError) as error:
+            failure = error
+
+        def check() -> None:
+            if failure is not None:
+                raise failure
+
+        together(self.transport, check, "load")
+        self.transport.await_readers()
+
+        def write() -> None:
+            self.is_torn = self.contents.num_held > 0
+            with self._staging.worker_stream():
+                for slots, found in records():
+                    rows = torch.from_numpy(found)
+                    self.check_records(rows)
+                    shard.write(slots, rows.to(shard.rows.device), np.arange(len(found)))
+            self._staging.finish_writes()
+
+        together(self.transport, write, "load")
+        self.is_torn = False
+
+    def go_on(
+        self, num_rounds: int, policy: SelectionPolicy, contents: Contents, admitted_in: Ints
+    ) -> None:
+        """Goes on from where another buffer was after as many rounds."""
+        self.num_rounds = num_rounds
+        self.selection, self.contents = policy, contents
+        self.admitted_in[: len(admitted_in)] = admitted_in
+        self._full = np.array_equal(contents.sizes, self.limits)
+        self._planner.forget()
+
+    def tell_contents(self, distances: Floats | None) -> None:
+        """Tells all ranks which labels, and which distances if they are known, this one holds."""
+        labels = self.labels()
+        self._learn_labels(np.stack([np.arange(len(labels)), labels], axis=1))
+        if distances is not None:
+            for rank, of_rank in enumerate(gather_padded(distances, self.transport)):
+                self.contents.set_rank_distances(rank, of_rank)
+
+    def no_contents(self) -> Contents:
+        """The contents of an empty buffer."""
+        nothing = np.zeros(self.transport.num_ranks, dtype=np.int64)
+        return Contents(nothing, self.limits if self.sampling.needs_labels else None)
+
+    def new_selection(self) -> SelectionPolicy:
+        """This rank's policy as it was before the first candidate."""
+        policy = copy.deepcopy(self._unused_selection)
+        policy.bind(self.num_rows, self.transport.rank, self.transport.num_ranks)
+        return policy
+
+    # In a round.
+
+    def _admit(self, candidates: Candidates, shard: Shard) -> tuple[int, Ints | None]:
+        """Lets the policy decide, writes the shard.
+
+        Returns:
+            The shard's new size; and int64 ``[n, 2]``, slot and label of what was admitted, if
+            the sampling policy looks at labels.
+        """
+        records = self._staging.arrive(candidates)
+        if self.needs_labels:
+            labels = self._labels_of(records)
+            if self._staging.on_gpu:  # else the trainer's thread has checked them
+                check_labels(labels, self.selection.num_classes)
+        else:
+            labels = np.zeros(len(records), dtype=np.int64)
+        assignment = self.selection.admit(labels, self._selection_streams.at(self.num_rounds))
+        size = self.num_held
+        if self._is_builtin and size == self.num_rows:
+            new_size = size
+        else:
+            new_size = size_after(assignment, size, self.num_rows, len(records))
+        self.transport.await_readers()
+        if self.before_write is not None:
+            self.before_write(assignment.slots)
+        self.admitted_in[assignment.slots] = self.num_rounds
+        shard.write(assignment.slots, records, assignment.rows)
+        if not self.sampling.needs_labels:
+            return new_size, None
+        return new_size, np.stack([assignment.slots, labels[assignment.rows]], axis=1)
+
+    def _labels_of(self, records: torch.Tensor) -> Ints:
+        assert self._label is not None
+        return self._layout.integers(records, self._label)
+
+    def make_shard(self) -> Shard:
+        """The shard, made once all ranks have seen that their samples are of one kind.
+
+        Raises:
+            ValueError: samples of another layout on another rank.
+            MemoryError: it does not fit.
+        """
+        if self.shard is not None:
+            return self.shard
+        digests = gather_counts(self.transport, self._layout.digest)
+        others = np.flatnonzero(digests != self._layout.digest).tolist()
+        if others:
+            raise ValueError(
+                f"the samples of rank(s) {others} have another layout than this rank's "
+                f"({'; '.join(map(str, self._layout.fields))}): all ranks must give the same "
+                "nesting, dtypes and shapes"
+            )
+        self.shard = self.transport.make_shard(
+            self.limits, self._layout.record_bytes, self._storage
+        )
+        self.admitted_in = np.zeros(self.num_rows, dtype=np.int64)
+        return self.shard
+
+    def _learn_sizes(self, size: int) -> None:
+        """All-gathers the shards' sizes, as long as some shard is still filling."""
+        if not self._full:
+            self.contents.resize(gather_counts(self.transport, size))
+            self._full = np.array_equal(self.contents.sizes, self.limits)
+
+    def _learn_labels(self, admitted: Ints) -> None:
+        """All-gathers what was admitted where, for policies that look at labels."""
+        for rank, of_rank in enumerate(gather_padded(admitted, self.transport)):
+            self.contents.admit(rank, of_rank[:, 0], of_rank[:, 1])
+
+    def _enter(self, stage: str | None) -> None:
+        """Notes the time at which a stage begins, and so the one before ends."""
+        now = time.perf_counter()
+        if self._stage_began is not None:
+            self.seconds_per_stage[self.stage] += now - self._stage_began
+        self._stage_began = None if stage is None else now
+        self.stage = stage or self.stage

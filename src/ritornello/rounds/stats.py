@@ -1,0 +1,115 @@
+"""What a buffer reports about itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Self
+
+MILLI, MEGA = 1e3, 1e-6
+
+
+@dataclass(frozen=True)
+class BufferStats:
+    """What a buffer holds and what it has cost so far. Seconds are wall-clock, of this rank."""
+
+    capacity: int
+    """Representatives that the whole buffer can hold."""
+    num_held: int
+    """Representatives that it holds, over all ranks."""
+    held_per_rank: list[int]
+    held_per_class: dict[int, int]
+    """Label to representatives, in this rank's shard; empty without labels, or if not asked."""
+    record_bytes: int
+    """Of one representative; 0 before the first mini-batch."""
+    shard_bytes: int
+    """Memory of this rank's shard."""
+    num_rounds: int
+    bytes_sent: int
+    """Records that other ranks got from this one's shard, sent or read in shared memory."""
+    bytes_received: int
+    seconds_waited: float
+    """What the trainer has waited for rounds."""
+    seconds_joining: float
+    """What joining mini-batches and representatives has taken on the trainer's thread."""
+    seconds_offering: float
+    """What copying candidates (and with ``asynchronous=False`` the rounds) has taken there."""
+    seconds_per_stage: dict[str, float]
+    """Of the worker: admit, plan, exchange, stage."""
+
+    @property
+    def seconds_exposed(self) -> float:
+        """What the buffer has taken of the trainer's thread: waiting, joining, offering."""
+        return self.seconds_waited + self.seconds_joining + self.seconds_offering
+
+    def since(self, earlier: BufferStats) -> Self:
+        """What it holds now, and what it has cost since ``earlier``.
+
+        Args:
+            earlier: of the same buffer. After a ``load`` take new ones: a loaded buffer goes on
+                counting the rounds of the saved one, but begins its seconds and bytes anew.
+
+        Raises:
+            ValueError: it has more rounds than these: another buffer's, or from before a ``load``.
+        """
+        if earlier.num_rounds > self.num_rounds:
+            raise ValueError(
+                f"since: the earlier stats have {earlier.num_rounds} rounds, these "
+                f"{self.num_rounds}; give earlier ones of the same buffer, taken after its last "
+                "load"
+            )
+        return replace(
+            self,
+            num_rounds=self.num_rounds - earlier.num_rounds,
+            bytes_sent=self.bytes_sent - earlier.bytes_sent,
+            bytes_received=self.bytes_received - earlier.bytes_received,
+            seconds_waited=self.seconds_waited - earlier.seconds_waited,
+            seconds_joining=self.seconds_joining - earlier.seconds_joining,
+            seconds_offering=self.seconds_offering - earlier.seconds_offering,
+            seconds_per_stage={
+                stage: seconds - earlier.seconds_per_stage.get(stage, 0.0)
+                for stage, seconds in self.seconds_per_stage.items()
+            },
+        )
+
+    def figures(self, prefix: str = "buffer") -> dict[str, float]:
+        """Flat names and plain numbers, for any tracker: ``log_dict(buffer.stats().figures())``.
+
+        What the buffer holds now, and the means of one round, so of one step, over the time that
+        these stats cover. For curves, and after a ``load``, that is the time since the last ones:
+        ``stats.since(last).figures()``. ``buffer.stats()`` waits for the running round, so ask
+        every fifty steps or so.
+
+        Args:
+            prefix: of all names, with a slash behind it.
+
+        Returns:
+            ``held``, ``held_percent`` of the capacity, ``held/class_LABEL`` in this rank's shard,
+            ``shard_mb``. Where there were rounds, per round: ``exposed_ms`` on the trainer's
+            thread, which is ``waiting_ms`` + ``joining_ms`` + ``offering_ms``; ``worker_ms``,
+            which is ``admit_ms`` + ``plan_ms`` + ``exchange_ms`` + ``stage_ms``; ``hidden_ms``,
+            the part of it for which the trainer did not wait (with ``asynchronous=False``, where
+            ``offering_ms`` includes the rounds: what could be hidden); ``sent_mb`` and
+            ``received_mb``.
+        """
+        found: dict[str, float] = {
+            "held": self.num_held,
+            "held_percent": 100 * self.num_held / self.capacity,
+            "shard_mb": self.shard_bytes * MEGA,
+        }
+        for label, num_held in self.held_per_class.items():
+            found[f"held/class_{label}"] = num_held
+        in_worker = sum(self.seconds_per_stage.values())
+        totals = {
+            "exposed_ms": self.seconds_exposed * MILLI,
+            "hidden_ms": max(0.0, in_worker - self.seconds_waited) * MILLI,
+            "waiting_ms": self.seconds_waited * MILLI,
+            "joining_ms": self.seconds_joining * MILLI,
+            "offering_ms": self.seconds_offering * MILLI,
+            "worker_ms": in_worker * MILLI,
+            **{f"{stage}_ms": seconds * MILLI for stage, seconds in self.seconds_per_stage.items()},
+            "sent_mb": self.bytes_sent * MEGA,
+            "received_mb": self.bytes_received * MEGA,
+        }
+        if self.num_rounds:
+            found |= {name: total / self.num_rounds for name, total in totals.items()}
+        return {f"{prefix}/{name}": float(figure) for name, figure in found.items()}

@@ -1,0 +1,383 @@
+"""Files of one shard, in the safetensors format: written and read a piece at a time.
+
+A shard may be as large as memory, so nothing here holds a second copy of it. The format is eight
+bytes with the length of a header, the header (JSON: for each array its dtype, shape and place),
+and the arrays' bytes; the library ``safetensors`` reads the same files. Of a file that is read
+nothing is believed: every size is checked against that of the file before memory is taken for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import reprlib
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ritornello.arrays import Arrays, Bytes, Ints
+from ritornello.errors import CheckpointError
+from ritornello.records.storage import free_memory_bytes
+from ritornello.saving.files import checked_count, open_to_read
+
+MOST_HEADER_BYTES = 2**20
+"""A header has a line for each of a few arrays; a longer one is none of ours."""
+
+PIECE_BYTES = 2**22
+"""What is written or read at a time: it fits into the processor's cache."""
+
+MOST_DIMENSIONS = 2
+
+AHEAD_BYTES = 4 * PIECE_BYTES
+"""What the system is asked to read ahead, where pieces are read one after another."""
+
+READ_THROUGH_BYTES = 2**16
+"""Records that are no farther apart are read together with what lies between them."""
+
+DTYPES: dict[str, np.dtype[Any]] = {
+    "U8": np.dtype(np.uint8),
+    "I64": np.dtype(np.int64),
+    "F64": np.dtype(np.float64),
+}
+"""Those that occur, by the format's names."""
+
+ROWS = "rows"
+"""The array of the records, uint8 ``[num_rows, record_bytes]``; it comes last."""
+
+
+def header_of(arrays: Arrays, num_rows: int, record_bytes: int) -> bytes:
+    """The beginning of a file with some arrays and a shard's rows."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "ritornello shard"}}
+    end = 0
+    shapes = {name: (array.dtype, array.shape) for name, array in arrays.items()}
+    shapes[ROWS] = (np.dtype(np.uint8), (num_rows, record_bytes))
+    for name, (dtype, shape) in shapes.items():
+        first, end = end, end + dtype.itemsize * math.prod(shape)
+        dtype_name = next(key for key, each in DTYPES.items() if each == dtype)
+        entries[name] = {"dtype": dtype_name, "shape": list(shape), "data_offsets": [first, end]}
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def bytes_of_array(array: NDArray[Any]) -> Bytes:
+    """An array's bytes, uint8 ``[num_bytes]``."""
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+
+
+class Checksum:
+    """A SHA-256 that a thread of its own computes, while the same bytes are written or used."""
+
+    def __init__(self) -> None:
+        self._digest = hashlib.sha256()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="ritornello-checksum")
+        self._running: Future[None] | None = None
+
+    def update(self, data: Bytes) -> None:
+        """Begins to add contiguous bytes, which must stay as they are until the next call."""
+        self.wait()
+        self._running = self._thread.submit(self._digest.update, data.data)
+
+    def wait(self) -> None:
+        """Waits until all bytes are added."""
+        if self._running is not None:
+            self._running.result()
+            self._running = None
+
+    def hex(self) -> str:
+        """The checksum of all bytes."""
+        self.wait()
+        return self._digest.hexdigest()
+
+    def close(self) -> None:
+        """Ends the thread."""
+        self._thread.shutdown()
+
+    def __enter__(self) -> Checksum:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+class NewShardFile:
+    """A file of a shard, to be written; it has its name when ``finish`` is done. A context.
+
+    Any error removes what was written; one of the operating system becomes a ``CheckpointError``.
+
+    Args:
+        path: of the file.
+        arrays: all but the rows; written at once.
+        num_rows: how many records will come.
+        record_bytes: of each.
+    """
+
+    def __init__(self, path: Path, arrays: Arrays, num_rows: int, record_bytes: int) -> None:
+        self._path, self._arrays, self._shape = path, arrays, (num_rows, record_bytes)
+        self._partial = path.with_name(path.name + ".partial")
+        self._is_finished = False
+        self.num_bytes = 0
+
+    def __enter__(self) -> NewShardFile:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        self._file = os.open(self._partial, flags, 0o644)
+        self._checksum = Checksum()
+        try:
+            self.write(np.frombuffer(header_of(self._arrays, *self._shape), np.uint8))
+            for array in self._arrays.values():
+                self.write(bytes_of_array(array))
+        except BaseException as error:
+            self.__exit__(type(error), error, None)
+            raise
+        return self
+
+    def write(self, data: Bytes) -> None:
+        """Writes bytes, uint8 ``[num_bytes]``; all records together come last."""
+        self._checksum.update(data)
+        done = 0
+        while done < data.nbytes:
+            done += os.write(self._file, data[done:].data)
+        self.num_bytes += done
+        self._checksum.wait()  # a round may overwrite it
+
+    def sync(self) -> None:
+        """Waits until all so far is on disk."""
+        os.fdatasync(self._file)
+
+    def finish(self) -> str:
+        """Waits until all is on disk, and gives the file its name; returns its checksum."""
+        os.fsync(self._file)
+        os.replace(self._partial, self._path)
+        self._is_finished = True
+        return self._checksum.hex()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        os.close(self._file)
+        self._checksum.close()
+        if not self._is_finished:
+            with contextlib.suppress(OSError):
+                self._partial.unlink()
+        if isinstance(error, OSError):
+            raise CheckpointError(
+                f"{self._path} could not be written: {error.strerror} (after "
+                f"{self.num_bytes / 1e9:.3g} of {math.prod(self._shape) / 1e9:.3g} GB)"
+            ) from error
+
+
+class ShardFile:
+    """A file of a shard, open for reading.
+
+    Args:
+        path: of the file.
+
+    Raises:
+        CheckpointError: it is not there, or no whole file of a shard.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._pieces = [np.empty(0, np.uint8), np.empty(0, np.uint8)]
+        self._file = open_to_read(path)
+        try:
+            os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+            self._read_header()
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Closes the file. May be called twice."""
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+
+    def __enter__(self) -> ShardFile:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    @property
+    def num_rows(self) -> int:
+        """Records in the file."""
+        return int(self._entries[ROWS][1][0])
+
+    @property
+    def record_bytes(self) -> int:
+        """Of each record."""
+        return int(self._entries[ROWS][1][1])
+
+    def arrays(self) -> Arrays:
+        """All arrays but the rows.
+
+        Raises:
+            CheckpointError: they do not fit into memory.
+        """
+        needed = sum(entry[3] for name, entry in self._entries.items() if name != ROWS)
+        free = free_memory_bytes()
+        if free is not None and needed > free:
+            raise self._damaged(
+                f"it has {needed / 1e9:.2f} GB beside the rows: too much for memory"
+            )
+        found = {}
+        for name, (dtype, shape, first, num_bytes) in self._entries.items():
+            if name != ROWS:
+                bytes_ = np.empty(num_bytes, np.uint8)
+                self._read(bytes_, first)
+                found[name] = bytes_.view(dtype).reshape(shape)
+        return found
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the whole file."""
+        return os.fstat(self._file).st_size
+
+    def check(self, sha256: str) -> None:
+        """Reads the whole file and compares its checksum.
+
+        Raises:
+            CheckpointError: it is another one.
+        """
+        end = self.num_bytes
+        with Checksum() as checksum:
+            for first in range(0, end, PIECE_BYTES):
+                piece = self._next_piece(min(PIECE_BYTES, end - first))
+                self._read(piece, first)
+                checksum.update(piece)
+            self._compare(checksum.hex(), sha256)
+
+    def checked_rows(self, sha256: str) -> Iterator[tuple[Ints, Bytes]]:
+        """Reads all records in order, and compares the checksum of the whole file in passing.
+
+        Yields:
+            As ``rows`` does.
+
+        Raises:
+            CheckpointError: at the end, if it is another one.
+        """
+        with Checksum() as checksum:
+            end = self._entries[ROWS][2]
+            for first in range(0, end, PIECE_BYTES):
+                piece = self._next_piece(min(PIECE_BYTES, end - first))
+                self._read(piece, first)
+                checksum.update(piece)
+            for positions, records in self.rows(np.arange(self.num_rows)):
+                checksum.update(records.reshape(-1))
+                yield positions, records
+            self._compare(checksum.hex(), sha256)
+
+    def rows(self, slots: Ints) -> Iterator[tuple[Ints, Bytes]]:
+        """Reads records, as many at a time as fit into a piece.
+
+        Args:
+            slots: int64 ``[n]``, which of the rows.
+
+        Yields:
+            Positions in ``slots`` (int64 ``[m]``) and the records there, uint8
+            ``[m, record_bytes]``, valid until the next ones.
+        """
+        size = self.record_bytes
+        order = slots.argsort(kind="stable")
+        ascending = slots[order]
+        most = max(1, PIECE_BYTES // max(1, size))
+        gap = max(1, READ_THROUGH_BYTES // max(1, size))
+        first = 0
+        while first < len(order):
+            # As far as it fits, and no farther than a gap that is cheaper to skip.
+            end = first + int(ascending[first:].searchsorted(ascending[first] + most))
+            far = np.flatnonzero(np.diff(ascending[first:end]) > gap)
+            if len(far):
+                end = first + int(far[0]) + 1
+            start, num = int(ascending[first]), int(ascending[end - 1] - ascending[first]) + 1
+            piece = self._next_piece(num * size)
+            self._read(piece, self._entries[ROWS][2] + start * size)
+            records = piece.reshape(num, size)
+            wanted = ascending[first:end] - start
+            yield order[first:end], records if (np.diff(wanted) == 1).all() else records[wanted]
+            first = end
+
+    def _next_piece(self, num_bytes: int) -> Bytes:
+        """Room for bytes; that of the call before stays as it is, as it may still be in use."""
+        self._pieces.reverse()
+        if num_bytes > len(self._pieces[0]):
+            self._pieces[0] = np.empty(num_bytes, np.uint8)
+        return self._pieces[0][:num_bytes]
+
+    def _read(self, out: Bytes, first: int) -> None:
+        """Fills ``out`` with the bytes from ``first`` on."""
+        if len(out) >= PIECE_BYTES // 2:  # one of many in a row: the disk goes on meanwhile
+            end = first + len(out)
+            os.posix_fadvise(self._file, end, AHEAD_BYTES, os.POSIX_FADV_WILLNEED)
+        done = 0
+        while done < len(out):
+            try:
+                num_bytes = os.preadv(self._file, [out[done:].data], first + done)
+            except OSError as error:
+                raise CheckpointError(f"{self._path} cannot be read: {error.strerror}") from error
+            if not num_bytes:
+                raise CheckpointError(f"{self._path} has become shorter while it was read")
+            done += num_bytes
+
+    def _compare(self, found: str, sha256: str) -> None:
+        if found != sha256:
+            raise CheckpointError(
+                f"{self._path} is damaged: its SHA-256 is {found}, but the manifest says "
+                f"{reprlib.repr(sha256)}"
+            )
+
+    def _read_header(self) -> None:
+        file_bytes = self.num_bytes
+        header_bytes = int.from_bytes(os.pread(self._file, 8, 0), "little")
+        if not 2 <= header_bytes <= min(MOST_HEADER_BYTES, file_bytes - 8):
+            raise self._damaged(f"it has {file_bytes} bytes, its header {header_bytes}")
+        try:
+            text = np.empty(header_bytes, np.uint8)
+            self._read(text, 8)
+            header = json.loads(text.tobytes())
+            header.pop("__metadata__", None)
+            self._entries = dict(
+                sorted(
+                    ((name, self._entry(entry)) for name, entry in header.items()),
+                    key=lambda each: each[1][2],
+                )
+            )
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            how = f"its header cannot be understood ({type(error).__name__}: {str(error)[:200]})"
+            raise self._damaged(how) from error
+        end = 0
+        for name, (dtype, shape, first, num_bytes) in self._entries.items():
+            if first != end or num_bytes != dtype.itemsize * math.prod(shape):
+                raise self._damaged(
+                    f"the array {reprlib.repr(name)} is not where and as long as it should be"
+                )
+            end += num_bytes
+        if 8 + header_bytes + end != file_bytes:
+            raise self._damaged(f"it has {file_bytes} bytes instead of {8 + header_bytes + end}")
+        rows = self._entries.get(ROWS)
+        if rows is None or rows[0] != np.uint8 or len(rows[1]) != 2:
+            raise self._damaged("it has no rows of bytes")
+        for name, (dtype, shape, first, num_bytes) in self._entries.items():
+            self._entries[name] = (dtype, shape, first + 8 + header_bytes, num_bytes)
+
+    def _entry(self, entry: Any) -> tuple[np.dtype[Any], tuple[int, ...], int, int]:
+        first, end = map(checked_count, entry["data_offsets"])
+        shape = tuple(map(checked_count, entry["shape"]))
+        if len(shape) > MOST_DIMENSIONS or math.prod(max(1, size) for size in shape) >= 2**59:
+            raise ValueError(f"an array of the shape {reprlib.repr(shape)}")
+        return DTYPES[entry["dtype"]], shape, first, end - first
+
+    def _damaged(self, how: str) -> CheckpointError:
+        return CheckpointError(f"{self._path} is damaged, or no file of a shard: {how}")

@@ -1,0 +1,295 @@
+"""Writing."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from ritornello.arrays import Arrays, Bytes, Ints
+from ritornello.errors import CheckpointError
+from ritornello.saving.files import lock, locked, sync_folder, unlock, write_text
+from ritornello.saving.folder import now, random_id, remove_leftovers, replace_manifest, shard_name
+from ritornello.saving.manifest import Manifest, SavedFile
+from ritornello.saving.shard_file import PIECE_BYTES, NewShardFile
+from ritornello.transports.agreement import together
+from ritornello.transports.base import Transport
+
+logger = logging.getLogger(__name__)
+
+TIDY_SECONDS = 1.0
+"""How long a save that is given up waits for its running step, to end it and remove its files."""
+
+
+POLL_SECONDS = 0.02
+"""How often rank 0 looks whether the other ranks' files are there."""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What one rank saves: the buffer between two steps.
+
+    Attributes:
+        manifest: the same on every rank; without files.
+        arrays: small, copies.
+        rows: uint8 ``[num_held, record_bytes]``, the shard itself; not copied.
+    """
+
+    manifest: Manifest
+    arrays: Arrays
+    rows: Tensor
+
+
+class Saving:
+    """A save under way.
+
+    The shard is written a piece at a time. In between rounds may go on: what is about to be
+    overwritten and is not yet on disk is set aside.
+
+    Args:
+        folder: on a file system that all ranks share.
+        snapshot: of this rank.
+        save_id: the same on every rank.
+        to_host: gives rows of the shard in CPU memory.
+        transport: to the other ranks.
+        in_background: whether the worker calls ``step`` between rounds; each piece is then brought
+            to the disk at once, so that no step takes long. Else ``wait`` does all the work.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        snapshot: Snapshot,
+        save_id: str,
+        to_host: Callable[[Tensor], Bytes],
+        transport: Transport,
+        in_background: bool,
+    ) -> None:
+        self._folder, self._snapshot, self._save_id = folder, snapshot, save_id
+        self._to_host, self._transport, self._in_background = to_host, transport, in_background
+        self._rank, self._num_ranks = transport.rank, transport.num_ranks
+        self._first_kept = 0  # rows before it are written
+        self._kept: dict[int, Bytes] = {}
+        self._steps = self._run()
+        self._lock: int | None = None
+        self._error: Exception | None = None
+        self._stepping = threading.Lock()
+        self._written = threading.Event()
+        self._ended = threading.Event()
+        self._files_due = math.inf  # when rank 0 must have seen the files of all
+        self._given_up = False
+
+    def begin(self) -> None:
+        """Takes the folder. All ranks call it.
+
+        Raises:
+            CheckpointError: on every rank: another save is under way there, it does not fit, or
+                the folder cannot be made or is not the same for all.
+            PeerLostError: another rank is gone.
+        """
+        try:
+            together(self._transport, self._take_folder, "save")
+            together(self._transport, self._check_folder, "save")
+        except BaseException:
+            self.give_up()
+            raise
+
+    def _take_folder(self) -> None:
+        """Rank 0 keeps other jobs out, removes what crashes left, and leaves a mark."""
+        if self._rank == 0:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._lock = lock(self._folder)
+            remove_leftovers(self._folder)
+            self._mark.touch()
+
+    def _check_folder(self) -> None:
+        if not self._mark.exists():
+            raise CheckpointError(
+                f"{self._folder}: rank {self._rank} does not see what rank 0 has made there; all "
+                "ranks must save in one folder, on a file system that they share"
+            )
+        manifest = self._snapshot.manifest
+        needed = manifest.num_held * manifest.record_bytes
+        free = shutil.disk_usage(self._folder).free
+        if needed > free:
+            raise CheckpointError(
+                f"{self._folder} has {free / 1e9:.3g} GB free, but the buffer needs "
+                f"{needed / 1e9:.3g} GB (beside the save before, until it is replaced)"
+            )
+
+    @property
+    def _mark(self) -> Path:
+        return self._folder / self._name(0, "begun")
+
+    def keep(self, slots: Ints) -> None:
+        """Sets aside the records at some slots, before others are written there."""
+        for slot in slots.tolist():
+            if self._first_kept <= slot < len(self._snapshot.rows) and slot not in self._kept:
+                self._kept[slot] = self._to_host(self._snapshot.rows[slot : slot + 1])[0].copy()
+
+    def step(self) -> float | None:
+        """Does a part of the work; the worker and who waits for it may both call it.
+
+        Returns:
+            After how many seconds it wants to be called again; None: it has ended.
+        """
+        with self._stepping:
+            try:
+                pause = next(self._steps)
+                if not self._given_up:
+                    return pause
+            except StopIteration:
+                pass
+            except Exception as error:
+                self._error = error
+                if isinstance(error, OSError):
+                    self._error = CheckpointError(f"{self._folder} could not be written: {error}")
+                logger.warning("rank %d: %s was not saved: %s", self._rank, self._folder, error)
+            self._end()
+        return None
+
+    def wait(self) -> None:
+        """Waits until the save is on disk. All ranks call it, after as many updates.
+
+        Raises:
+            CheckpointError: on every rank, if some rank could not save. The save before is intact.
+            PeerLostError: another rank is gone.
+        """
+        try:
+            together(self._transport, lambda: self._await(self._written), "save")
+            # Now rank 0 finds all the files, and says so before the others lose patience.
+            self._files_due = time.monotonic() + self._transport.timeout_seconds / 2
+            together(self._transport, lambda: self._await(self._ended), "save")
+        except BaseException:
+            self.give_up()
+            raise
+
+    def finish(self, wait_seconds: float) -> None:
+        """Does what is left, while nobody else calls ``step``; gives up after ``wait_seconds``."""
+        deadline = time.monotonic() + wait_seconds
+        while (pause := self.step()) is not None:
+            if time.monotonic() > deadline:
+                logger.warning("rank %d: %s was not saved: given up", self._rank, self._folder)
+                self.give_up()
+            time.sleep(pause)
+
+    def give_up(self) -> None:
+        """Ends it; the save before stays the one that counts.
+
+        Only rank 0 removes what was written: it alone knows whether the manifest counts it.
+        """
+        self._given_up = True
+        if not self._stepping.acquire(timeout=TIDY_SECONDS):
+            return  # the step that runs will end it
+        try:
+            self._end()
+            if self._rank == 0:
+                with contextlib.suppress(CheckpointError, OSError), locked(self._folder):
+                    remove_leftovers(self._folder)
+        finally:
+            self._stepping.release()
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether nothing is left to do on this rank."""
+        return self._ended.is_set()
+
+    def _await(self, event: threading.Event) -> None:
+        """Brings it to where it says so on this rank; raises what went wrong."""
+        while not event.is_set() and (pause := self.step()) is not None:
+            time.sleep(pause)
+        if self._error is not None:
+            raise self._error
+        if self._given_up:
+            raise CheckpointError(f"{self._folder}: the save was given up")
+
+    def _run(self) -> Iterator[float]:
+        yield from self._write()
+        self._written.set()
+        if self._rank == 0:
+            yield from self._find_files()
+            if not self._given_up:
+                self._commit()
+
+    def _write(self) -> Iterator[float]:
+        """Writes this rank's file."""
+        path = self._folder / self._name(self._rank, "safetensors")
+        rows = self._snapshot.rows
+        with NewShardFile(path, self._snapshot.arrays, *rows.shape) as file:
+            yield 0.0
+            num_at_once = max(1, PIECE_BYTES // max(1, rows.shape[1]))
+            for first in range(0, len(rows), num_at_once):
+                file.write(self._piece(first, min(first + num_at_once, len(rows))).reshape(-1))
+                if self._in_background:
+                    file.sync()
+                yield 0.0
+            about = SavedFile(path.name, file.num_bytes, file.finish())
+        write_text(self._folder / self._name(self._rank, "json"), json.dumps(asdict(about)))
+
+    def _piece(self, first: int, end: int) -> Bytes:
+        """Rows as they were when the save began."""
+        piece = self._to_host(self._snapshot.rows[first:end])
+        kept = [slot for slot in range(first, end) if slot in self._kept] if self._kept else []
+        if kept:
+            piece = piece.copy()
+            for slot in kept:
+                piece[slot - first] = self._kept.pop(slot)
+        self._first_kept = end
+        return piece
+
+    def _find_files(self) -> Iterator[float]:
+        """Waits until the files of all ranks are there."""
+        began, missing = time.monotonic(), list(range(self._num_ranks))
+        timeout_seconds = self._transport.timeout_seconds
+        while missing := [
+            rank for rank in missing if not (self._folder / self._name(rank, "json")).exists()
+        ]:
+            if time.monotonic() > min(began + timeout_seconds, self._files_due):
+                raise CheckpointError(
+                    f"{self._folder}: the files of rank(s) {missing} are not there; all ranks must "
+                    "save in one folder, on a file system that they share, and write at most "
+                    f"{timeout_seconds:g} s longer than others (timeout_seconds)"
+                )
+            yield POLL_SECONDS
+
+    def _commit(self) -> None:
+        """Makes this save the one that counts."""
+        files = []
+        for rank in range(self._num_ranks):
+            about = json.loads((self._folder / self._name(rank, "json")).read_text())
+            files.append(SavedFile(**about))
+        sync_folder(self._folder)
+        replace_manifest(
+            self._folder,
+            self._snapshot.manifest.with_files(tuple(files), self._save_id, now()),
+        )
+        with contextlib.suppress(OSError):  # it is saved all the same
+            remove_leftovers(self._folder)
+
+    def _end(self) -> None:
+        self._steps = iter(())
+        self._first_kept = len(self._snapshot.rows)
+        self._kept.clear()
+        if self._lock is not None:
+            unlock(self._lock)
+            self._lock = None
+        self._written.set()
+        self._ended.set()
+
+    def _name(self, rank: int, ending: str) -> str:
+        return f"{shard_name(rank, self._num_ranks, self._save_id)}.{ending}"
+
+
+def new_save_id(transport: Transport) -> str:
+    """A name for a save that was never used, the same on every rank."""
+    return f"{int(transport.all_gather(np.array([random_id()]))[0, 0]):016x}"

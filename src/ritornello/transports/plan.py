@@ -1,0 +1,96 @@
+"""Plan."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from ritornello.arrays import Bools, Ints
+
+
+@dataclass
+class Plan:
+    """What one rank sends and receives in a round.
+
+    Both sides list records in the same order (by owner, then by slot), so that each pair of
+    ranks exchanges one contiguous block.
+    """
+
+    receive_slots: Ints
+    """int64 ``[num_drawn]``: the slots, in their owners' shards, of what this rank gets."""
+    receive_counts: Ints
+    """int64 ``[num_ranks]``: how many of them come from each rank."""
+    send_counts: Ints
+    """int64 ``[num_ranks]``: how many of this rank's records go to each rank (and itself)."""
+    drawn_slots: Ints
+    """int64 ``[num_ranks, num_drawn]``: what each rank draws, counted from the beginning of this
+    rank's shard."""
+    is_asked: Bools
+    """bool ``[num_ranks, num_drawn]``: which of them lie in this rank's shard."""
+    order: Ints | None = None
+    """With several draws, int64 ``[num_drawn]``: the record received as number ``i`` is number
+    ``order[i]`` of what was drawn, draw after draw. None: already in that order."""
+
+    @property
+    def num_drawn(self) -> int:
+        """Records that this rank gets."""
+        return len(self.receive_slots)
+
+    @cached_property
+    def send_slots(self) -> Ints:
+        """int64: the slots of this rank's shard that others (and itself) get, by requester.
+
+        Found when first asked for: ranks that share memory never ask.
+        """
+        requesters, places = self.is_asked.nonzero()
+        slots: Ints = self.drawn_slots[requesters, places]
+        stride = int(slots.max(initial=0)) + 1
+        return np.sort(requesters * stride + slots) % stride
+
+
+def plans_of_draws(draws: Ints, sizes: Ints, rank: int) -> list[Plan]:
+    """What draws mean for one rank.
+
+    Computes what this rank sends and receives, no more.
+
+    Args:
+        draws: int64 ``[num_rounds, num_draws, num_ranks, num_drawn]``, global indices.
+        sizes: int64 ``[num_ranks]``, representatives in each shard.
+        rank: whose plans.
+    """
+    num_rounds, num_draws, num_ranks, num_drawn = draws.shape
+    num_received = num_draws * num_drawn
+    ends = sizes.cumsum()
+    starts = ends - sizes
+
+    received = np.sort(draws[:, :, rank], axis=-1).reshape(num_rounds, num_received)
+    order = None
+    if num_draws > 1:
+        order = received.argsort(axis=-1, kind="stable")
+        received = np.sort(received, axis=-1)
+    owners = ends.searchsorted(received.ravel(), side="right").reshape(received.shape)
+    receive_slots = received - starts[owners]
+    rows = np.arange(num_rounds)[:, None] * num_ranks
+    receive_counts = np.bincount((rows + owners).ravel(), minlength=num_rounds * num_ranks)
+    receive_counts = receive_counts.reshape(num_rounds, num_ranks)
+
+    slots = draws - starts[rank]
+    if num_draws > 1:
+        slots = slots.swapaxes(1, 2)
+    slots = slots.reshape(num_rounds, num_ranks, num_received)
+    # Seen as unsigned, what lies below the shard is also beyond its end.
+    is_asked = slots.view(np.uint64) < int(sizes[rank])
+    send_counts = is_asked.sum(axis=-1)
+    return [
+        Plan(
+            receive_slots[i],
+            receive_counts[i],
+            send_counts[i],
+            slots[i],
+            is_asked[i],
+            None if order is None else order[i],
+        )
+        for i in range(num_rounds)
+    ]
