@@ -14,8 +14,8 @@ WHEEL ?=
 
 OLDEST = .venv-oldest
 # The library, and what a run is; no frameworks and no documentation.
-CORE_TESTS = $(filter-out tests/test_docs.py tests/test_packaging.py,$(wildcard tests/test_*.py)) \
-	$(addprefix tests/experiments/test_,augmentation.py models.py strategies.py train.py)
+CORE_TESTS = $(wildcard tests/test_*.py) $(addprefix tests/,records policies transports rounds saving \
+	experiments/models experiments/strategies experiments/training/test_run.py)
 
 .PHONY: help demo test lint docs coverage oldest gpu build
 

@@ -1,8 +1,8 @@
 """Hosts far apart: what rehearsal adds to a step, and how soon a cut link is an error.
 
-    PYTHONPATH=tests python benchmarks/hosts.py
+    PYTHONPATH=tests/transports python benchmarks/hosts.py
 
-Three virtual hosts on this Linux machine, one rank on each (see tests/virtual_hosts.py). Latency
+Three virtual hosts on this Linux machine (see tests/transports/virtual_hosts.py), one rank each. Latency
 is a packet's, one way: a round trip takes twice as long. Bandwidth is that of what a host sends.
 A step is a sleep in place of computation, then an all-reduce of 400 kB of gradients. Samples have
 12 kB, b = 32, r = 7. Steps with and without rehearsal take turns; shown are medians over the
@@ -25,9 +25,9 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from virtual_hosts import VirtualHost, torchrun, virtual_hosts
 
 from ritornello import PeerLostError, RehearsalBuffer
-from virtual_hosts import VirtualHost, torchrun, virtual_hosts
 
 NUM_HOSTS = 3
 BATCH = (torch.zeros(32, 3, 64, 64, dtype=torch.uint8), torch.arange(32) % 10)

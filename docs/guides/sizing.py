@@ -2,7 +2,7 @@
 
     python docs/guides/sizing.py
 
-writes them anew; tests/test_docs.py fails where the page says something else.
+writes them anew; tests/project/test_docs.py fails where the page says something else.
 """
 
 from __future__ import annotations

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed.checkpoint as dcp
+from saved_streams import assert_same, held, joined, run_on
 from torch import nn
 
 from ritornello import CheckpointError, RehearsalBuffer
 from ritornello.testing import spawn_ranks
-from saved_streams import assert_same, held, joined, run_on
 
 NUM_STEPS, NUM_LATER = 30, 6
 

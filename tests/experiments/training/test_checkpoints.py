@@ -372,7 +372,7 @@ def test_checkpoints_need_a_folder() -> None:
 @pytest.mark.slow
 def test_real_kills(tmp_path: Path) -> None:
     """A short run of the benchmark, which takes minutes with its twenty kills."""
-    program = Path(__file__).parents[2] / "benchmarks" / "kill_runs.py"
+    program = Path(__file__).parents[3] / "benchmarks" / "kill_runs.py"
     if not program.exists():
         pytest.skip("needs the benchmarks beside the tests")
     settings = ("--kills", "2", "--epochs", "2", "--save-every", "10")

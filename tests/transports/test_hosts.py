@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-
 from host_ranks import make_buffer, mini_batch
+from torch import Tensor
+from virtual_hosts import VirtualHost, torchrun, virtual_hosts, why_not
+
 from ritornello.testing import run_ranks
 from ritornello.transports import LocalTransport, Transport
-from virtual_hosts import VirtualHost, torchrun, virtual_hosts, why_not
 
 SCRIPT = Path(__file__).with_name("host_ranks.py")
 TIMEOUT_SECONDS = 3.0

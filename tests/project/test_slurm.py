@@ -11,12 +11,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-
 import slurm_cluster
 from slurm_cluster import Cluster, ClusterError
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
-GUIDE = Path(__file__).parents[1] / "docs" / "guides" / "launchers.md"
+EXAMPLES = Path(__file__).parents[2] / "examples"
+GUIDE = Path(__file__).parents[2] / "docs" / "guides" / "launchers.md"
 REHEARSAL = EXAMPLES / "train_ddp_rehearsal.py"
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from played_shard import PlayedShard, equal_shares
+
 from ritornello.policies.class_shares import ClassBalanced, PerClassRandom
 from ritornello.policies.largest_class import ClassBalancedReservoir
 from ritornello.policies.names import SELECTION_POLICIES, selection_policy

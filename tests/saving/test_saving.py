@@ -13,18 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-
-from ritornello import (
-    Assignment,
-    BufferClosedError,
-    CheckpointError,
-    ClassBalanced,
-    RehearsalBuffer,
-    SavedFolder,
-    SelectionPolicy,
-)
-from ritornello.testing import chi_square_p_value, connect_shared_memory, run_ranks
-from ritornello.transports import LocalTransport, Transport
 from saved_streams import (
     Augmented,
     assert_same,
@@ -38,6 +26,18 @@ from saved_streams import (
     run_on,
     saved_after,
 )
+
+from ritornello import (
+    Assignment,
+    BufferClosedError,
+    CheckpointError,
+    ClassBalanced,
+    RehearsalBuffer,
+    SavedFolder,
+    SelectionPolicy,
+)
+from ritornello.testing import chi_square_p_value, connect_shared_memory, run_ranks
+from ritornello.transports import LocalTransport, Transport
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "usual": {},

@@ -18,7 +18,7 @@ import pytest
 
 import ritornello
 
-CHECKOUT = Path(__file__).parents[1]
+CHECKOUT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["project"]
 VERSION = ritornello.__version__
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-
 from played_shard import PlayedShard, equal_shares, forgetting, uniformity
+
 from ritornello.policies.class_shares import FirstOffered
 from ritornello.policies.largest_class import ClassBalancedReservoir, GraspEviction
 from ritornello.policies.selection import SelectionPolicy

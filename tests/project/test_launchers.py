@@ -10,11 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from test_mpi import mpiexec, needs_mpi
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
-GUIDE = Path(__file__).parents[1] / "docs" / "guides" / "launchers.md"
+EXAMPLES = Path(__file__).parents[2] / "examples"
+GUIDE = Path(__file__).parents[2] / "docs" / "guides" / "launchers.md"
 SCRIPT = """\
 import torch
 import torch.distributed as dist

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-
 from saved_buffers import another_save
 
 Dice = np.random.Generator

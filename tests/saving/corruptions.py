@@ -9,12 +9,8 @@ from typing import Any
 
 import numpy as np
 import torch
-
 from accidents import ACCIDENTS
 from hostile_saves import HOSTILE, VALUES, change_arrays, changed, places_in, with_value
-from ritornello.records.digest import digest
-from ritornello.saving.manifest import with_checksum
-from ritornello.saving.shard_file import ROWS
 from saved_buffers import (
     SETTINGS,
     TARGETS,
@@ -24,6 +20,10 @@ from saved_buffers import (
     saved_once,
     states_of,
 )
+
+from ritornello.records.digest import digest
+from ritornello.saving.manifest import with_checksum
+from ritornello.saving.shard_file import ROWS
 
 Dice = np.random.Generator
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from accidents import Damage
 from numpy.typing import NDArray
 
-from accidents import Damage
 from ritornello.saving.folder import MANIFEST
 from ritornello.saving.manifest import with_checksum
 from ritornello.saving.shard_file import ROWS, header_of

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-
-import ritornello
 from corruptions import KINDS, check_state_variant, check_variant, prepare
 from saved_buffers import SETTINGS, TARGETS, check_load, saved_once
+
+import ritornello
 
 NUM_VARIANTS = 12
 """Of each kind."""

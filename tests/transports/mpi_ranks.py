@@ -18,6 +18,8 @@ from ritornello import PeerLostError
 from ritornello.errors import BufferClosedError
 from ritornello.testing import TransportConformance
 from ritornello.transports.mpi import MpiTransport
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # started as a script
 from test_distributed_buffer import augmented_batches
 
 WORLD = MPI.COMM_WORLD

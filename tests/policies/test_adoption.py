@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-
 from played_shard import PlayedShard
+
 from ritornello.policies.class_shares import ClassBalanced, FirstOffered
 from ritornello.policies.largest_class import ClassBalancedReservoir
 from ritornello.policies.reservoir import Reservoir

@@ -31,7 +31,7 @@ import ritornello
 from ritornello.experiments import cli
 from ritornello.experiments.training import run as train
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 PAGES = {
     str(page.relative_to(ROOT)): page.read_text()

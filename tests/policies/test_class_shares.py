@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from played_shard import PlayedShard, forgetting, played_shards, uniformity
+
 from ritornello.policies.class_shares import (
     ClassBalanced,
     FirstOffered,
