@@ -3,10 +3,11 @@
     PYTHONPATH=tests/transports python benchmarks/hosts.py
 
 Three virtual hosts on this Linux machine, one rank on each; tests/transports/virtual_hosts.py makes
-them. Latency is a packet's, one way: a round trip takes twice as long. Bandwidth is what a host sends.
-A step is a sleep in place of computation, then an all-reduce of 400 kB of gradients. Samples have
-12 kB, b = 32, r = 7. Steps with and without rehearsal take turns; shown are medians over the
-steps of all ranks. A round alone is timed without a step beside it. Takes about ten minutes.
+them. Latency is a packet's, one way: a round trip takes twice as long. Bandwidth is that of what a
+host sends. A step is a sleep in place of computation, then an all-reduce of 400 kB of gradients.
+Samples have 12 kB, b = 32, r = 7. Steps with and without rehearsal take turns; shown are medians
+over the steps of all ranks. A round alone is timed without a step beside it. Takes about ten
+minutes.
 """
 
 from __future__ import annotations

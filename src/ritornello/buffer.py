@@ -15,7 +15,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -50,8 +49,6 @@ from ritornello.transports.opening import open_transport
 if TYPE_CHECKING:
     import torch.distributed as dist
     from torch.distributed.device_mesh import DeviceMesh
-
-logger = logging.getLogger(__name__)
 
 
 class RehearsalBuffer:
@@ -171,12 +168,12 @@ class RehearsalBuffer:
         self._checkpointing = Checkpointing(arguments, self._steps, self._worker)
         self._num_draws = num_draws
         self._timeout_seconds = timeout_seconds
-        # One path for close(), garbage collection and the interpreter's exit.
         self._process = os.getpid()
-        self._parts = self._worker, channel, self._checkpointing.finish
-        self._finalizer = weakref.finalize(
-            self, shut_down, *self._parts, EXIT_SECONDS, self._process
+        # One path for close(), garbage collection and the interpreter's exit.
+        self._end = partial(
+            shut_down, self._worker, channel, self._checkpointing.finish, self._process
         )
+        self._finalizer = weakref.finalize(self, self._end, EXIT_SECONDS)
 
     @property
     def num_draws(self) -> int:
@@ -503,4 +500,4 @@ class RehearsalBuffer:
             self._steps.finish(wait_seconds)
             self._checkpointing.finish(wait_seconds)
         finally:  # also after Ctrl-C
-            shut_down(*self._parts, min(wait_seconds, EXIT_SECONDS), self._process)
+            self._end(min(wait_seconds, EXIT_SECONDS))

@@ -175,8 +175,8 @@ def shut_down(
     worker: Worker,
     transport: Transport,
     finish_save: Callable[[float], None],
-    wait_seconds: float,
     process: int,
+    wait_seconds: float,
 ) -> None:
     """Ends a buffer: a save in the background, its worker, its transport.
 
@@ -184,8 +184,8 @@ def shut_down(
         worker: of the buffer.
         transport: of the buffer.
         finish_save: writes what is left of a save, within so many seconds.
-        wait_seconds: for the save, and again for the worker.
         process: that made the buffer.
+        wait_seconds: for the save, and again for the worker.
     """
     if process != os.getpid():
         return  # in a forked child: worker and transport are the parent's
