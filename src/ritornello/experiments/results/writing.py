@@ -19,6 +19,7 @@ from ritornello.experiments.data.data_set import DataSet
 from ritornello.experiments.data.scenarios import Task
 from ritornello.experiments.recipes.recipe import Recipe
 from ritornello.experiments.results import metrics
+from ritornello.records import accelerators
 
 Results = dict[str, Any]
 
@@ -99,7 +100,7 @@ def results_of(
         "machine": {
             "processor": platform.processor() or platform.machine(),
             "cores": os.cpu_count(),
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+            "device": accelerators.name_of(device),
         },
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "data": {

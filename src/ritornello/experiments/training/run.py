@@ -37,6 +37,7 @@ from ritornello.experiments.training.tracking import Tracking, telling
 from ritornello.experiments.training.trainer import Trainer
 from ritornello.experiments.training.variants import folder_name
 from ritornello.policies.names import SAMPLING_POLICIES, SELECTION_POLICIES
+from ritornello.records import accelerators
 
 OFF = Saving()
 """No checkpoints."""
@@ -146,7 +147,7 @@ def run(
         if number := ranks.start_maximum([signals.number if signals else 0])()[0]:
             raise RunInterruptedError(number, "between two runs; goes on with --resume")
         device = device_named(recipe.device)
-        stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
+        stack.enter_context(accelerators.forked_random_state(device))
         data = data() if callable(data) else data
         data = data or load(recipe.data, recipe.data_path, recipe.image_size)
         trainer = stack.enter_context(Trainer(recipe, data, device, ranks.rank, ranks.num_ranks))
@@ -203,8 +204,8 @@ def check(recipe: Recipe, num_ranks: int) -> None:
     """
     kind = strategy_named(recipe.strategy)
     recipe.check(num_ranks)
-    if recipe.device not in ("auto", "cpu") and not recipe.device.startswith("cuda"):
-        raise ValueError(f"device={recipe.device!r}: there are auto, cpu, cuda")
+    if recipe.device not in ("auto", "cpu"):
+        _accelerator_named(recipe.device)
     for name, allowed in (
         ("scenario", SCENARIOS),
         ("augmentation", AUGMENTATIONS),
@@ -326,10 +327,19 @@ def device_named(name: str) -> torch.device:
     Raises:
         ValueError: it is not there.
     """
+    cpu = torch.device("cpu")
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda"):
-        if not torch.cuda.is_available():
-            raise ValueError(f"device={name!r}: this machine has no CUDA device; use 'cpu'")
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device(name)
+        return accelerators.current_device() if accelerators.is_available() else cpu
+    if name == "cpu":
+        return cpu
+    return accelerators.with_index(_accelerator_named(name))
+
+
+def _accelerator_named(name: str) -> torch.device:
+    try:
+        device = accelerators.named(name.partition(":")[0])  # which one, the launcher has said
+    except ValueError as error:
+        raise ValueError(f"device={name!r}: {error}; use 'cpu'") from None
+    if device is None:
+        raise ValueError(f"device={name!r}: there are auto, cpu, and accelerators such as cuda")
+    return device

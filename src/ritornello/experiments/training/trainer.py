@@ -36,6 +36,7 @@ from ritornello.experiments.training.checkpoints import Checkpoint, Snapshot
 from ritornello.experiments.training.evaluation import Evaluation
 from ritornello.experiments.training.exemplars import EXEMPLARS
 from ritornello.experiments.training.saver import Saver
+from ritornello.records import accelerators
 
 
 class Watcher(Protocol):
@@ -201,8 +202,7 @@ class Trainer:
         self.network.agree()
         if self.recipe.remembers != "stream" and isinstance(self.strategy, RehearsalStrategy):
             self.remember(number, self.strategy)
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
+        accelerators.synchronize(self.device)
         self.log.seconds.append(time.perf_counter() - self._task_began)
         self.log.steps.append(num_steps)
 
@@ -334,12 +334,16 @@ class Trainer:
         """Training and test samples of each task: by them other data are recognised."""
         return [[len(task.train_indices), len(task.test_indices)] for task in self.tasks]
 
+    @property
+    def _random_state_name(self) -> str:
+        return f"{self.device.type}_random_state"
+
     def snapshot(self) -> Snapshot:
         """All that ``go_on`` needs. Waits for the buffer's round."""
         self._count_buffer_seconds()
         of_rank = {"random_state": torch.get_rng_state(), "strategy": self.strategy.state_dict()}
-        if self.device.type == "cuda":
-            of_rank["cuda_random_state"] = torch.cuda.get_rng_state(self.device)
+        if self.device.type != "cpu":
+            of_rank[self._random_state_name] = accelerators.random_state(self.device)
         strategy = self.strategy
         return Snapshot(
             count=self.position.count,
@@ -395,8 +399,8 @@ class Trainer:
             own = checkpoint.of_ranks[self.rank]
             self.strategy.load_state_dict(own["strategy"])
             torch.set_rng_state(own["random_state"])
-            if self.device.type == "cuda" and "cuda_random_state" in own:
-                torch.cuda.set_rng_state(own["cuda_random_state"], self.device)
+            if self._random_state_name in own:
+                accelerators.set_random_state(self.device, own[self._random_state_name])
         else:
             self._seed_this_rank()
 
