@@ -220,6 +220,17 @@ struct Call {
     return alias && alias->isWrite();
   }
 
+  // What it reads and writes on the device.
+  std::vector<Use> uses() const {
+    std::vector<Use> found;
+    for (size_t i = 0; i < arguments.size(); ++i)
+      each_tensor(i, [&](const Tensor& tensor) {
+        if (is_ours(tensor))
+          found.push_back(writes(i) ? Piece(tensor).write() : Piece(tensor).read());
+      });
+    return found;
+  }
+
   template <class Act>
   void each_tensor(size_t argument, Act&& act) const {
     const auto& value = arguments[argument];
@@ -285,16 +296,13 @@ struct Call {
 
 // As on a device whose kernel happens to be through when the call returns.
 inline torch::jit::Stack run_now(const Call& call, int place) {
-  Lock lock;
-  std::vector<Use> uses;
-  for (size_t i = 0; i < call.arguments.size(); ++i)
-    call.each_tensor(i, [&](const Tensor& tensor) {
-      if (is_ours(tensor))
-        uses.push_back(call.writes(i) ? Piece(tensor).write() : Piece(tensor).read());
-    });
-  const int number = queue_of(call.device);
-  enqueue(number, call.schema.name().c_str(), uses, place, [] {});
-  have_host_wait(number);
+  {
+    const auto uses = call.uses();
+    Lock lock;
+    const int number = queue_of(call.device);
+    enqueue(number, call.schema.name().c_str(), uses, place, [] {});
+    have_host_wait(number);
+  }
   auto stack = call.with(
       [](const Tensor& tensor) { return is_ours(tensor) ? Piece(tensor).on_cpu() : tensor; });
   call.operation.callBoxed(&stack);
@@ -317,7 +325,7 @@ inline torch::jit::Stack run_now(const Call& call, int place) {
 }
 
 inline torch::jit::Stack run_late(const Call& call, torch::jit::Stack results, int place) {
-  std::vector<Use> uses;
+  auto uses = call.uses();
   std::vector<std::vector<Piece>> made(results.size());
   for (size_t r = 0; r < results.size(); ++r) {
     if (call.same_as[r] >= 0) continue;
@@ -338,14 +346,10 @@ inline torch::jit::Stack run_late(const Call& call, torch::jit::Stack results, i
   }
   // What the kernel gets: addresses, and copies of what lies in CPU memory.
   auto given = call.with([](const Tensor& tensor) {
-    if (is_number(tensor)) return tensor;
-    return is_ours(tensor) ? Piece(tensor).on_cpu() : tensor.clone();
+    const Tensor value = is_ours(tensor) ? Piece(tensor).on_cpu() : tensor.clone();
+    if (is_number(tensor)) value.unsafeGetTensorImpl()->set_wrapped_number(true);
+    return value;
   });
-  for (size_t i = 0; i < call.arguments.size(); ++i)
-    call.each_tensor(i, [&](const Tensor& tensor) {
-      if (is_ours(tensor))
-        uses.push_back(call.writes(i) ? Piece(tensor).write() : Piece(tensor).read());
-    });
   auto run = [operation = call.operation, given, made, same_as = call.same_as] {
     BelowAutograd below;
     torch::jit::Stack stack = given;

@@ -97,6 +97,8 @@ inline Streams& streams() {
   return *all;
 }
 
+// Held for none of Python's tensors: to let one go takes Python's lock, and who has that may wait for
+// this one.
 struct Lock : std::lock_guard<std::recursive_mutex> {
   Lock() : std::lock_guard<std::recursive_mutex>(streams().mutex) {}
 };
