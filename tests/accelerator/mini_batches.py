@@ -63,7 +63,7 @@ def rehearsed(
 
 def stored(buffer: RehearsalBuffer) -> list[Tensor]:
     """Copies of all that the buffer's state holds, in CPU memory."""
-    tensors = buffer.state_dict()["rank_0"][1]
+    ((_, tensors),) = buffer.state_dict().values()
     return [tensors[name].clone() for name in sorted(tensors)]
 
 
