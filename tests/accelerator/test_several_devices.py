@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,17 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from mini_batches import ARGUMENTS, Batch, augmented, batches, new_stream, pinned, rehearsed, same
+from mini_batches import (
+    ARGUMENTS,
+    Batch,
+    augmented,
+    batches,
+    new_stream,
+    pinned,
+    rehearsed,
+    same,
+    stored,
+)
 
 import simulated
 from ritornello import RehearsalBuffer
@@ -47,6 +57,27 @@ def test_shard_and_mini_batches_on_two_devices(
     else:
         got = augmented(device, storage=storage)
     assert same(augmented("cpu"), got)
+
+
+@NEEDS_TWO
+@pytest.mark.parametrize("own_stream", [False, True])
+def test_what_is_stored_on_another_device(accelerator: str, own_stream: bool) -> None:
+    """The trainer's thread reads it there, behind what the worker has written."""
+    seen = []
+    for device, storage in (("cpu", "cpu"), (f"{accelerator}:0", f"{accelerator}:1")):
+        out = []
+        with (
+            new_stream(storage) if own_stream and device != "cpu" else nullcontext(),
+            RehearsalBuffer(60, **ARGUMENTS, storage=storage) as buffer,
+        ):
+            for step, batch in enumerate(batches(device, 12)):
+                buffer.update(batch)
+                if step % 3 == 2:
+                    out += stored(buffer)
+                    out.append(torch.tensor(sorted(buffer.stats().held_per_class.items())))
+                    out += [leaf.cpu() for batch in buffer.representatives(16) for leaf in batch]
+        seen.append(out)
+    assert same(*seen)
 
 
 @NEEDS_TWO
