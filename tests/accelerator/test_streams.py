@@ -261,20 +261,18 @@ def test_memory_of_a_closed_buffer(accelerator: str, trainer: str, place: str) -
     """It comes again at once, also when the last round's copies are under way."""
 
     def run(device: str, storage: str) -> list[Tensor]:
-        out = []
+        out: list[Tensor] = []
         for number in range(3):
-            with (
-                new_stream(accelerator) if device != "cpu" and number else nullcontext(),
-                RehearsalBuffer(60, num_representatives=7, storage=storage) as buffer,
-            ):
-                for batch in batches(device, 8):
-                    out += [leaf.clone() for leaf in buffer.update(batch)]
-            del buffer
-            if device != "cpu":
-                torch.accelerator.synchronize()
-            for num_rows in (7, 16, 23, 60):  # as large as what was freed
-                sizes = [num_rows * 208] * 3
-                out += [torch.full((n,), num_rows, dtype=torch.uint8, device=device) for n in sizes]
+            with new_stream(accelerator) if device != "cpu" and number else nullcontext():
+                with RehearsalBuffer(60, num_representatives=7, storage=storage) as buffer:
+                    for batch in batches(device, 8):
+                        out += [leaf.clone() for leaf in buffer.update(batch)]
+                del buffer
+                for num_rows in (7, 16, 23, 60):  # as large as what was freed
+                    size = num_rows * 208
+                    for _ in range(3):
+                        out.append(torch.full((size,), num_rows, dtype=torch.uint8, device=device))
+                out = [leaf.cpu() for leaf in out]
         return out
 
     device = accelerator if trainer == "accelerator" else "cpu"
