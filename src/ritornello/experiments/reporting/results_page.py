@@ -57,7 +57,7 @@ def page_of(runs: Sequence[Results], command: str) -> str:
 
 
 def _sorted(runs: Iterable[Results]) -> list[Results]:
-    """By family; within it by what a reader looks for first."""
+    """The runs by family; within it by what a reader looks for first."""
 
     def place(run: Results) -> tuple[Any, ...]:
         config, strategy = run["config"], run["strategy"]

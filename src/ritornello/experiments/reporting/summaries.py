@@ -42,7 +42,7 @@ def buffer_of(group: Group) -> str:
 
 
 def duration(seconds: float) -> str:
-    """In the unit that a reader would choose: "8.9 s", "12.5 min", "37.8 h"."""
+    """A time in the unit that a reader would choose: "8.9 s", "12.5 min", "37.8 h"."""
     if seconds < 100:
         return f"{seconds:.1f} s"
     if seconds < 100 * 60:

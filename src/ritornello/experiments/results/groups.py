@@ -1,4 +1,4 @@
-"""Sweeps: many runs of one recipe, what tells them apart, and their means over seeds."""
+"""Groups of runs that differ in nothing but the seed, and their means over the seeds."""
 
 from __future__ import annotations
 
