@@ -1,4 +1,4 @@
-"""Labels."""
+"""Which settings a run had, and a label that tells it apart from others."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ from ritornello.experiments.recipes.recipe import DESCRIPTIONS
 from ritornello.experiments.strategies import STRATEGIES
 
 Results = Mapping[str, Any]
-"""Of one run, as ``results.json`` holds them."""
-
+"""What came out of one run, as ``results.json`` holds it."""
 
 WITHOUT_BUFFER = tuple(name for name, each in STRATEGIES.items() if not each.rehearses)
-
+"""Strategies that have none."""
 
 REHEARSAL_SETTINGS = (
     "alpha",
@@ -31,7 +30,6 @@ REHEARSAL_SETTINGS = (
     "logits_dtype",
 )
 """Settings that change nothing where the strategy has no buffer."""
-
 
 SHORT_NAMES = {"global_num_representatives": "r", "global_num_candidates": "c"}
 
