@@ -415,7 +415,7 @@ def test_distances_stay_with_their_representatives(tmp_path: Path) -> None:
     assert after == {number: before[number] for number in after}
 
 
-@pytest.mark.parametrize("moment", ["NewShardFile", "replace_manifest"])
+@pytest.mark.parametrize("moment", ["new_shard_file", "replace_manifest"])
 def test_an_error_on_the_way_leaves_all_as_it_was(
     moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

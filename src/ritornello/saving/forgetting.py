@@ -26,9 +26,10 @@ from ritornello.policies.names import SELECTION_POLICIES
 from ritornello.policies.selection import SelectionPolicy, State
 from ritornello.records.shard import rows_per_rank
 from ritornello.saving.conditions import Values, Where
-from ritornello.saving.files import locked, sync_folder
+from ritornello.saving.files import sync_folder
 from ritornello.saving.folder import (
     SavedFolder,
+    locked_to_save,
     now,
     random_id,
     remove_leftovers,
@@ -37,7 +38,7 @@ from ritornello.saving.folder import (
 )
 from ritornello.saving.manifest import Manifest, Removal, SavedFile
 from ritornello.saving.saved_buffer import CONTENTS, POLICY, admission_rounds, part_of, records_of
-from ritornello.saving.shard_file import PIECE_BYTES, NewShardFile
+from ritornello.saving.shard_file import PIECE_BYTES, new_shard_file
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def forget(
     if dry_run:
         return _find(saved, Where(where, saved.manifest)).outcome()
     try:
-        with locked(path):
+        with locked_to_save(path):
             remove_leftovers(path)  # a crash may have left what was to be forgotten
             sync_folder(path)
             return _forget(SavedFolder(path), where, selection)
@@ -193,7 +194,7 @@ def _rewrite(
         size = manifest.record_bytes
         with (
             saved.shard(rank) as shard,
-            NewShardFile(folder / name, arrays, len(slots), size) as file,
+            new_shard_file(folder / name, arrays, len(slots), size) as file,
         ):
             num_at_once = max(1, PIECE_BYTES // max(1, size))
             for first in range(0, len(slots), num_at_once):
@@ -202,7 +203,7 @@ def _rewrite(
                 for positions, records in shard.rows(wanted):
                     piece[positions] = records
                 file.write(piece.reshape(-1))
-            files.append(SavedFile(name, file.num_bytes, file.finish()))
+        files.append(SavedFile(name, file.num_bytes, file.sha256))
     sync_folder(folder)
     left = replace(
         manifest,
