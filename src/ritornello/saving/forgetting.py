@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ritornello.arrays import Arrays, Bytes, Ints
+from ritornello.arrays import Arrays, Ints
 from ritornello.errors import CheckpointError
 from ritornello.policies.contents import Contents
 from ritornello.policies.names import SELECTION_POLICIES
@@ -127,7 +127,7 @@ class _Found:
 
     manifest: Manifest
     slots: list[Ints] = field(default_factory=list)
-    """Of each shard, ascending."""
+    """For each shard, where they are, ascending."""
     num_per_class: Counter[int] = field(default_factory=Counter)
     num_per_task: Counter[str] = field(default_factory=Counter)
 
@@ -186,7 +186,7 @@ def _rewrite(
         with _understanding(folder):
             arrays |= {POLICY + name: each for name, each in states[rank].items()}
             arrays["admitted_in"] = arrays["admitted_in"][slots]
-            arrays["staged"] = _records(arrays, "staged", manifest)[:0]
+            arrays["staged"] = records_of(arrays, "staged", manifest.record_bytes)[:0]
             if contents := part_of(arrays, CONTENTS):
                 moved = Contents.moved(contents, before, after)
                 arrays |= {CONTENTS + name: each for name, each in moved.items()}
@@ -241,14 +241,6 @@ def _places(manifest: Manifest, kept: list[Ints]) -> tuple[Ints, Ints]:
 def _arrays(saved: SavedFolder, rank: int) -> Arrays:
     with saved.shard(rank) as shard:
         return shard.arrays()
-
-
-def _records(arrays: Arrays, name: str, manifest: Manifest) -> Bytes:
-    """Records beside the shard's own; none before the first mini-batch."""
-    if manifest.layout is None:
-        return np.zeros((0, 0), np.uint8)
-    with _understanding(name):
-        return records_of(arrays, name, manifest.record_bytes)
 
 
 def _policy_of(manifest: Manifest) -> SelectionPolicy:

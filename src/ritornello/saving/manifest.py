@@ -87,7 +87,7 @@ class Manifest:
     """A saved buffer, without its representatives."""
 
     arguments: dict[str, str]
-    """Of the ``RehearsalBuffer``, as text."""
+    """What the ``RehearsalBuffer`` was made with, as text."""
     capacity: int
     held_per_rank: tuple[int, ...]
     num_rounds: int
@@ -99,7 +99,7 @@ class Manifest:
     num_staged: int
     """Representatives that the last round has drawn for each rank."""
     layout: Layout | None
-    """Of the records; None before the first mini-batch."""
+    """How samples lie in records; None before the first mini-batch."""
     label: int | None
     """The position of the class label among the layout's fields."""
     on_gpu: bool = False
@@ -132,7 +132,7 @@ class Manifest:
 
     @property
     def record_bytes(self) -> int:
-        """Of each representative."""
+        """The size of each representative; 0 before the first mini-batch."""
         return self.layout.record_bytes if self.layout else 0
 
     @property

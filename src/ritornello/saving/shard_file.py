@@ -35,6 +35,7 @@ PIECE_BYTES = 2**22
 """What is written or read at a time: it fits into the processor's cache."""
 
 MOST_DIMENSIONS = 2
+"""An array's."""
 
 AHEAD_BYTES = 4 * PIECE_BYTES
 """What the system is asked to read ahead, where pieces are read one after another."""
@@ -209,7 +210,7 @@ class ShardFile:
 
     @property
     def record_bytes(self) -> int:
-        """Of each record."""
+        """The size of each record."""
         return int(self._entries[ROWS][1][1])
 
     def arrays(self) -> Arrays:
@@ -234,7 +235,7 @@ class ShardFile:
 
     @property
     def num_bytes(self) -> int:
-        """Of the whole file."""
+        """The size of the whole file."""
         return os.fstat(self._file).st_size
 
     def checked_rows(self, sha256: str) -> Iterator[tuple[Ints, Bytes]]:

@@ -1,6 +1,6 @@
-"""A run's folder that is replaced as a whole, and goes on living under the same names.
+"""A run's folder: one job at a time writes into it, and what is there is whole at any moment.
 
-::
+A run that is extended is replaced as a whole, and goes on living under the same names::
 
     FOLDER/results.json, model.pt, buffer/     the run as it is
     FOLDER/extension/                          what will take its place; of no importance until ...
