@@ -29,7 +29,6 @@ from ritornello.experiments.ranks.launch import restarted
 from ritornello.experiments.ranks.progress import say
 from ritornello.experiments.results import run_folder as living_folder
 from ritornello.experiments.results.run_folder import IN_WORK, locked, part_of
-from ritornello.experiments.results.run_folder import NAME as LOCK
 from ritornello.experiments.results.writing import Results, TaskLog
 from ritornello.experiments.training import run as train
 from ritornello.experiments.training.checkpoints import Checkpoints
@@ -43,6 +42,7 @@ from ritornello.experiments.training.extension_plan import Extension, check_clas
 from ritornello.experiments.training.saver import Saver, Saving
 from ritornello.experiments.training.tracking import PLACES, Tracking, telling
 from ritornello.experiments.training.trainer import Trainer
+from ritornello.saving.files import LOCK
 
 
 def extend(

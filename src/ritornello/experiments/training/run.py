@@ -27,7 +27,7 @@ from ritornello.experiments.ranks.launch import restarted
 from ritornello.experiments.ranks.progress import say
 from ritornello.experiments.recipes.recipe import DESCRIPTIONS, Recipe
 from ritornello.experiments.results.reading import runs_in
-from ritornello.experiments.results.run_folder import locked, on_disk, write_json
+from ritornello.experiments.results.run_folder import locked, write_json
 from ritornello.experiments.results.writing import Results
 from ritornello.experiments.strategies import GDumb, RehearsalStrategy, strategy_named
 from ritornello.experiments.training import exemplars
@@ -37,6 +37,7 @@ from ritornello.experiments.training.tracking import Tracking, telling
 from ritornello.experiments.training.trainer import Trainer
 from ritornello.experiments.training.variants import folder_name
 from ritornello.policies.names import SAMPLING_POLICIES, SELECTION_POLICIES
+from ritornello.saving.files import new_file
 
 OFF = Saving()
 """No checkpoints."""
@@ -302,9 +303,8 @@ def write_outcome(
     strategy = trainer.strategy
     with ranks.together(f"cannot write into {folder}"):
         if ranks.rank == 0:
-            with (folder / "model.pt").open("wb") as file:
+            with new_file(folder / "model.pt") as file:
                 torch.save(trainer.network.model.state_dict(), file)
-                on_disk(file)
         if keep_buffer and isinstance(strategy, RehearsalStrategy):
             strategy.buffer.save(folder / "buffer")
     with ranks.together(f"cannot write into {folder}"):
