@@ -261,6 +261,19 @@ def test_only_the_worker_the_loader_and_checksums_own_a_thread() -> None:
     }
 
 
+def test_only_the_shard_moves_what_is_stored() -> None:
+    writes_rows = set()
+    for path in CORE:
+        for node in ast.walk(ast.parse(path.read_text())):
+            is_row = isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store)
+            into = ast.unparse(node.value) if is_row else ""
+            if into.endswith((".rows", "._words", "._array")) or (
+                isinstance(node, ast.Attribute) and node.attr == "index_copy_"
+            ):
+                writes_rows.add(path.relative_to(SOURCES).as_posix())
+    assert writes_rows == {"records/shard.py"}
+
+
 def test_only_transports_talk_to_other_ranks() -> None:
     importing = files_importing("torch.distributed") - {"testing.py"}
     assert importing == {
