@@ -18,6 +18,7 @@ from ritornello import (
     Assignment,
     BufferClosedError,
     ClassBalanced,
+    Fifo,
     RehearsalBuffer,
     RoundError,
     SelectionPolicy,
@@ -60,6 +61,25 @@ def test_the_lag_is_one_step() -> None:
         for step in range(1, 5):
             images, _ = buffer.update(batch_of(step, 4))
             assert set((images[4:, 0] // 1000).tolist()) == {step - 1}
+
+
+def test_the_trainer_trains_while_a_round_runs() -> None:
+    goes_on = threading.Event()
+
+    class Slow(Fifo):
+        def admit(self, labels: Any, generator: Any) -> Any:
+            assert goes_on.wait(30), "update has waited for its own round"
+            return super().admit(labels, generator)
+
+    with RehearsalBuffer(8, num_representatives=4, selection=Slow()) as buffer:
+        buffer.update(batch_of(0))  # comes back, and its round is held up
+        assert buffer._steps.rounds.num_rounds == 0
+        waking = threading.Timer(0.2, goes_on.set)
+        waking.start()
+        images, _ = buffer.update(batch_of(1))  # needs what that round draws
+        assert len(images) == 8 + 4
+        waking.join()
+        assert buffer.stats().seconds_waited > 0.1
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
