@@ -26,6 +26,7 @@ from ritornello.experiments.data.scenarios import Task
 from ritornello.experiments.ranks.group import Ranks
 from ritornello.experiments.ranks.interruption import NotedSignals
 from ritornello.experiments.ranks.launch import restarted
+from ritornello.experiments.ranks.place import Place, device_named
 from ritornello.experiments.ranks.progress import say
 from ritornello.experiments.results import run_folder as living_folder
 from ritornello.experiments.results.run_folder import IN_WORK, locked, part_of
@@ -112,11 +113,11 @@ def extend(
         if ranks.rank == 0:
             stack.enter_context(_made(work))
         signals = stack.enter_context(NotedSignals()) if saving.is_on else None
-        device = train.device_named(extension.recipe.device)
+        device = device_named(extension.recipe.device)
         stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
         arrived, tasks = _stream(extension, [Path(each) for each in tests], ranks)
         trainer = stack.enter_context(
-            Trainer(extension.recipe, arrived, device, ranks.rank, ranks.num_ranks, tasks)
+            Trainer(extension.recipe, arrived, Place(ranks.rank, ranks.num_ranks, device), tasks)
         )
         checkpoints = Checkpoints(work / "checkpoints", saving.keep, ranks)
         saver = None if signals is None else Saver(saving, checkpoints, ranks, signals)

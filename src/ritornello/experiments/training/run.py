@@ -24,12 +24,13 @@ from ritornello.experiments.models.augmentation import AUGMENTATIONS
 from ritornello.experiments.ranks.group import Ranks
 from ritornello.experiments.ranks.interruption import NotedSignals, RunInterruptedError
 from ritornello.experiments.ranks.launch import restarted
+from ritornello.experiments.ranks.place import Place, device_named
 from ritornello.experiments.ranks.progress import say
 from ritornello.experiments.recipes.recipe import DESCRIPTIONS, Recipe
 from ritornello.experiments.results.reading import runs_in
 from ritornello.experiments.results.run_folder import locked, on_disk, write_json
 from ritornello.experiments.results.writing import Results
-from ritornello.experiments.strategies import GDumb, RehearsalStrategy, strategy_named
+from ritornello.experiments.strategies import strategy_named
 from ritornello.experiments.training import exemplars
 from ritornello.experiments.training.checkpoints import Checkpoints
 from ritornello.experiments.training.saver import Saver, Saving
@@ -149,7 +150,9 @@ def run(
         stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
         data = data() if callable(data) else data
         data = data or load(recipe.data, recipe.data_path, recipe.image_size)
-        trainer = stack.enter_context(Trainer(recipe, data, device, ranks.rank, ranks.num_ranks))
+        trainer = stack.enter_context(
+            Trainer(recipe, data, Place(ranks.rank, ranks.num_ranks, device))
+        )
         saver = checkpoints = None
         if folder is not None and signals is not None:
             checkpoints = Checkpoints(folder / "checkpoints", saving.keep, ranks)
@@ -219,7 +222,7 @@ def check(recipe: Recipe, num_ranks: int) -> None:
         raise ValueError(
             f"remembers={recipe.remembers!r}: there are stream, {', '.join(exemplars.CHOICES)}"
         )
-    if issubclass(kind, RehearsalStrategy) and (kind.stores_logits or kind is GDumb):
+    if kind.stores_logits or kind.observes:
         raise ValueError(
             f"remembers={recipe.remembers!r}: the strategy {recipe.strategy!r} fills its buffer "
             "from the stream; use remembers='stream'"
@@ -264,7 +267,7 @@ def go_on(trainer: Trainer, checkpoints: Checkpoints, fix: str = "give another -
         except CheckpointError as error:
             checkpoints.reject(found, error)
             continue
-        if trainer.rank == 0:
+        if trainer.place.rank == 0:
             say(f"resumed at {trainer.where}")
         return True
     return False
@@ -299,14 +302,14 @@ def write_outcome(
     folder: Path, results: Results, trainer: Trainer, ranks: Ranks, keep_buffer: bool
 ) -> None:
     """Writes what a finished run leaves; the results last, as they say that all is there."""
-    strategy = trainer.strategy
+    buffer = trainer.strategy.buffer
     with ranks.together(f"cannot write into {folder}"):
         if ranks.rank == 0:
             with (folder / "model.pt").open("wb") as file:
                 torch.save(trainer.network.model.state_dict(), file)
                 on_disk(file)
-        if keep_buffer and isinstance(strategy, RehearsalStrategy):
-            strategy.buffer.save(folder / "buffer")
+        if keep_buffer and buffer is not None:
+            buffer.save(folder / "buffer")
     with ranks.together(f"cannot write into {folder}"):
         if ranks.rank == 0:
             write_json(folder / "results.json", results)
@@ -318,18 +321,3 @@ def _rank() -> int:
 
 def _num_ranks() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def device_named(name: str) -> torch.device:
-    """This rank's device.
-
-    Raises:
-        ValueError: it is not there.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda"):
-        if not torch.cuda.is_available():
-            raise ValueError(f"device={name!r}: this machine has no CUDA device; use 'cpu'")
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device(name)
