@@ -17,7 +17,7 @@ from synthetic_results import results_of, results_of_variant
 from ritornello.experiments.recipes.recipe import Published, Recipe
 from ritornello.experiments.reporting import report
 from ritornello.experiments.results import metrics
-from ritornello.experiments.results.labels import Results
+from ritornello.experiments.results.writing import Results
 
 pytestmark = pytest.mark.skipif(
     chromium.PATH is None, reason="needs Chromium: apt-get install chromium"

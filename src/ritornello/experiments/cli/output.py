@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from ritornello.experiments.results.labels import Results
+from ritornello.experiments.results.writing import Results
 
 RUN_FILES = (".lock", "results.json", "comparison.json")
 """One of them is in the folder of every run that has begun."""

@@ -22,7 +22,7 @@ from ritornello.experiments.cli.flags import (
 from ritornello.experiments.cli.output import COMMAND, _output_folder, _show
 from ritornello.experiments.recipes.named import RECIPES, recipe_named
 from ritornello.experiments.recipes.recipe import Recipe
-from ritornello.experiments.training.saver import Saving
+from ritornello.experiments.training.saver import CheckpointSettings
 from ritornello.experiments.training.tracking import Tracking
 from ritornello.experiments.training.variants import variants
 
@@ -55,7 +55,7 @@ RehearsalSettings = Annotated[RehearsalChanges, tyro.conf.arg(name="")]
 SweepSettings = Annotated[Sweep, tyro.conf.arg(name="")]
 
 
-SavingSettings = Annotated[Saving, tyro.conf.arg(name="")]
+SavingSettings = Annotated[CheckpointSettings, tyro.conf.arg(name="")]
 
 
 TrackingSettings = Annotated[Tracking, tyro.conf.arg(name="")]
@@ -216,7 +216,7 @@ def _train(
     ranks: int | None,
     output: str | None,
     default_name: str,
-    saving: Saving | None = None,
+    saving: CheckpointSettings | None = None,
     tracking: Tracking | None = None,
 ) -> None:
     """Trains one variant or several on all ranks; the main one shows what came out."""
@@ -242,11 +242,9 @@ def _train(
     if goes_on and output is not None and train.all_finished(recipes, Path(output), num_ranks):
         console.print("has finished before; nothing is run", highlight=False)
     else:
-        several = len(recipes) > 1
         settings: dict[str, Any] = {"command": command, "saving": saving, "tracking": tracking}
-        target = partial(train.compare if several else train.run, **settings)
-        what = recipes if several else next(iter(recipes.values()))
-        _launch(ranks, saving, f"--resume --output {path}", target, what, path)
+        target = partial(train.run_checked, **settings)
+        _launch(ranks, saving, f"--resume --output {path}", target, recipes, path)
     if folder is not None:
         from ritornello.experiments.results.reading import load_results
 
@@ -254,7 +252,11 @@ def _train(
 
 
 def _launch(
-    ranks: int | None, saving: Saving, flags: str, target: Callable[..., Any], *arguments: Any
+    ranks: int | None,
+    saving: CheckpointSettings,
+    flags: str,
+    target: Callable[..., Any],
+    *arguments: Any,
 ) -> Any:
     """Trains on all ranks. An interruption says with which flags it goes on."""
     from ritornello.experiments.ranks.interruption import SIGNALS, RunInterruptedError

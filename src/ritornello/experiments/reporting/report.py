@@ -28,7 +28,8 @@ from ritornello.experiments.reporting.summaries import (
     times_incremental,
 )
 from ritornello.experiments.results.groups import Group, summarise
-from ritornello.experiments.results.labels import WITHOUT_BUFFER, Results
+from ritornello.experiments.results.labels import WITHOUT_BUFFER
+from ritornello.experiments.results.writing import Results
 
 __all__ = ["summary_of", "table_of", "table_of_tasks", "write_report"]
 

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 
 from ritornello.experiments.recipes.published import family_of
 from ritornello.experiments.results.groups import Group, num_train_samples, reference_for, summarise
-from ritornello.experiments.results.labels import WITHOUT_BUFFER, Results
+from ritornello.experiments.results.labels import WITHOUT_BUFFER
+from ritornello.experiments.results.writing import Results
 
 
 def summary_of(results: Mapping[str, Results]) -> str:

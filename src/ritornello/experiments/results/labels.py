@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from ritornello.experiments.recipes import published
 from ritornello.experiments.recipes.recipe import DESCRIPTIONS
+from ritornello.experiments.results.writing import Results
 from ritornello.experiments.strategies import STRATEGIES
-
-Results = Mapping[str, Any]
-"""Of one run, as ``results.json`` holds them."""
-
 
 WITHOUT_BUFFER = tuple(name for name, each in STRATEGIES.items() if not each.rehearses)
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ritornello.buffer import RehearsalBuffer
-from ritornello.experiments.data.data_set import Batch, DataSet, LabelledImages
+from ritornello.experiments.data.data_set import DataSet, LabelledBatch, LabelledImages
 from ritornello.experiments.data.scenarios import Task
 from ritornello.experiments.data.stream import TaskImages, load_batches
 from ritornello.experiments.ranks.place import Place
@@ -200,7 +200,7 @@ def features_over_ranks(
         yield features[: len(positions)]
 
 
-def nothing_like(images: LabelledImages, device: torch.device) -> Batch:
+def nothing_like(images: LabelledImages, device: torch.device) -> LabelledBatch:
     """A mini-batch without samples, of the kind that a data set gives."""
     image, labels = images.__getitems__([0])
     return image[:0].to(device), labels[:0].to(device)

@@ -40,8 +40,14 @@ from ritornello.experiments.training.extended_data import (
     image_shape_of,
     with_new_task,
 )
-from ritornello.experiments.training.extension_plan import Extension, check_classes, counted, plan
-from ritornello.experiments.training.saver import Saver, Saving
+from ritornello.experiments.training.extension_plan import (
+    Extension,
+    check_classes,
+    counted,
+    plan,
+    results_in,
+)
+from ritornello.experiments.training.saver import CheckpointSettings, Saver
 from ritornello.experiments.training.tracking import PLACES, Tracking, telling
 from ritornello.experiments.training.trainer import Trainer
 
@@ -55,7 +61,7 @@ def extend(
     output: str | Path | None = None,
     changes: Mapping[str, Any] | None = None,
     command: str = "",
-    saving: Saving = train.OFF,
+    saving: CheckpointSettings = train.OFF,
     tracking: Tracking = train.UNTRACKED,
 ) -> Results:
     """Goes on with a finished run: it learns what has arrived, rehearsing from its buffer.
@@ -94,20 +100,20 @@ def extend(
         ranks = stack.enter_context(Ranks())
         told = ranks.tell((str(folder), None if output is None else str(output)))
         folder, place = Path(told[0]), Path(told[1] or told[0])
-        settings: dict[str, Any] = {"name": name, "changes": changes, "num_ranks": ranks.num_ranks}
-        plan(folder, Path(data), **settings)  # so that nothing is locked that is no run
+        results_in(folder)  # so that nothing is locked that is no run
         with ranks.together("cannot begin"):
             if ranks.rank == 0:
                 for each in dict.fromkeys((folder, place)):
                     stack.enter_context(locked(each, wait_seconds=30.0 * restarted()))
                     living_folder.finish(each)
-        extension = plan(folder, Path(data), **settings)
+        # Only now: another job may have gone on with the run before it gave the lock back.
+        extension = plan(folder, Path(data), name=name, changes=changes, num_ranks=ranks.num_ranks)
         resumes = saving.is_on and (saving.resume or restarted())
-        done = ranks.tell(_done_before(extension, folder, place, resumes))
+        done: Results | None = ranks.tell(_done_before(extension, folder, place, resumes))
         if done is not None:
             if ranks.rank == 0:
                 say(f"{extension.name} has been learnt before; nothing is run")
-            return Results(done)
+            return done
         work = place / IN_WORK
         ranks.gather(None)  # all have looked before the first one begins to write
         if ranks.rank == 0:
@@ -181,19 +187,18 @@ def _say_what_comes(
 def _results(before: Results, newest: Results, command: str) -> Results:
     """Those of the run with its new task, as JSON would give them back."""
     about = {"date": newest["date"], "command": command, "world_size": newest["world_size"]}
-    return Results(
-        json.loads(
-            json.dumps(
-                newest
-                | {
-                    "command": command,
-                    "data": before["data"],
-                    "train_samples": before["train_samples"] + newest["train_samples"],
-                    "tasks": [*before["tasks"], newest["tasks"][-1] | about],
-                }
-            )
+    results: Results = json.loads(
+        json.dumps(
+            {
+                **newest,
+                "command": command,
+                "data": before["data"],
+                "train_samples": before["train_samples"] + newest["train_samples"],
+                "tasks": [*before["tasks"], newest["tasks"][-1] | about],
+            }
         )
     )
+    return results
 
 
 def _log_of(before: Results) -> TaskLog:
@@ -226,9 +231,9 @@ def _done_before(extension: Extension, folder: Path, place: Path, resumes: bool)
         FileExistsError: the output holds something else.
     """
     if place != folder and (place / "results.json").exists():
-        found = json.loads((place / "results.json").read_text())
+        found: Results = json.loads((place / "results.json").read_text())
         if resumes and found["tasks"][-1]["name"] == extension.name:
-            return Results(found)
+            return found
     if extension.is_learnt:
         if resumes and place == folder:
             return extension.before

@@ -33,13 +33,13 @@ from ritornello.experiments.results.writing import Results
 from ritornello.experiments.strategies import strategy_named
 from ritornello.experiments.training import exemplars
 from ritornello.experiments.training.checkpoints import Checkpoints
-from ritornello.experiments.training.saver import Saver, Saving
+from ritornello.experiments.training.saver import CheckpointSettings, Saver
 from ritornello.experiments.training.tracking import Tracking, telling
 from ritornello.experiments.training.trainer import Trainer
 from ritornello.experiments.training.variants import folder_name
 from ritornello.policies.names import SAMPLING_POLICIES, SELECTION_POLICIES
 
-OFF = Saving()
+OFF = CheckpointSettings()
 """No checkpoints."""
 
 UNTRACKED = Tracking()
@@ -53,7 +53,7 @@ def compare(
     variants: Mapping[str, Recipe],
     output: str | None,
     command: str = "",
-    saving: Saving = OFF,
+    saving: CheckpointSettings = OFF,
     tracking: Tracking = UNTRACKED,
 ) -> dict[str, Results]:
     """Runs several recipes, one after another; data sets that they share are loaded once.
@@ -70,6 +70,19 @@ def compare(
     """
     for recipe in variants.values():
         check(recipe, _num_ranks())
+    saving.check()
+    tracking.check()
+    return _compare(variants, output, command, saving, tracking)
+
+
+def _compare(
+    variants: Mapping[str, Recipe],
+    output: str | None,
+    command: str,
+    saving: CheckpointSettings,
+    tracking: Tracking,
+) -> dict[str, Results]:
+    """See ``compare``; all is checked."""
     loaded: dict[tuple[Any, ...], DataSet] = {}
     comparison = {}
     signals = NotedSignals() if saving.is_on else None
@@ -83,7 +96,7 @@ def compare(
             return loaded[key]
 
         folder = None if output is None else f"{output}/{folder_name(label)}"
-        comparison[label] = run(recipe, folder, data, command, saving, signals, tracking)
+        comparison[label] = _run(recipe, folder, data, command, saving, tracking, signals)
         if output is not None and _rank() == 0:
             write_json(Path(output) / "comparison.json", comparison)
     return comparison
@@ -94,8 +107,7 @@ def run(
     output: str | None = None,
     data: DataSet | Callable[[], DataSet] | None = None,
     command: str = "",
-    saving: Saving = OFF,
-    signals: NotedSignals | None = None,
+    saving: CheckpointSettings = OFF,
     tracking: Tracking = UNTRACKED,
 ) -> Results:
     """Runs a recipe, or goes on with a run.
@@ -108,7 +120,6 @@ def run(
         command: what was typed, for the results.
         saving: whether and when there are checkpoints, and whether to go on from one. A rank that
             an elastic launcher has started again always goes on.
-        signals: what notes them, if the runs before have noted there, too.
         tracking: which trackers get figures on the way; their files are in the output folder.
 
     Returns:
@@ -124,6 +135,19 @@ def run(
     check(recipe, _num_ranks())
     saving.check()
     tracking.check()
+    return _run(recipe, output, data, command, saving, tracking)
+
+
+def _run(
+    recipe: Recipe,
+    output: str | None,
+    data: DataSet | Callable[[], DataSet] | None,
+    command: str,
+    saving: CheckpointSettings,
+    tracking: Tracking,
+    signals: NotedSignals | None = None,
+) -> Results:
+    """See ``run``; all is checked. The runs before have noted their signals in ``signals``."""
     with ExitStack() as stack:
         ranks = stack.enter_context(Ranks())
         output = ranks.tell(output)
@@ -138,9 +162,9 @@ def run(
                     stack.enter_context(locked(folder, wait_seconds=30.0 * restarted()))
         resumes = folder is not None and saving.is_on and (saving.resume or restarted())
         if folder is not None and resumes:
-            done = ranks.tell(finished(recipe, folder, ranks.num_ranks))
+            done: Results | None = ranks.tell(finished(recipe, folder, ranks.num_ranks))
             if done is not None:
-                return Results(done)
+                return done
         is_one_of_several = signals is not None
         signals = stack.enter_context(signals or NotedSignals()) if saving.is_on else None
         # One that came in the last evaluation of the run before, or while its buffer was saved.
@@ -170,6 +194,20 @@ def run(
         if checkpoints is not None:
             checkpoints.remove()
     return results
+
+
+def run_checked(
+    recipes: Mapping[str, Recipe],
+    output: str | None,
+    command: str,
+    saving: CheckpointSettings,
+    tracking: Tracking,
+) -> Results | dict[str, Results]:
+    """``run`` of one recipe, or ``compare`` of several, where all was checked before the launch."""
+    if len(recipes) > 1:
+        return _compare(recipes, output, command, saving, tracking)
+    [recipe] = recipes.values()
+    return _run(recipe, output, None, command, saving, tracking)
 
 
 def finished(recipe: Recipe, folder: Path, num_ranks: int) -> Results | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import repeat
 
-from ritornello.experiments.data.data_set import Batch, DataSet
+from ritornello.experiments.data.data_set import DataSet, LabelledBatch
 from ritornello.experiments.data.scenarios import Task
 from ritornello.experiments.data.stream import (
     TaskImages,
@@ -52,18 +52,18 @@ class Schedule:
         images = self._training_images(number)
         return 0 if images is None else steps_per_pass(len(images), recipe.global_batch_size)
 
-    def batches(self, number: int, first: int) -> Iterator[Batch]:
+    def batches(self, number: int, first: int) -> Iterator[LabelledBatch]:
         """This rank's mini-batches of a task, from step ``first`` on; empty if it only observes."""
         if self._strategy.observes:
             return repeat(exemplars.nothing_like(self._data.train, self._place.device))
         num_passes = -(-self.num_steps(number) // max(1, self.steps_per_epoch(number)))
         return self._passes(number, num_passes, first)
 
-    def observed(self, number: int, first: int) -> Iterator[Batch]:
+    def observed(self, number: int, first: int) -> Iterator[LabelledBatch]:
         """What a strategy that ``observes`` sees before it trains: one pass, from ``first`` on."""
         return self._passes(number, 1, first)
 
-    def _passes(self, number: int, num_passes: int, first: int) -> Iterator[Batch]:
+    def _passes(self, number: int, num_passes: int, first: int) -> Iterator[LabelledBatch]:
         images = self._training_images(number)
         if images is None:
             return

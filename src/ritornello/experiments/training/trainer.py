@@ -32,7 +32,7 @@ from ritornello.experiments.results.writing import (
 from ritornello.experiments.strategies import strategy_of
 from ritornello.experiments.strategies.base import Criterion, cross_entropy
 from ritornello.experiments.training import exemplars
-from ritornello.experiments.training.checkpoints import Checkpoint, Snapshot
+from ritornello.experiments.training.checkpoints import Checkpoint, RunSnapshot
 from ritornello.experiments.training.evaluation import Evaluation
 from ritornello.experiments.training.saver import Saver
 from ritornello.experiments.training.schedule import Schedule
@@ -247,14 +247,14 @@ class Trainer:
         """Training and test samples of each task: by them other data are recognised."""
         return [[len(task.train_indices), len(task.test_indices)] for task in self.tasks]
 
-    def snapshot(self) -> Snapshot:
+    def snapshot(self) -> RunSnapshot:
         """All that ``go_on`` needs. Waits for the buffer's round."""
         self._count_buffer_seconds()
         buffer = self.strategy.buffer
         of_rank = {"random_state": torch.get_rng_state(), "strategy": self.strategy.state_dict()}
         if self.place.device.type == "cuda":
             of_rank["cuda_random_state"] = torch.cuda.get_rng_state(self.place.device)
-        return Snapshot(
+        return RunSnapshot(
             count=self.position.count,
             where=self.where,
             description={
@@ -359,7 +359,7 @@ class Trainer:
         figures.after_step(loss)
         self._task_began += time.perf_counter() - began
 
-    def _save_between(self, save: Callable[[int, Callable[[], Snapshot]], None]) -> None:
+    def _save_between(self, save: Callable[[int, Callable[[], RunSnapshot]], None]) -> None:
         """Lets the saver do its work; the task's time stands still meanwhile."""
         began = time.perf_counter()
         save(self.position.count, self.snapshot)
