@@ -28,7 +28,7 @@ import torch.distributed as dist
 from torch import nn
 
 import ritornello
-from ritornello.experiments import cli
+from ritornello.experiments.cli import command as cli
 from ritornello.experiments.training import run as train
 
 ROOT = Path(__file__).parents[2]
@@ -238,7 +238,7 @@ def test_commands_parse(monkeypatch: pytest.MonkeyPatch) -> None:
 
         return parsed
 
-    monkeypatch.setattr("ritornello.experiments.cli.training._train", check)
+    monkeypatch.setattr("ritornello.experiments.cli.runs.train", check)
     for name in ("extend", "report", "results", "inspect", "forget", "bench", "simulate"):
         monkeypatch.setattr(cli, name, stopped(getattr(cli, name)))
     failed = []

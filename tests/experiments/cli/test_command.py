@@ -46,7 +46,7 @@ def test_a_package_that_is_missing(
         import matplotlib  # noqa: F401
 
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.setattr("ritornello.experiments.cli.training._train", show)
+    monkeypatch.setattr("ritornello.experiments.cli.runs.train", show)
     assert run("run", "digits") == 2
     error = capsys.readouterr().err
     assert "matplotlib" in error
@@ -144,7 +144,7 @@ def test_what_runs(
     def train(recipes: dict[str, Recipe], *further: object) -> None:
         asked.update(recipes)
 
-    monkeypatch.setattr("ritornello.experiments.cli.training._train", train)
+    monkeypatch.setattr("ritornello.experiments.cli.runs.train", train)
     assert run(*arguments) == 0
     assert list(asked) == labels
     if "--capacity" in arguments:
@@ -156,7 +156,7 @@ def test_what_runs(
 def test_a_recipe_as_published_keeps_its_figure(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Recipe] = []
     monkeypatch.setattr(
-        "ritornello.experiments.cli.training._train",
+        "ritornello.experiments.cli.runs.train",
         lambda recipes, *_: asked.extend(recipes.values()),
     )
     name = "buzzega-mnist-er-500"

@@ -11,7 +11,7 @@ from synthetic_results import results_of, results_of_variant
 from ritornello.experiments.recipes.recipe import Published, Recipe
 from ritornello.experiments.reporting.results_page import page_of, write_results_page
 from ritornello.experiments.results import reading as saved_results
-from ritornello.experiments.results.groups import summarise
+from ritornello.experiments.results.groups import groups_of
 from ritornello.experiments.training.variants import variants
 
 RECIPE = Recipe(
@@ -49,7 +49,7 @@ def test_figures_stand_beside_the_published_ones() -> None:
         ["from-scratch", "-", "2", "3"],
     ]
     assert [row[5] for row in rows] == ["-", "-", "80.0 ± 1.4 (10 runs)", "-"]
-    groups = {group.label: group for group in summarise(dict(enumerate(runs)))}  # type: ignore[arg-type]
+    groups = {group.label: group for group in groups_of(runs)}
     ours = groups["rehearsal, capacity 100"].average_top1
     assert rows[2][4] == ours.in_percent().removesuffix(" %")
     assert rows[2][6] == f"{100 * ours.mean - 80:+.1f}"

@@ -17,6 +17,7 @@ from synthetic_results import results_of, results_of_variant
 from ritornello.experiments.recipes.recipe import Published, Recipe
 from ritornello.experiments.reporting import report
 from ritornello.experiments.results import metrics
+from ritornello.experiments.results.groups import groups_of
 from ritornello.experiments.results.writing import Results
 
 pytestmark = pytest.mark.skipif(
@@ -111,7 +112,7 @@ COLOURS = """(() => {
 })()"""
 
 
-def long_results() -> dict[str, Results]:
+def long_results() -> list[Results]:
     """Of 20 tasks with 100 classes, several strategies, long names, two seeds, hours."""
     matrix = np.tril(0.97 - 0.03 * np.subtract.outer(np.arange(20), np.arange(20)))
     tasks = [
@@ -123,8 +124,8 @@ def long_results() -> dict[str, Results]:
         }
         for i in range(20)
     ]
-    return {
-        f"{strategy} {seed}": results_of_variant(
+    return [
+        results_of_variant(
             replace(RECIPE, strategy=strategy, seed=seed),
             tasks=tasks,
             top1=matrix.tolist(),
@@ -135,27 +136,27 @@ def long_results() -> dict[str, Results]:
         )
         for strategy in ("incremental", "rehearsal", "der++")
         for seed in (0, 1)
-    }
+    ]
 
 
 NAMES = ("_a", "$b$", "<i>")
 
 
-def odd_results() -> dict[str, Results]:
+def odd_results() -> list[Results]:
     """One task; accuracies that were not measured; names that mean something elsewhere."""
     one = results_of("rehearsal", recipe="one")
     unknown = [[0.98, None, None], [0.9, 0.98, None], [None, 0.9, 0.98]]
     odd = results_of("rehearsal", recipe="<b>&$x$", top1=unknown)
     odd["tasks"] = [{**task, "name": name} for task, name in zip(odd["tasks"], NAMES, strict=True)]
-    return {
-        "one": one | {"tasks": one["tasks"][:1], "top1": [[0.98]], "top5": [[1.0]]},
-        "odd": odd,
-        "none": results_of("incremental", recipe="none", top1=[[None] * 3] * 3),
-    }
+    return [
+        one | {"tasks": one["tasks"][:1], "top1": [[0.98]], "top5": [[1.0]]},
+        odd,
+        results_of("incremental", recipe="none", top1=[[None] * 3] * 3),
+    ]
 
 
 PAGES: Mapping[str, Any] = {
-    "comparison": lambda: {n: results_of(n) for n in ("incremental", "rehearsal", "from-scratch")},
+    "comparison": lambda: [results_of(n) for n in ("incremental", "rehearsal", "from-scratch")],
     "long": long_results,
     "odd": odd_results,
 }
@@ -166,7 +167,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("pages")
     paths = {name: folder / f"{name}.html" for name in PAGES}
     for name, path in paths.items():
-        report.write_report(PAGES[name](), path)
+        report.write_report(groups_of(PAGES[name]()), path)
     return paths
 
 

@@ -25,6 +25,7 @@ from ritornello.experiments.recipes.recipe import Recipe
 from ritornello.experiments.reporting import report
 from ritornello.experiments.results import reading as saved_results
 from ritornello.experiments.results import run_folder as living_folder
+from ritornello.experiments.results.groups import groups_of
 from ritornello.experiments.results.writing import Results
 from ritornello.experiments.strategies.der import with_further_logits
 from ritornello.experiments.training import run as train
@@ -167,7 +168,7 @@ def test_day_after_day(living: Path, arrived: Path, tmp_path: Path) -> None:
     weights = torch.load(living / "model.pt", weights_only=True)
     assert len(weights["5.bias"]) == 10
     # What reads results can read these.
-    report.write_report({"living": results}, tmp_path / "report.html")
+    report.write_report(groups_of([results]), tmp_path / "report.html")
     saved_results.archive([results], tmp_path / "archive.json")
     [archived] = saved_results.find_results([tmp_path / "archive.json"])
     assert archived["top1"][0][5] is None
@@ -327,7 +328,7 @@ def test_data_that_are_gone_and_data_that_were_moved(
     others = extend(living, arrived / "more", tests=[tmp_path / "first.npz"])
     assert others["top1"][-1][:3] == [None] * 3
     # Its figures can still be shown.
-    report.write_report({"living": others}, tmp_path / "report.html")
+    report.write_report(groups_of([others]), tmp_path / "report.html")
 
 
 def test_a_path_that_is_used_again_holds_no_earlier_data(

@@ -1,4 +1,4 @@
-"""What the command line can change about a recipe."""
+"""The flags that change a recipe: its settings, its buffer, and what a comparison varies."""
 
 from __future__ import annotations
 

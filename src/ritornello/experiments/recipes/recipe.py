@@ -13,6 +13,12 @@ OPTIMISERS = ("sgd", "adam")
 MAX_RATE_SCALE = 64
 """Where recipes scale with the ranks: the learning rate grows with them up to here."""
 
+MACHINE_SETTINGS = ("data_path", "device", "num_workers", "channels_last", "compile", "amp")
+"""Settings that a published figure should not depend on; nor should it on the seed."""
+
+DESCRIPTIONS = ("name", "description", "published")
+"""Fields of a recipe that are not settings."""
+
 
 @dataclass(frozen=True)
 class Published:
@@ -43,14 +49,14 @@ class Recipe:
     """See ``data.load``."""
     data_path: str | None = None
     image_size: int | None = None
-    """Of images that are decoded from files: they are resized to it and cropped at the centre."""
+    """Images that are decoded from files are resized to it and cropped at the centre."""
     scenario: str = "class-incremental"
     """See ``scenarios.SCENARIOS``."""
     num_tasks: int = 5
     class_order: tuple[int, ...] | str | None = None
     """The classes as they arrive; "by-seed": in an order that the seed decides; None: ascending."""
     blur: float = 0.1
-    """Of scenario="blurry": the share of a task's samples that are of other tasks' classes."""
+    """With scenario="blurry": the share of a task's samples that are of other tasks' classes."""
 
     # The pixels that the model sees. What the buffer stores is neither normalised nor augmented.
     pixels: str = "standardised"
@@ -58,7 +64,7 @@ class Recipe:
     augmentation: str = "none"
     """See ``augmentation.AUGMENTATIONS``."""
     crop_size: int | None = None
-    """Of augmentations that crop to a size other than the image's."""
+    """What augmentations crop to, if it is another size than the image's."""
 
     # The model.
     model: str = "mlp"
@@ -78,22 +84,22 @@ class Recipe:
     beta: float = 0.5
     """Weight of the second draw's labels (DER++)."""
     loss_weights: str = "by-sample"
-    """Of rehearsal. "by-sample": all samples of the augmented mini-batch count the same;
+    """How rehearsal weighs samples. "by-sample": all of the augmented mini-batch count the same;
     "by-task": in task k the new ones count 1/k, the past ones 1 - 1/k, together."""
     optimiser: str = "sgd"
     keeps_optimiser: bool = False
     """Whether the optimiser goes on from task to task; else each task has a new one."""
     epochs: int = 1
-    """Per task."""
+    """Passes over each task."""
     iterations: int | None = None
-    """Per task, in place of epochs: a task's samples are passed over until there were as many."""
+    """Steps per task, in place of epochs: its samples are passed over until there were as many."""
     global_batch_size: int = 64
     """``N * b``."""
     learning_rate: float = 0.05
     momentum: float = 0.0
     weight_decay: float = 0.0
     warmup_epochs: float = 0.0
-    """Over which the learning rate rises linearly, at the beginning of each task."""
+    """How long the learning rate rises linearly, at the beginning of each task."""
     milestones: tuple[tuple[float, float], ...] = ()
     """(epoch, factor): from that epoch of a task on, the learning rate is multiplied by it."""
 
@@ -113,7 +119,7 @@ class Recipe:
     policies with class shares, and of exemplars."""
     sampling: str = "uniform"
     logits_dtype: str = "float32"
-    """Of stored logits: "float32" or "float16"."""
+    """How logits are stored: "float32" or "float16"."""
 
     # The machine.
     scales_with_ranks: bool = False
@@ -231,19 +237,6 @@ class Recipe:
         return passed[-1] if passed else 1.0
 
 
-def _as_tuples(value: Any) -> Any:
-    """Lists, which JSON knows alone, as the tuples that they were."""
-    return tuple(map(_as_tuples, value)) if isinstance(value, list) else value
-
-
-MACHINE_SETTINGS = ("data_path", "device", "num_workers", "channels_last", "compile", "amp")
-"""Settings that a published figure should not depend on; nor should it on the seed."""
-
-
-DESCRIPTIONS = ("name", "description", "published")
-"""Fields of a recipe that are not settings."""
-
-
 def with_changes(recipe: Recipe, **changes: Any) -> Recipe:
     """A recipe with some settings changed.
 
@@ -254,3 +247,8 @@ def with_changes(recipe: Recipe, **changes: Any) -> Recipe:
     if replace(changed, **may_differ) != recipe:
         return replace(changed, published=None)
     return changed
+
+
+def _as_tuples(value: Any) -> Any:
+    """Lists, which JSON knows alone, as the tuples that they were."""
+    return tuple(map(_as_tuples, value)) if isinstance(value, list) else value

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,14 +24,11 @@ from ritornello.experiments.reporting.summaries import (
     duration,
     families_of,
     findings_of,
-    summary_of,
     times_incremental,
 )
-from ritornello.experiments.results.groups import Group, summarise
+from ritornello.experiments.results.groups import Group
 from ritornello.experiments.results.labels import WITHOUT_BUFFER
 from ritornello.experiments.results.writing import Results
-
-__all__ = ["summary_of", "table_of", "table_of_tasks", "write_report"]
 
 MAX_OPEN = 8
 """With more groups, the plots of single groups are folded away."""
@@ -90,14 +87,14 @@ class Row:
         return "/".join(f"{milliseconds:.2f}" for milliseconds in self.step_ms.values()) + " ms"
 
 
-def table_of(results: Mapping[str, Results], width: int = 80) -> Table:
+def table_of(groups: Sequence[Group], width: int = 80) -> Table:
     """The table that a run ends with.
 
     Args:
-        results: a label, which is not looked at, to the results of a run.
+        groups: of the runs.
         width: of the terminal, in letters; columns that would be cut are left out.
     """
-    rows = _rows(summarise(results))
+    rows = _rows(groups)
     columns = dict(TERMINAL_COLUMNS)
     if all(row.seeds == "1" for row in rows):
         del columns["seeds"]
@@ -144,11 +141,11 @@ def table_of_tasks(results: Results, num_tasks: int = 10) -> Table:
     return table
 
 
-def write_report(results: Mapping[str, Results], path: Path) -> None:
+def write_report(groups: Sequence[Group], path: Path) -> None:
     """Writes the report, one HTML file with everything in it.
 
     Args:
-        results: from ``saved_results.load_results``.
+        groups: of the runs.
         path: of the file; its folder is made if need be.
     """
     environment = Environment(
@@ -157,7 +154,6 @@ def write_report(results: Mapping[str, Results], path: Path) -> None:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    groups = summarise(results)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(environment.get_template("report.html.j2").render(_contents(groups)))
 
@@ -283,7 +279,7 @@ def _ranks(groups: Sequence[Group]) -> str:
 
 
 def _descriptions(groups: Sequence[Group]) -> list[str]:
-    """Of each recipe, or of a family what its recipes have in common."""
+    """The description of each recipe, or what those of a family have in common."""
     found = []
     for alike in families_of(groups).values():
         texts = {str(group.first["config"].get("description") or "") for group in alike}

@@ -10,7 +10,7 @@ from typing import Any
 from ritornello.experiments.recipes.published import family_of
 from ritornello.experiments.reporting.provenance import commands_of, origin_of
 from ritornello.experiments.reporting.summaries import families_of, times_incremental
-from ritornello.experiments.results.groups import Group, Statistic, reference_for, summarise
+from ritornello.experiments.results.groups import Group, Statistic, groups_of, reference_for
 from ritornello.experiments.results.labels import WITHOUT_BUFFER, labels_of
 from ritornello.experiments.results.writing import Results
 
@@ -24,7 +24,7 @@ def write_results_page(runs: Sequence[Results], path: Path, command: str) -> Non
     """Writes the page, in Markdown.
 
     Args:
-        runs: of any recipes, from ``saved_results.find_results``.
+        runs: of any recipes, from ``reading.find_results``.
         path: of the file; its folder is made if need be.
         command: what writes the page, as its first paragraph says.
     """
@@ -34,9 +34,7 @@ def write_results_page(runs: Sequence[Results], path: Path, command: str) -> Non
 
 def page_of(runs: Sequence[Results], command: str) -> str:
     """The page's text. It depends on the runs alone, not on their order or the time of day."""
-    families = families_of(
-        summarise({str(number): run for number, run in enumerate(_sorted(runs))})
-    )
+    families = families_of(groups_of(_sorted(runs)))
     parts = [
         "# Results",
         f"This page is generated: `{command}` writes it from saved results. Accuracies are means "
@@ -60,7 +58,7 @@ def page_of(runs: Sequence[Results], command: str) -> str:
 
 
 def _sorted(runs: Iterable[Results]) -> list[Results]:
-    """By family; within it by what a reader looks for first."""
+    """The runs by family; within it by what a reader looks for first."""
 
     def place(run: Results) -> tuple[Any, ...]:
         config, strategy = run["config"], run["strategy"]

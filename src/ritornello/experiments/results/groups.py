@@ -1,11 +1,11 @@
-"""Sweeps: many runs of one recipe, what tells them apart, and their means over seeds."""
+"""Groups of runs that differ in nothing but the seed, and their means over the seeds."""
 
 from __future__ import annotations
 
 import json
 import statistics
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,12 +13,6 @@ from ritornello.experiments.recipes.published import family_of
 from ritornello.experiments.recipes.recipe import Published
 from ritornello.experiments.results.labels import WITHOUT_BUFFER, labels_of, settings_of
 from ritornello.experiments.results.writing import Results
-
-
-def num_train_samples(run: Results) -> int:
-    """Of the whole data set; older results only tell those of each task."""
-    total = run.get("train_samples")
-    return int(total or sum(task["train_samples"] for task in run["tasks"]))
 
 
 @dataclass(frozen=True)
@@ -55,17 +49,17 @@ class Group:
 
     @property
     def recipe(self) -> str:
-        """Of all of them, its name."""
+        """The name of the recipe that all of them ran."""
         return str(self.first["recipe"])
 
     @property
     def strategy(self) -> str:
-        """Of all of them."""
+        """The strategy of all of them."""
         return str(self.first["strategy"])
 
     @property
     def num_tasks(self) -> int:
-        """So far."""
+        """How many there have been so far."""
         return len(self.first["top1"])
 
     @property
@@ -128,7 +122,7 @@ class Group:
 
     @property
     def seconds(self) -> Statistic:
-        """Of training, evaluations left out."""
+        """The time that training took, evaluations left out."""
         return self._over_runs("seconds")
 
     @property
@@ -146,27 +140,24 @@ class Group:
         return Statistic(statistics.fmean(values), std)
 
 
-def summarise(results: Mapping[str, Results]) -> list[Group]:
+def groups_of(runs: Iterable[Results]) -> list[Group]:
     """Groups runs that differ in nothing but the seed, in order of first appearance.
-
-    Args:
-        results: a label, which is not looked at, to the results of a run.
 
     Returns:
         The groups, each with a label of its own.
     """
     grouped: dict[str, list[Results]] = {}
-    for run in results.values():
+    for run in runs:
         settings = settings_of(run) | {"seed": None}
         grouped.setdefault(json.dumps(settings, sort_keys=True), []).append(run)
-    labels = labels_of([runs[0] for runs in grouped.values()], ignored=["seed"])
+    labels = labels_of([alike[0] for alike in grouped.values()], ignored=["seed"])
     # Settings that only newer versions write down make groups that no label tells apart.
     seen: Counter[str] = Counter()
     groups = []
-    for label, runs in zip(labels, grouped.values(), strict=True):
+    for label, alike in zip(labels, grouped.values(), strict=True):
         seen[label] += 1
         number = f" ({seen[label]})" if seen[label] > 1 else ""
-        groups.append(Group(label + number, tuple(runs)))
+        groups.append(Group(label + number, tuple(alike)))
     return groups
 
 
@@ -186,3 +177,9 @@ def reference_for(group: Group, groups: Sequence[Group], strategy: str) -> Group
         if each.strategy == strategy and circumstances(each) == circumstances(group)
     ]
     return next((each for each in alike if each.recipe == group.recipe), next(iter(alike), None))
+
+
+def num_train_samples(run: Results) -> int:
+    """The training samples of the whole data set; older results only tell those of each task."""
+    total = run.get("train_samples")
+    return int(total or sum(task["train_samples"] for task in run["tasks"]))

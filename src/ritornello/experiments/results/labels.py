@@ -1,4 +1,4 @@
-"""Labels."""
+"""Which settings a run had, and a label that tells it apart from others."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ritornello.experiments.results.writing import Results
 from ritornello.experiments.strategies import STRATEGIES
 
 WITHOUT_BUFFER = tuple(name for name, each in STRATEGIES.items() if not each.rehearses)
-
+"""Strategies that have none."""
 
 REHEARSAL_SETTINGS = (
     "alpha",
@@ -28,7 +28,6 @@ REHEARSAL_SETTINGS = (
     "logits_dtype",
 )
 """Settings that change nothing where the strategy has no buffer."""
-
 
 SHORT_NAMES = {"global_num_representatives": "r", "global_num_candidates": "c"}
 

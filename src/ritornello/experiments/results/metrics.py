@@ -65,12 +65,6 @@ def forward_transfer(matrix: Matrix, at_start: NDArray[np.float64]) -> float:
     return _mean(np.diag(matrix, k=1) - at_start[1:])
 
 
-def _mean(values: Matrix) -> float:
-    """Over what was measured; 0 if nothing was."""
-    measured = values[np.isfinite(values)]
-    return float(measured.mean()) if len(measured) else 0.0
-
-
 def top_k_correct(logits: Tensor, labels: Tensor, ks: tuple[int, ...]) -> Tensor:
     """How many samples have their label among the ``k`` largest logits, for each ``k``.
 
@@ -85,3 +79,9 @@ def top_k_correct(logits: Tensor, labels: Tensor, ks: tuple[int, ...]) -> Tensor
     largest = logits.topk(min(max(ks), logits.shape[1]), dim=1).indices
     hits = largest == labels[:, None]
     return torch.stack([hits[:, :k].any(dim=1).sum() for k in ks])
+
+
+def _mean(values: Matrix) -> float:
+    """The mean of what was measured; 0 if nothing was."""
+    measured = values[np.isfinite(values)]
+    return float(measured.mean()) if len(measured) else 0.0

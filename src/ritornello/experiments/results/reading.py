@@ -115,33 +115,6 @@ def archive(runs: Iterable[Results], path: Path) -> None:
     path.write_text(f'{{"format": {FORMAT}, "runs": [\n{lines}\n]}}\n')
 
 
-def _compact(run: Results) -> dict[str, Any]:
-    compact = {name: run[name] for name in ARCHIVED if name in run}
-    for name in ("top1", "top5"):
-        compact[name] = [
-            [None if each is None else round(each, 4) for each in row] for row in run[name]
-        ]
-    if compact.get("buffer"):
-        compact["buffer"] = {k: v for k, v in run["buffer"].items() if k != "held_per_class"}
-    return compact
-
-
-def _result_files(folder: Path) -> list[Path]:
-    singles = sorted(each for each in folder.rglob("results.json") if not _is_in_work(each))
-    comparisons = [
-        each
-        for each in sorted(folder.rglob("comparison.json"))
-        if not any(single.is_relative_to(each.parent) for single in singles)
-    ]
-    return sorted(singles + comparisons)
-
-
-def _is_in_work(path: Path) -> bool:
-    """Whether results are those of an extension that has not ended: see ``living_folder``."""
-    folder = path.parent
-    return folder.name in (IN_WORK, COMPLETE) and (folder.parent / "results.json").exists()
-
-
 def runs_in(path: Path) -> Iterator[Results]:
     """The runs of a ``results.json``, a ``comparison.json`` or an archive.
 
@@ -164,3 +137,30 @@ def runs_in(path: Path) -> Iterator[Results]:
                 f"{path} holds no results of format {FORMAT}, as 'ritornello run' writes them"
             )
         yield run
+
+
+def _compact(run: Results) -> dict[str, Any]:
+    compact = {name: run[name] for name in ARCHIVED if name in run}
+    for name in ("top1", "top5"):
+        compact[name] = [
+            [None if each is None else round(each, 4) for each in row] for row in run[name]
+        ]
+    if compact.get("buffer"):
+        compact["buffer"] = {k: v for k, v in run["buffer"].items() if k != "held_per_class"}
+    return compact
+
+
+def _result_files(folder: Path) -> list[Path]:
+    singles = sorted(each for each in folder.rglob("results.json") if not _is_in_work(each))
+    comparisons = [
+        each
+        for each in sorted(folder.rglob("comparison.json"))
+        if not any(single.is_relative_to(each.parent) for single in singles)
+    ]
+    return sorted(singles + comparisons)
+
+
+def _is_in_work(path: Path) -> bool:
+    """Whether results are those of an extension that has not ended: see ``run_folder``."""
+    folder = path.parent
+    return folder.name in (IN_WORK, COMPLETE) and (folder.parent / "results.json").exists()
