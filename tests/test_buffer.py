@@ -210,7 +210,6 @@ def test_leaves_that_require_gradients() -> None:
         ({"transport": "best"}, ValueError, "transport='best': there are"),
         ({"storage": "tape"}, ValueError, "storage='tape': it must be 'auto', 'cpu'"),
         ({"storage": "file:/no/folder"}, ValueError, "/no/folder must be a folder that can be"),
-        ({"rounds_per_exchange": 0}, ValueError, "rounds_per_exchange=0: it must be at least 1"),
         ({"timeout_seconds": 0}, ValueError, "timeout_seconds=0: it must be above 0"),
         ({"label": None}, ValueError, "label=None: the policy class-balanced needs the class"),
     ],

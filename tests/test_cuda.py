@@ -96,13 +96,6 @@ def test_mini_batches_on_the_cpu_and_a_shard_on_the_gpu() -> None:
     assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
 
 
-@pytest.mark.parametrize("storage", ["cpu", "cuda"])
-def test_one_exchange_for_several_steps(storage: str) -> None:
-    expected = augmented("cpu", rounds_per_exchange=4)
-    got = augmented("cuda", storage=storage, rounds_per_exchange=4)
-    assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
-
-
 @pytest.mark.parametrize("storage", ["cpu", "pinned", "shared", "cuda"])
 @pytest.mark.parametrize("own_stream", [False, True])
 def test_a_loader_on_the_cpu_and_a_model_on_the_gpu(storage: str, own_stream: bool) -> None:
@@ -183,8 +176,8 @@ def test_saving_and_loading(storage: str, device: str, tmp_path: Path) -> None:
     def make(**arguments: Any) -> RehearsalBuffer:
         return RehearsalBuffer(60, num_representatives=7, num_candidates=5, **arguments)
 
-    stream, expected = batches(device), augmented("cpu", rounds_per_exchange=2)
-    with make(storage=storage, rounds_per_exchange=2) as buffer:
+    stream, expected = batches(device), augmented("cpu")
+    with make(storage=storage) as buffer:
         for number, batch in enumerate(stream[:25]):
             if number == 21:
                 buffer.save(tmp_path / "at once")
@@ -193,7 +186,7 @@ def test_saving_and_loading(storage: str, device: str, tmp_path: Path) -> None:
             buffer.update(batch)
         buffer.wait_until_saved()
     for source in ("at once", "beside", "state"):
-        with make(storage=storage, rounds_per_exchange=2) as buffer:
+        with make(storage=storage) as buffer:
             if source == "state":
                 buffer.load_state_dict(state)
             else:

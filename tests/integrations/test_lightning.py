@@ -337,7 +337,7 @@ def test_checkpoints_hold_the_buffer(made: Callable[..., Rehearsal], tmp_path: P
     training.fit(halves, loader(), ckpt_path=tmp_path / "last.ckpt", weights_only=True)
     for ours, expected in zip(halves.trained, whole.trained[5:], strict=True):
         assert torch.equal(ours[0], expected[0])
-    assert len(second.buffer._checkpointing.tasks) == 1
+    assert len(second.buffer.tasks) == 1
     # Evaluating that checkpoint does not take the buffer back to it.
     training.validate(
         halves, loader(), ckpt_path=tmp_path / "last.ckpt", verbose=False, weights_only=True
@@ -566,7 +566,7 @@ def test_two_ranks_and_on_one(made: Callable[..., Rehearsal], tmp_path: Path) ->
     training.fit(module, DataLoader(floats(), batch_size=4), ckpt_path=path, weights_only=True)
     assert sizes(module.trained) == [7] * 8
     assert rehearsal.buffer.stats().held_per_rank == [24]
-    assert len(rehearsal.buffer._checkpointing.tasks) == 1
+    assert len(rehearsal.buffer.tasks) == 1
 
     fabric = Fabric(accelerator="cpu", devices=1)
     with RehearsalBuffer(24, num_representatives=3) as buffer:

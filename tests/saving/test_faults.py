@@ -60,7 +60,8 @@ def num_saved_rounds(folder: Path) -> int:
     """The round at which the save in a folder was made; reads and checks all of it."""
     saved = SavedFolder(folder)
     for rank in range(saved.manifest.num_ranks):
-        saved.check(rank)
+        for _ in saved.checked_rows(rank):
+            pass
     return saved.manifest.num_rounds
 
 

@@ -25,7 +25,7 @@ from ritornello.saving.manifest import Manifest, Removal, TaskMark
 from ritornello.saving.restoring import adopt, restore
 from ritornello.saving.saved_buffer import CONTENTS, POLICY, SavedBuffer, records_of
 from ritornello.saving.state_dict import PREFIX, entry_of, gathered
-from ritornello.saving.writing import Saving, Snapshot, new_save_id
+from ritornello.saving.writing import SaveUnderWay, Snapshot, new_save_id
 from ritornello.transports.agreement import together
 
 DRAWN_BY = ("num_representatives", "num_draws", "sampling")
@@ -54,7 +54,7 @@ class Checkpointing:
         self._rounds, self._transport = steps.rounds, steps.rounds.transport
         self.tasks: tuple[TaskMark, ...] = ()
         self._removals: tuple[Removal, ...] = ()
-        self._saving: Saving | None = None
+        self._saving: SaveUnderWay | None = None
 
     def begin_task(self, name: str) -> None:
         """See ``RehearsalBuffer.begin_task``."""
@@ -69,7 +69,7 @@ class Checkpointing:
         with self._steps.with_peers("save"):
             self._end()
             snapshot = together(self._transport, self._snapshot, "save")
-            saving = Saving(
+            saving = SaveUnderWay(
                 Path(folder),
                 snapshot,
                 new_save_id(self._transport),

@@ -19,16 +19,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ritornello.arrays import Arrays, Bytes, Ints
+from ritornello.arrays import Arrays, Ints
 from ritornello.errors import CheckpointError
 from ritornello.policies.contents import Contents
 from ritornello.policies.names import SELECTION_POLICIES
 from ritornello.policies.selection import SelectionPolicy, State
 from ritornello.records.shard import rows_per_rank
 from ritornello.saving.conditions import Values, Where
-from ritornello.saving.files import locked, sync_folder
+from ritornello.saving.files import sync_folder
 from ritornello.saving.folder import (
     SavedFolder,
+    locked_to_save,
     now,
     random_id,
     remove_leftovers,
@@ -37,7 +38,7 @@ from ritornello.saving.folder import (
 )
 from ritornello.saving.manifest import Manifest, Removal, SavedFile
 from ritornello.saving.saved_buffer import CONTENTS, POLICY, admission_rounds, part_of, records_of
-from ritornello.saving.shard_file import PIECE_BYTES, NewShardFile
+from ritornello.saving.shard_file import PIECE_BYTES, new_shard_file
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def forget(
     if dry_run:
         return _find(saved, Where(where, saved.manifest)).outcome()
     try:
-        with locked(path):
+        with locked_to_save(path):
             remove_leftovers(path)  # a crash may have left what was to be forgotten
             sync_folder(path)
             return _forget(SavedFolder(path), where, selection)
@@ -126,7 +127,7 @@ class _Found:
 
     manifest: Manifest
     slots: list[Ints] = field(default_factory=list)
-    """Of each shard, ascending."""
+    """For each shard, where they are, ascending."""
     num_per_class: Counter[int] = field(default_factory=Counter)
     num_per_task: Counter[str] = field(default_factory=Counter)
 
@@ -185,7 +186,7 @@ def _rewrite(
         with _understanding(folder):
             arrays |= {POLICY + name: each for name, each in states[rank].items()}
             arrays["admitted_in"] = arrays["admitted_in"][slots]
-            arrays["staged"] = _records(arrays, "staged", manifest)[:0]
+            arrays["staged"] = records_of(arrays, "staged", manifest.record_bytes)[:0]
             if contents := part_of(arrays, CONTENTS):
                 moved = Contents.moved(contents, before, after)
                 arrays |= {CONTENTS + name: each for name, each in moved.items()}
@@ -193,7 +194,7 @@ def _rewrite(
         size = manifest.record_bytes
         with (
             saved.shard(rank) as shard,
-            NewShardFile(folder / name, arrays, len(slots), size) as file,
+            new_shard_file(folder / name, arrays, len(slots), size) as file,
         ):
             num_at_once = max(1, PIECE_BYTES // max(1, size))
             for first in range(0, len(slots), num_at_once):
@@ -202,7 +203,7 @@ def _rewrite(
                 for positions, records in shard.rows(wanted):
                     piece[positions] = records
                 file.write(piece.reshape(-1))
-            files.append(SavedFile(name, file.num_bytes, file.finish()))
+        files.append(SavedFile(name, file.num_bytes, file.sha256))
     sync_folder(folder)
     left = replace(
         manifest,
@@ -240,14 +241,6 @@ def _places(manifest: Manifest, kept: list[Ints]) -> tuple[Ints, Ints]:
 def _arrays(saved: SavedFolder, rank: int) -> Arrays:
     with saved.shard(rank) as shard:
         return shard.arrays()
-
-
-def _records(arrays: Arrays, name: str, manifest: Manifest) -> Bytes:
-    """Records beside the shard's own; none before the first mini-batch."""
-    if manifest.layout is None:
-        return np.zeros((0, 0), np.uint8)
-    with _understanding(name):
-        return records_of(arrays, name, manifest.record_bytes)
 
 
 def _policy_of(manifest: Manifest) -> SelectionPolicy:

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from ritornello.experiments.inspection.inspection import find_buffers
 from ritornello.experiments.inspection.tables import shown
-from ritornello.experiments.results.run_folder import COMPLETE, IN_WORK, PARTIAL, locked
+from ritornello.experiments.results.run_folder import COMPLETE, IN_WORK, locked
 from ritornello.saving.conditions import Values, Where
+from ritornello.saving.files import PARTIAL
 from ritornello.saving.folder import SavedFolder, remove_leftovers
 from ritornello.saving.forgetting import Forgotten, forget
 from ritornello.saving.manifest import Manifest

@@ -30,7 +30,6 @@ from ritornello.experiments.ranks.place import Place, device_named
 from ritornello.experiments.ranks.progress import say
 from ritornello.experiments.results import run_folder as living_folder
 from ritornello.experiments.results.run_folder import IN_WORK, locked, part_of
-from ritornello.experiments.results.run_folder import NAME as LOCK
 from ritornello.experiments.results.writing import Results, TaskLog
 from ritornello.experiments.training import run as train
 from ritornello.experiments.training.checkpoints import Checkpoints
@@ -50,6 +49,7 @@ from ritornello.experiments.training.extension_plan import (
 from ritornello.experiments.training.saver import CheckpointSettings, Saver
 from ritornello.experiments.training.tracking import PLACES, Tracking, telling
 from ritornello.experiments.training.trainer import Trainer
+from ritornello.saving.files import LOCK
 
 
 def extend(
@@ -132,11 +132,7 @@ def extend(
             f"or remove {work}"
         )
         if not (resumes and train.go_on(trainer, checkpoints, fix)):
-            model = part_of(folder, "model.pt")
-            with ranks.together(f"cannot read {model}"):
-                weights = torch.load(model, map_location="cpu", weights_only=True)
-            trainer.follow(_log_of(extension.before), weights, part_of(folder, "buffer"))
-            _test_before(trainer)
+            _follow(trainer, extension, ranks)
         figures = stack.enter_context(telling(tracking, place, trainer, ranks))
         results = _results(extension.before, trainer.train(saver, figures), command)
         train.write_outcome(work, results, trainer, ranks, keep_buffer=True)
@@ -184,6 +180,21 @@ def _say_what_comes(
         say("the optimiser begins anew: its state is not kept between runs", style="yellow")
 
 
+def _follow(trainer: Trainer, extension: Extension, ranks: Ranks) -> None:
+    """Begins where the run has ended, and measures what it could do where that is not known."""
+    model = part_of(extension.folder, "model.pt")
+    with ranks.together(f"cannot read {model}"):
+        weights = torch.load(model, map_location="cpu", weights_only=True)
+    trainer.follow(_log_of(extension.before), weights, part_of(extension.folder, "buffer"))
+    accuracies = trainer.evaluation.accuracies(trainer.network)
+    for matrix, measured in (
+        (trainer.log.top1, accuracies.top1),
+        (trainer.log.top5, accuracies.top5),
+    ):
+        pairs = zip(matrix[-1], measured, strict=True)
+        matrix[-1] = [now if known is None else known for known, now in pairs]
+
+
 def _results(before: Results, newest: Results, command: str) -> Results:
     """Those of the run with its new task, as JSON would give them back."""
     about = {"date": newest["date"], "command": command, "world_size": newest["world_size"]}
@@ -210,17 +221,6 @@ def _log_of(before: Results) -> TaskLog:
         seconds=list(before["seconds_per_task"]),
         steps=list(before["steps_per_task"]),
     )
-
-
-def _test_before(trainer: Trainer) -> None:
-    """Measures what the run could do before the new task, where that is not known."""
-    accuracies = trainer.evaluation.accuracies(trainer.network)
-    for matrix, measured in (
-        (trainer.log.top1, accuracies.top1),
-        (trainer.log.top5, accuracies.top5),
-    ):
-        pairs = zip(matrix[-1], measured, strict=True)
-        matrix[-1] = [now if known is None else known for known, now in pairs]
 
 
 def _done_before(extension: Extension, folder: Path, place: Path, resumes: bool) -> Results | None:

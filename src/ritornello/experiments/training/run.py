@@ -28,7 +28,7 @@ from ritornello.experiments.ranks.place import Place, device_named
 from ritornello.experiments.ranks.progress import say
 from ritornello.experiments.recipes.recipe import DESCRIPTIONS, Recipe
 from ritornello.experiments.results.reading import runs_in
-from ritornello.experiments.results.run_folder import locked, on_disk, write_json
+from ritornello.experiments.results.run_folder import locked, write_json
 from ritornello.experiments.results.writing import Results
 from ritornello.experiments.strategies import strategy_named
 from ritornello.experiments.training import exemplars
@@ -38,6 +38,7 @@ from ritornello.experiments.training.tracking import Tracking, telling
 from ritornello.experiments.training.trainer import Trainer
 from ritornello.experiments.training.variants import folder_name
 from ritornello.policies.names import SAMPLING_POLICIES, SELECTION_POLICIES
+from ritornello.saving.files import new_file
 
 OFF = CheckpointSettings()
 """No checkpoints."""
@@ -343,9 +344,8 @@ def write_outcome(
     buffer = trainer.strategy.buffer
     with ranks.together(f"cannot write into {folder}"):
         if ranks.rank == 0:
-            with (folder / "model.pt").open("wb") as file:
+            with new_file(folder / "model.pt") as file:
                 torch.save(trainer.network.model.state_dict(), file)
-                on_disk(file)
         if keep_buffer and buffer is not None:
             buffer.save(folder / "buffer")
     with ranks.together(f"cannot write into {folder}"):
