@@ -21,7 +21,7 @@ from ritornello.experiments.ranks.launch import launch
 from ritornello.experiments.recipes.named import recipe_named
 from ritornello.experiments.training import run as train
 from ritornello.experiments.training.extension import extend
-from ritornello.experiments.training.saver import Saver, Saving
+from ritornello.experiments.training.saver import CheckpointSettings, Saver
 from ritornello.experiments.training.tracking import Tracking
 from ritornello.integrations import trackers
 from ritornello.testing import run_ranks
@@ -278,7 +278,7 @@ def test_a_run_that_goes_on(
 
     monkeypatch.setattr(Saver, "between_steps", crashing)
     monkeypatch.setattr(Saver, "at_task_end", lambda *_: None)
-    saving = Saving(save_every=save_at, resume=True)
+    saving = CheckpointSettings(save_every=save_at, resume=True)
     with pytest.raises(CrashError):
         train.run(recipe, str(tmp_path), saving=saving, tracking=TRACKED)
     assert (

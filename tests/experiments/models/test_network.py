@@ -10,6 +10,7 @@ import torch
 from ritornello.experiments.data.data_set import DataSet
 from ritornello.experiments.data.load import load
 from ritornello.experiments.models.network import Network
+from ritornello.experiments.ranks.place import Place
 from ritornello.experiments.recipes.named import recipe_named
 from ritornello.experiments.recipes.recipe import Recipe
 
@@ -22,7 +23,7 @@ def digits() -> DataSet:
 def network(digits: DataSet, **changes: Any) -> Network:
     recipe: Recipe = recipe_named("digits", **changes)
     torch.manual_seed(0)
-    return Network(recipe, digits, torch.device("cpu"), num_ranks=1)
+    return Network(recipe, digits, Place(0, 1, torch.device("cpu")))
 
 
 def test_stored_images_in_logits_out(digits: DataSet) -> None:

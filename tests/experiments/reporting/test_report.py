@@ -15,7 +15,7 @@ from synthetic_results import results_of, results_of_variant
 from ritornello.experiments.recipes.recipe import Published, Recipe
 from ritornello.experiments.reporting import colours, figures, report, summaries, trade_offs
 from ritornello.experiments.results.groups import Group, groups_of
-from ritornello.experiments.results.labels import Results
+from ritornello.experiments.results.writing import Results
 from ritornello.experiments.training.variants import variants
 
 COMPARISON = ("incremental", "rehearsal", "from-scratch")

@@ -18,7 +18,7 @@ from ritornello.experiments.recipes.recipe import Published, Recipe
 from ritornello.experiments.reporting import report
 from ritornello.experiments.results import metrics
 from ritornello.experiments.results.groups import groups_of
-from ritornello.experiments.results.labels import Results
+from ritornello.experiments.results.writing import Results
 
 pytestmark = pytest.mark.skipif(
     chromium.PATH is None, reason="needs Chromium: apt-get install chromium"

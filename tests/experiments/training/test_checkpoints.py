@@ -26,9 +26,9 @@ from ritornello.experiments.results.writing import Results
 from ritornello.experiments.strategies import STRATEGIES
 from ritornello.experiments.training import checkpoints
 from ritornello.experiments.training import run as train
-from ritornello.experiments.training.saver import Saver, Saving
+from ritornello.experiments.training.saver import CheckpointSettings, Saver
 
-EVERY_7 = Saving(save_every=7, resume=True)
+EVERY_7 = CheckpointSettings(save_every=7, resume=True)
 
 FEW_STEPS = {"num_tasks": 2, "epochs": 1, "global_batch_size": 128, "global_num_candidates": None}
 """Of models that are slow: 6 steps, one more for the end of the task, and 5."""
@@ -204,7 +204,7 @@ def names(folder: Path) -> list[str]:
 def crash_after(count: int, recipe: Recipe, folder: Path, stop_at: StopAt, **saving: Any) -> None:
     stop_at(count, crash)
     with pytest.raises(CrashError):
-        train.run(recipe, str(folder), saving=Saving(**{"save_every": 7, **saving}))
+        train.run(recipe, str(folder), saving=CheckpointSettings(**{"save_every": 7, **saving}))
     stop_at(-1, crash)
 
 
@@ -360,7 +360,7 @@ def test_a_finished_run_leaves_its_buffer(tmp_path: Path) -> None:
     with RehearsalBuffer(200, num_representatives=16, seed=1) as buffer:
         buffer.load(tmp_path / "with" / "buffer")
         assert len(buffer) == results["buffer"]["num_held"] == 200
-    train.run(quick(), str(tmp_path / "without"), saving=Saving(keep_buffer="off"))
+    train.run(quick(), str(tmp_path / "without"), saving=CheckpointSettings(keep_buffer="off"))
     assert not (tmp_path / "without" / "buffer").exists()
 
 

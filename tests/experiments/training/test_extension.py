@@ -30,10 +30,10 @@ from ritornello.experiments.results.writing import Results
 from ritornello.experiments.strategies.der import with_further_logits
 from ritornello.experiments.training import run as train
 from ritornello.experiments.training.extension import extend
-from ritornello.experiments.training.saver import Saver, Saving
+from ritornello.experiments.training.saver import CheckpointSettings, Saver
 from ritornello.experiments.training.trainer import Trainer
 
-RESUME = Saving(save_every=5, resume=True)
+RESUME = CheckpointSettings(save_every=5, resume=True)
 
 LIVING = {"buffer", "model.pt", "results.json"}
 
@@ -393,7 +393,7 @@ def test_a_task_that_is_told_brings_new_classes(arrived: Path, tmp_path: Path) -
         ({"changes": {"capacity": 0.5}}, ValueError, "capacity=0.5: say how many"),
         ({"changes": {"learning_rate": 0.0}}, ValueError, "learning_rate=0.0: it must be above 0"),
         ({"changes": {"global_batch_size": 500}}, ValueError, "fewer than global_batch_size=500"),
-        ({"saving": Saving(keep_buffer="off")}, ValueError, "--keep-buffer off: without its buffer"),
+        ({"saving": CheckpointSettings(keep_buffer="off")}, ValueError, "--keep-buffer off: without its buffer"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_changes_nothing(
@@ -481,7 +481,7 @@ def test_a_crash_before_the_end_leaves_all_as_it_was(
     with monkeypatch.context() as patched:
         patched.setattr(owner, name, crash)
         with pytest.raises((CrashError, CheckpointError)):
-            extend(living, arrived / "second.npz", saving=Saving(save_every=100_000))
+            extend(living, arrived / "second.npz", saving=CheckpointSettings(save_every=100_000))
     assert contents(living) == before
     assert len(extend(living, arrived / "second.npz")["tasks"]) == 4
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from ritornello.experiments.results.labels import Results
+from ritornello.experiments.results.writing import Results
 
 COMMAND: ContextVar[str] = ContextVar("COMMAND", default="ritornello")
 """The command line, for the results to say how they were made."""

@@ -20,7 +20,7 @@ from ritornello.experiments.cli.flags import (
 from ritornello.experiments.cli.output import COMMAND, show
 from ritornello.experiments.cli.start import launch_ranks, train
 from ritornello.experiments.recipes.named import recipe_named
-from ritornello.experiments.training.saver import Saving
+from ritornello.experiments.training.saver import CheckpointSettings
 from ritornello.experiments.training.tracking import Tracking
 from ritornello.experiments.training.variants import variants
 
@@ -36,7 +36,7 @@ BufferSettings = Annotated[BufferChanges, tyro.conf.arg(name="")]
 TaskSettings = Annotated[TaskChanges, tyro.conf.arg(name="")]
 RehearsalSettings = Annotated[RehearsalChanges, tyro.conf.arg(name="")]
 SweepSettings = Annotated[Sweep, tyro.conf.arg(name="")]
-SavingSettings = Annotated[Saving, tyro.conf.arg(name="")]
+SavingSettings = Annotated[CheckpointSettings, tyro.conf.arg(name="")]
 TrackingSettings = Annotated[Tracking, tyro.conf.arg(name="")]
 
 

@@ -13,7 +13,7 @@ from rich.markup import escape
 
 from ritornello.experiments.cli.output import COMMAND, output_folder, show
 from ritornello.experiments.recipes.recipe import Recipe
-from ritornello.experiments.training.saver import Saving
+from ritornello.experiments.training.saver import CheckpointSettings
 from ritornello.experiments.training.tracking import Tracking
 
 
@@ -22,7 +22,7 @@ def train(
     ranks: int | None,
     output: str | None,
     default_name: str,
-    saving: Saving | None = None,
+    saving: CheckpointSettings | None = None,
     tracking: Tracking | None = None,
 ) -> None:
     """Trains one variant or several on all ranks; the main one shows what came out."""
@@ -32,8 +32,7 @@ def train(
         UNTRACKED,
         all_finished,
         check,
-        compare,
-        run,
+        run_checked,
     )
 
     place = place_in_job(os.environ)
@@ -55,11 +54,9 @@ def train(
     if goes_on and output is not None and all_finished(recipes, Path(output), num_ranks):
         console.print("has finished before; nothing is run", highlight=False)
     else:
-        several = len(recipes) > 1
         settings: dict[str, Any] = {"command": command, "saving": saving, "tracking": tracking}
-        target = partial(compare if several else run, **settings)
-        what = recipes if several else next(iter(recipes.values()))
-        launch_ranks(ranks, saving, f"--resume --output {path}", target, what, path)
+        target = partial(run_checked, **settings)
+        launch_ranks(ranks, saving, f"--resume --output {path}", target, recipes, path)
     if folder is not None:
         from ritornello.experiments.results.reading import load_results
 
@@ -67,7 +64,11 @@ def train(
 
 
 def launch_ranks(
-    ranks: int | None, saving: Saving, flags: str, target: Callable[..., Any], *arguments: Any
+    ranks: int | None,
+    saving: CheckpointSettings,
+    flags: str,
+    target: Callable[..., Any],
+    *arguments: Any,
 ) -> Any:
     """Trains on all ranks. An interruption says with which flags it goes on."""
     from ritornello.experiments.ranks.interruption import SIGNALS, RunInterruptedError

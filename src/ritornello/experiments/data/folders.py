@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ritornello.experiments.data.data_set import Arrival, Batch, DataSet, LabelledImages
+from ritornello.experiments.data.data_set import Arrival, DataSet, LabelledBatch, LabelledImages
 
 Samples = list[tuple[str, int]]
 """File and label."""
@@ -46,7 +46,7 @@ class FileImages(LabelledImages):
             [v2.Resize(image_size), v2.CenterCrop(image_size), *grey, v2.PILToTensor()]
         )
 
-    def __getitems__(self, indices: Sequence[int]) -> Batch:
+    def __getitems__(self, indices: Sequence[int]) -> LabelledBatch:
         """See ``LabelledImages``.
 
         Raises:

@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ritornello.experiments.data.data_set import DataSet
 from ritornello.experiments.models import build as models
 from ritornello.experiments.models.augmentation import Pixels
+from ritornello.experiments.ranks.place import Place
 from ritornello.experiments.recipes.recipe import Recipe
 
 
@@ -24,13 +25,13 @@ class Network(nn.Module):
     Args:
         recipe: what to build.
         data: what to build it for.
-        device: of this rank.
-        num_ranks: with several, the model is made parallel.
+        place: of this rank; with several, the model is made parallel.
     """
 
-    def __init__(self, recipe: Recipe, data: DataSet, device: torch.device, num_ranks: int) -> None:
+    def __init__(self, recipe: Recipe, data: DataSet, place: Place) -> None:
         super().__init__()
-        self._num_ranks = num_ranks
+        device = place.device
+        self._num_ranks = place.num_ranks
         self._amp = recipe.amp
         self._device_type = device.type
         self._memory_format = (
@@ -42,7 +43,7 @@ class Network(nn.Module):
         )
         self.model.to(device).to(memory_format=self._memory_format)
         parallel: nn.Module = self.model
-        if num_ranks > 1:
+        if place.num_ranks > 1:
             parallel = DistributedDataParallel(
                 self.model, device_ids=[device] if device.type == "cuda" else None
             )

@@ -27,7 +27,8 @@ from ritornello.experiments.reporting.summaries import (
     times_incremental,
 )
 from ritornello.experiments.results.groups import Group
-from ritornello.experiments.results.labels import WITHOUT_BUFFER, Results
+from ritornello.experiments.results.labels import WITHOUT_BUFFER
+from ritornello.experiments.results.writing import Results
 
 MAX_OPEN = 8
 """With more groups, the plots of single groups are folded away."""

@@ -11,7 +11,8 @@ from ritornello.experiments.recipes.published import family_of
 from ritornello.experiments.reporting.provenance import commands_of, origin_of
 from ritornello.experiments.reporting.summaries import families_of, times_incremental
 from ritornello.experiments.results.groups import Group, Statistic, groups_of, reference_for
-from ritornello.experiments.results.labels import WITHOUT_BUFFER, Results, labels_of
+from ritornello.experiments.results.labels import WITHOUT_BUFFER, labels_of
+from ritornello.experiments.results.writing import Results
 
 HAVE_COLUMNS = ("seed", "capacity", "global_num_representatives", "world_size")
 """Settings with a column of their own: the first column does not name them."""

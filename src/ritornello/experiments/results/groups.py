@@ -11,7 +11,8 @@ from typing import Any
 
 from ritornello.experiments.recipes.published import family_of
 from ritornello.experiments.recipes.recipe import Published
-from ritornello.experiments.results.labels import WITHOUT_BUFFER, Results, labels_of, settings_of
+from ritornello.experiments.results.labels import WITHOUT_BUFFER, labels_of, settings_of
+from ritornello.experiments.results.writing import Results
 
 
 @dataclass(frozen=True)

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from ritornello.experiments.recipes import published
 from ritornello.experiments.recipes.recipe import DESCRIPTIONS
+from ritornello.experiments.results.writing import Results
 from ritornello.experiments.strategies import STRATEGIES
-
-Results = Mapping[str, Any]
-"""What came out of one run, as ``results.json`` holds it."""
 
 WITHOUT_BUFFER = tuple(name for name, each in STRATEGIES.items() if not each.rehearses)
 """Strategies that have none."""

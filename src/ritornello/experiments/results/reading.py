@@ -7,8 +7,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ritornello.experiments.results.labels import Results, labels_of
+from ritornello.experiments.results.labels import labels_of
 from ritornello.experiments.results.run_folder import COMPLETE, IN_WORK
+from ritornello.experiments.results.writing import Results
 
 FORMAT = 1
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -17,10 +17,12 @@ from torch import nn
 import ritornello
 from ritornello.experiments.data.data_set import DataSet
 from ritornello.experiments.data.scenarios import Task
+from ritornello.experiments.ranks.place import Place
 from ritornello.experiments.recipes.recipe import Recipe
 from ritornello.experiments.results import metrics
 
-Results = dict[str, Any]
+Results = Mapping[str, Any]
+"""What ``results.json`` holds, of one run."""
 
 
 @dataclass
@@ -50,45 +52,22 @@ class TaskLog:
     steps: list[int] = field(default_factory=list)
 
 
-def results_of(
-    recipe: Recipe,
-    tasks: Sequence[Task],
-    log: TaskLog,
-    seconds: StepSeconds,
-    *,
-    num_resumed: int,
-    buffer: dict[str, Any] | None,
-    model: nn.Module,
-    device: torch.device,
-    num_ranks: int,
-    data: DataSet,
-) -> Results:
-    """Everything that ``results.json`` holds.
+def setting_of(recipe: Recipe, data: DataSet, tasks: Sequence[Task], place: Place) -> Results:
+    """What ``results.json`` says of a run before it has begun, with where and when it was.
 
     Args:
         recipe: with sizes of all ranks.
+        data: that the model is trained on.
         tasks: of the stream.
-        log: of all tasks.
-        seconds: of all tasks' steps.
-        num_resumed: how often the run has gone on from a checkpoint.
-        buffer: its statistics, if there is one.
-        model: trained.
-        device: it was trained on.
-        num_ranks: by how many.
-        data: that it was trained on.
+        place: of this rank.
     """
-    top1, top5 = metrics.matrix_of(log.top1), metrics.matrix_of(log.top5)
-    # A task that is not trained on when it comes can be neither forgotten nor transferred.
-    learnt = top1 if all(log.steps) else top1[-1:]
-    at_start = log.at_start
-    assert at_start is not None
-    steps = max(1, seconds.num_steps)
+    device = place.device
     return {
         "format": 1,
         "recipe": recipe.name,
         "strategy": recipe.strategy,
         "seed": recipe.seed,
-        "world_size": num_ranks,
+        "world_size": place.num_ranks,
         "config": asdict(recipe),
         "versions": {
             "ritornello": ritornello.__version__,
@@ -121,6 +100,23 @@ def results_of(
             }
             for task in tasks
         ],
+    }
+
+
+def outcome_of(log: TaskLog, seconds: StepSeconds) -> Results:
+    """What ``results.json`` says of accuracies and of time.
+
+    Args:
+        log: of all tasks.
+        seconds: of all tasks' steps.
+    """
+    top1, top5 = metrics.matrix_of(log.top1), metrics.matrix_of(log.top5)
+    # A task that is not trained on when it comes can be neither forgotten nor transferred.
+    learnt = top1 if all(log.steps) else top1[-1:]
+    at_start = log.at_start
+    assert at_start is not None
+    steps = max(1, seconds.num_steps)
+    return {
         "top1": log.top1,
         "top5": log.top5,
         "top1_at_start": at_start[0],
@@ -140,10 +136,6 @@ def results_of(
             "wait": seconds.in_buffer / steps,
             "train": (seconds.step - seconds.in_buffer) / steps,
         },
-        "resumed": num_resumed,
-        "seconds_saving": seconds.saving,
-        "buffer": buffer,
-        "weights_sha256": weights_digest(model),
     }
 
 

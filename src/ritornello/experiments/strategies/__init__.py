@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from ritornello.buffer import RehearsalBuffer
 from ritornello.experiments.recipes.recipe import Recipe
@@ -107,27 +108,19 @@ def strategy_of(
         recipe.global_num_representatives,
         recipe.seed,
     )
-    if not issubclass(kind, RehearsalStrategy):
-        return kind(criterion=criterion, sizes=sizes)
     # Exemplars were chosen already; of a stream, every c-th may do.
     candidates = recipe.global_num_candidates if recipe.remembers == "stream" else None
-    buffer = RehearsalBuffer(
+    new_buffer = partial(
+        RehearsalBuffer,
         recipe.num_stored(num_train_samples),
         # The largest part; ranks whose part is smaller leave one out.
         num_representatives=-(-recipe.global_num_representatives // num_ranks),
         num_candidates=None if candidates is None else candidates // num_ranks,
         selection=_selection_of(recipe, num_classes),
         sampling=recipe.sampling,
-        num_draws=kind.num_draws,
         seed=recipe.seed,
     )
-    return kind(
-        buffer,
-        criterion=criterion,
-        sizes=sizes,
-        offers_stream=recipe.remembers == "stream",
-        **kind.options(recipe),
-    )
+    return kind.of(recipe, new_buffer, criterion=criterion, sizes=sizes)
 
 
 def _selection_of(recipe: Recipe, num_classes: int) -> str | SelectionPolicy:

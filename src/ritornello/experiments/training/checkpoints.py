@@ -34,7 +34,7 @@ FORMAT = 1
 
 
 @dataclass(frozen=True)
-class Snapshot:
+class RunSnapshot:
     """What one rank knows of a run between two steps."""
 
     count: int
@@ -79,7 +79,7 @@ class Checkpoints:
         self._folder, self._num_kept, self._ranks = folder, num_kept, ranks
         self._damaged: set[Path] = set()
 
-    def write(self, snapshot: Snapshot) -> Path:
+    def write(self, snapshot: RunSnapshot) -> Path:
         """Writes a checkpoint. Blocks until it is on disk.
 
         Raises:
@@ -175,7 +175,7 @@ class Checkpoints:
             shutil.rmtree(each)
 
 
-def _write_files(folder: Path, snapshot: Snapshot, of_ranks: list[dict[str, Any]]) -> None:
+def _write_files(folder: Path, snapshot: RunSnapshot, of_ranks: list[dict[str, Any]]) -> None:
     state = io.BytesIO()
     torch.save({"trainer": snapshot.tensors, "ranks": of_ranks}, state)
     description = {"format": FORMAT, "where": snapshot.where, **snapshot.description}

@@ -26,6 +26,7 @@ from ritornello.experiments.data.scenarios import Task
 from ritornello.experiments.ranks.group import Ranks
 from ritornello.experiments.ranks.interruption import NotedSignals
 from ritornello.experiments.ranks.launch import restarted
+from ritornello.experiments.ranks.place import Place, device_named
 from ritornello.experiments.ranks.progress import say
 from ritornello.experiments.results import run_folder as living_folder
 from ritornello.experiments.results.run_folder import IN_WORK, locked, part_of
@@ -38,8 +39,14 @@ from ritornello.experiments.training.extended_data import (
     image_shape_of,
     with_new_task,
 )
-from ritornello.experiments.training.extension_plan import Extension, check_classes, counted, plan
-from ritornello.experiments.training.saver import Saver, Saving
+from ritornello.experiments.training.extension_plan import (
+    Extension,
+    check_classes,
+    counted,
+    plan,
+    results_in,
+)
+from ritornello.experiments.training.saver import CheckpointSettings, Saver
 from ritornello.experiments.training.tracking import PLACES, Tracking, telling
 from ritornello.experiments.training.trainer import Trainer
 from ritornello.saving.files import LOCK
@@ -54,7 +61,7 @@ def extend(
     output: str | Path | None = None,
     changes: Mapping[str, Any] | None = None,
     command: str = "",
-    saving: Saving = train.OFF,
+    saving: CheckpointSettings = train.OFF,
     tracking: Tracking = train.UNTRACKED,
 ) -> Results:
     """Goes on with a finished run: it learns what has arrived, rehearsing from its buffer.
@@ -93,30 +100,30 @@ def extend(
         ranks = stack.enter_context(Ranks())
         told = ranks.tell((str(folder), None if output is None else str(output)))
         folder, place = Path(told[0]), Path(told[1] or told[0])
-        settings: dict[str, Any] = {"name": name, "changes": changes, "num_ranks": ranks.num_ranks}
-        plan(folder, Path(data), **settings)  # so that nothing is locked that is no run
+        results_in(folder)  # so that nothing is locked that is no run
         with ranks.together("cannot begin"):
             if ranks.rank == 0:
                 for each in dict.fromkeys((folder, place)):
                     stack.enter_context(locked(each, wait_seconds=30.0 * restarted()))
                     living_folder.finish(each)
-        extension = plan(folder, Path(data), **settings)
+        # Only now: another job may have gone on with the run before it gave the lock back.
+        extension = plan(folder, Path(data), name=name, changes=changes, num_ranks=ranks.num_ranks)
         resumes = saving.is_on and (saving.resume or restarted())
-        done = ranks.tell(_done_before(extension, folder, place, resumes))
+        done: Results | None = ranks.tell(_done_before(extension, folder, place, resumes))
         if done is not None:
             if ranks.rank == 0:
                 say(f"{extension.name} has been learnt before; nothing is run")
-            return Results(done)
+            return done
         work = place / IN_WORK
         ranks.gather(None)  # all have looked before the first one begins to write
         if ranks.rank == 0:
             stack.enter_context(_made(work))
         signals = stack.enter_context(NotedSignals()) if saving.is_on else None
-        device = train.device_named(extension.recipe.device)
+        device = device_named(extension.recipe.device)
         stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
         arrived, tasks = _stream(extension, [Path(each) for each in tests], ranks)
         trainer = stack.enter_context(
-            Trainer(extension.recipe, arrived, device, ranks.rank, ranks.num_ranks, tasks)
+            Trainer(extension.recipe, arrived, Place(ranks.rank, ranks.num_ranks, device), tasks)
         )
         checkpoints = Checkpoints(work / "checkpoints", saving.keep, ranks)
         saver = None if signals is None else Saver(saving, checkpoints, ranks, signals)
@@ -125,11 +132,7 @@ def extend(
             f"or remove {work}"
         )
         if not (resumes and train.go_on(trainer, checkpoints, fix)):
-            model = part_of(folder, "model.pt")
-            with ranks.together(f"cannot read {model}"):
-                weights = torch.load(model, map_location="cpu", weights_only=True)
-            trainer.follow(_log_of(extension.before), weights, part_of(folder, "buffer"))
-            _test_before(trainer)
+            _follow(trainer, extension, ranks)
         figures = stack.enter_context(telling(tracking, place, trainer, ranks))
         results = _results(extension.before, trainer.train(saver, figures), command)
         train.write_outcome(work, results, trainer, ranks, keep_buffer=True)
@@ -177,22 +180,36 @@ def _say_what_comes(
         say("the optimiser begins anew: its state is not kept between runs", style="yellow")
 
 
+def _follow(trainer: Trainer, extension: Extension, ranks: Ranks) -> None:
+    """Begins where the run has ended, and measures what it could do where that is not known."""
+    model = part_of(extension.folder, "model.pt")
+    with ranks.together(f"cannot read {model}"):
+        weights = torch.load(model, map_location="cpu", weights_only=True)
+    trainer.follow(_log_of(extension.before), weights, part_of(extension.folder, "buffer"))
+    accuracies = trainer.evaluation.accuracies(trainer.network)
+    for matrix, measured in (
+        (trainer.log.top1, accuracies.top1),
+        (trainer.log.top5, accuracies.top5),
+    ):
+        pairs = zip(matrix[-1], measured, strict=True)
+        matrix[-1] = [now if known is None else known for known, now in pairs]
+
+
 def _results(before: Results, newest: Results, command: str) -> Results:
     """Those of the run with its new task, as JSON would give them back."""
     about = {"date": newest["date"], "command": command, "world_size": newest["world_size"]}
-    return Results(
-        json.loads(
-            json.dumps(
-                newest
-                | {
-                    "command": command,
-                    "data": before["data"],
-                    "train_samples": before["train_samples"] + newest["train_samples"],
-                    "tasks": [*before["tasks"], newest["tasks"][-1] | about],
-                }
-            )
+    results: Results = json.loads(
+        json.dumps(
+            {
+                **newest,
+                "command": command,
+                "data": before["data"],
+                "train_samples": before["train_samples"] + newest["train_samples"],
+                "tasks": [*before["tasks"], newest["tasks"][-1] | about],
+            }
         )
     )
+    return results
 
 
 def _log_of(before: Results) -> TaskLog:
@@ -206,17 +223,6 @@ def _log_of(before: Results) -> TaskLog:
     )
 
 
-def _test_before(trainer: Trainer) -> None:
-    """Measures what the run could do before the new task, where that is not known."""
-    accuracies = trainer.evaluation.accuracies(trainer.network)
-    for matrix, measured in (
-        (trainer.log.top1, accuracies.top1),
-        (trainer.log.top5, accuracies.top5),
-    ):
-        pairs = zip(matrix[-1], measured, strict=True)
-        matrix[-1] = [now if known is None else known for known, now in pairs]
-
-
 def _done_before(extension: Extension, folder: Path, place: Path, resumes: bool) -> Results | None:
     """The results, if the task has been learnt before and that is no mistake.
 
@@ -225,9 +231,9 @@ def _done_before(extension: Extension, folder: Path, place: Path, resumes: bool)
         FileExistsError: the output holds something else.
     """
     if place != folder and (place / "results.json").exists():
-        found = json.loads((place / "results.json").read_text())
+        found: Results = json.loads((place / "results.json").read_text())
         if resumes and found["tasks"][-1]["name"] == extension.name:
-            return Results(found)
+            return found
     if extension.is_learnt:
         if resumes and place == folder:
             return extension.before

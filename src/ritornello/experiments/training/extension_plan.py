@@ -34,15 +34,15 @@ class Extension:
     """What is to be done; from ``plan``."""
 
     folder: Path
-    """Of the run."""
+    """Where the run is."""
     before: Results
-    """Of the run."""
+    """What the run has written down."""
     recipe: Recipe
     """With which the new task is learnt."""
     data: Path
     """What has arrived."""
     name: str
-    """Of the new task."""
+    """The new task's."""
     is_learnt: bool
     """Whether the run has learnt a task of that name already."""
 
@@ -83,7 +83,7 @@ def plan(
         ValueError: this run cannot go on like that; says why.
         CheckpointError: its buffer cannot be read.
     """
-    before = _results_in(folder)
+    before = results_in(folder)
     if not data.exists():
         raise FileNotFoundError(f"--data {data}: there is no such file or folder")
     recipe = _recipe(folder, before, changes or {})
@@ -161,7 +161,7 @@ def _can_go_on() -> list[str]:
     ]
 
 
-def _results_in(folder: Path) -> Results:
+def results_in(folder: Path) -> Results:
     """What a finished run has written down.
 
     Raises:
