@@ -23,7 +23,7 @@ from ritornello.rounds.steps import Steps
 from ritornello.rounds.worker import Worker
 from ritornello.saving.manifest import Manifest, Removal, TaskMark
 from ritornello.saving.restoring import adopt, restore
-from ritornello.saving.saved_buffer import CONTENTS, POLICY, SavedBuffer, records_of
+from ritornello.saving.saved_buffer import POLICY, SavedBuffer, contents_arrays, records_of
 from ritornello.saving.state_dict import PREFIX, entry_of, gathered
 from ritornello.saving.writing import Saving, Snapshot, new_save_id
 from ritornello.transports.agreement import together
@@ -126,14 +126,15 @@ class Checkpointing:
         """What this rank saves, while no round runs.
 
         Raises:
-            TypeError: the selection policy cannot be saved.
+            TypeError: a policy cannot be saved.
         """
         rounds = self._rounds
         arrays: dict[str, NDArray[Any]] = {
             "admitted_in": rounds.admitted_in[: rounds.num_held].copy()
         }
         arrays |= {POLICY + name: each for name, each in rounds.selection.state().items()}
-        arrays |= {CONTENTS + name: each for name, each in rounds.contents.state().items()}
+        if rounds.contents.knows_labels:
+            arrays |= contents_arrays(rounds.contents.state(), rounds.sampling.state())
         if self._steps.begun is not None:
             arrays["staged"] = self._steps.staged_records().numpy()
         manifest = self._manifest()
