@@ -55,7 +55,8 @@ class Contents:
         Raises:
             TypeError: the sampling policy has not said that it needs labels.
         """
-        return self._labels[self.used_places]
+        used = self.used_places
+        return self._labels[used]
 
     @property
     def used_places(self) -> slice | Ints:

@@ -135,7 +135,7 @@ class _Found:
 
     manifest: Manifest
     slots: list[Ints] = field(default_factory=list)
-    """Of each shard, ascending."""
+    """Each shard's, ascending."""
     num_per_class: Counter[int] = field(default_factory=Counter)
     num_per_task: Counter[str] = field(default_factory=Counter)
 
