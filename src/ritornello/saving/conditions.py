@@ -28,7 +28,7 @@ class Condition:
     is_private: bool
     """Whether the values may say who somebody is, and are not to be written down."""
     values: Ints
-    """Of tasks, their positions in the manifest."""
+    """What it is compared with; of tasks, their positions in the manifest."""
     texts: tuple[str, ...]
 
 

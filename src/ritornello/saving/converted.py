@@ -49,7 +49,7 @@ class Converted(SavedBuffer):
 
     @property
     def saved_record_bytes(self) -> int:
-        """Of a record in its old form."""
+        """Bytes of a record in its old form."""
         return self._saved.manifest.record_bytes
 
     @contextmanager

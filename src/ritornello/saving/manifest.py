@@ -39,7 +39,7 @@ MOST_RECORD_BYTES = 2**40
 MOST_DIMENSIONS = 64
 MOST_FIELDS = 10_000
 MOST_LEVELS = 64
-"""Of a sample's nesting."""
+"""How deep a sample may be nested."""
 
 DTYPES = {
     str(dtype).removeprefix("torch."): dtype
@@ -94,7 +94,7 @@ class Manifest:
     """A saved buffer, without its representatives."""
 
     arguments: dict[str, str]
-    """Of the ``RehearsalBuffer``, as text."""
+    """Those of the ``RehearsalBuffer``, as text."""
     capacity: int
     held_per_rank: tuple[int, ...]
     num_rounds: int
@@ -106,7 +106,7 @@ class Manifest:
     num_staged: int
     """Representatives that the last round has drawn for each rank."""
     layout: Layout | None
-    """Of the records; None before the first mini-batch."""
+    """What the records look like; None before the first mini-batch."""
     label: int | None
     """The position of the class label among the layout's fields."""
     on_gpu: bool = False
@@ -139,7 +139,7 @@ class Manifest:
 
     @property
     def record_bytes(self) -> int:
-        """Of each representative."""
+        """Bytes of each representative."""
         return self.layout.record_bytes if self.layout else 0
 
     @property
