@@ -130,10 +130,13 @@ def test_distances_steer_what_grasp_draws() -> None:
         assert is_prototype(numbers).double().mean() >= 0.8
 
 
-def test_distances_without_a_policy_that_looks_at_them() -> None:
+@pytest.mark.parametrize("sampling", ["uniform", "class-balanced"])
+def test_distances_without_a_policy_that_looks_at_them(sampling: str) -> None:
     with (
-        RehearsalBuffer(20, num_representatives=2) as buffer,
-        pytest.raises(ValueError, match="use sampling='grasp'"),
+        RehearsalBuffer(20, num_representatives=2, sampling=sampling) as buffer,
+        pytest.raises(
+            ValueError, match="Sampling does not look at distances; use sampling='grasp'"
+        ),
     ):
         buffer.measure_distances(lambda batch: batch[0])
 

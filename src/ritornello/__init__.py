@@ -13,11 +13,11 @@ from ritornello.policies.class_shares import (
 )
 from ritornello.policies.contents import Contents
 from ritornello.policies.exemplars import at_random, closest_to_mean, herding
+from ritornello.policies.grasp import GraspSampling
 from ritornello.policies.largest_class import ClassBalancedReservoir, GraspEviction
 from ritornello.policies.reservoir import Fifo, Reservoir
 from ritornello.policies.sampling import (
     ClassBalancedSampling,
-    GraspSampling,
     SamplingPolicy,
     UniformSampling,
 )

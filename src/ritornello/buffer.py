@@ -283,11 +283,12 @@ class RehearsalBuffer:
             PeerLostError, RoundError, BufferClosedError: see ``update``.
         """
         self._check_open("measure_distances")
-        if not self._steps.rounds.sampling.needs_labels:
+        sampling = self._steps.rounds.sampling
+        if not sampling.needs_distances:
             raise ValueError(
                 self._steps.here(
-                    "measure_distances: sampling='uniform' and other policies without labels do "
-                    "not look at distances; use sampling='grasp'"
+                    f"measure_distances: {type(sampling).__name__} does not look at distances; use "
+                    "sampling='grasp', or a policy of your own with needs_distances = True"
                 )
             )
         features = [embed(batch) for batch in self.representatives(batch_size)]

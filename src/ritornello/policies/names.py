@@ -11,11 +11,11 @@ from ritornello.policies.class_shares import (
     GreedyBalanced,
     PerClassRandom,
 )
+from ritornello.policies.grasp import GraspSampling
 from ritornello.policies.largest_class import ClassBalancedReservoir, GraspEviction
 from ritornello.policies.reservoir import Fifo, Reservoir
 from ritornello.policies.sampling import (
     ClassBalancedSampling,
-    GraspSampling,
     SamplingPolicy,
     UniformSampling,
 )

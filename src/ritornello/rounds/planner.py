@@ -1,4 +1,4 @@
-"""Planner."""
+"""The plans of one rank's rounds, made several at a time where nothing changes between them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from ritornello.transports.plan import Plan, plans_of_draws
 ROUNDS_AHEAD = 16
 """How many rounds are planned at once when the shards are full."""
 
-
 NUMBERS_AHEAD = 2**16
 """How many indices are drawn ahead at most; at thousands of ranks one round has as many."""
 
@@ -24,7 +23,8 @@ class Planner:
 
     While shards fill, round by round; from then on several rounds with the same few calls, as
     calls, not numbers, are what a plan costs. Each round's draw has a stream of its own, so
-    the plans are the same either way. Policies that look at labels see other ones each round.
+    the plans are the same either way. Policies that look at labels see other ones each round, and
+    may remember what they drew: theirs are always planned one by one.
 
     Args:
         rank: whose plans.
@@ -49,8 +49,9 @@ class Planner:
         self._num_draws = num_draws
         self._ahead: dict[int, Plan] = {}
 
-    def forget(self) -> None:
-        """Drops what was planned ahead: the shards are others now."""
+    def go_on(self, policy: SamplingPolicy) -> None:
+        """Goes on with another policy and other shards: drops what was planned ahead."""
+        self._policy = policy
         self._ahead.clear()
 
     def plan(self, step: int, contents: Contents, sizes_are_final: bool) -> Plan:

@@ -14,15 +14,11 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import torch
 
-from ritornello.arrays import Bytes, Floats, Ints
+from ritornello.arrays import Bytes, Ints
 from ritornello.policies.contents import Contents
 from ritornello.policies.names import SELECTION_POLICIES
 from ritornello.policies.sampling import SamplingPolicy
-from ritornello.policies.selection import (
-    SelectionPolicy,
-    check_labels,
-    size_after,
-)
+from ritornello.policies.selection import SelectionPolicy, check_labels, size_after
 from ritornello.records.layout import Layout
 from ritornello.records.shard import Shard, rows_per_rank
 from ritornello.records.storage import Storage
@@ -42,7 +38,7 @@ class Rounds:
     Args:
         transport: to the other ranks.
         selection: this rank's policy; is bound to the shard.
-        sampling: the policy of the draws.
+        sampling: the policy of the draws; a copy of it is bound to the buffer.
         capacity: of the whole buffer.
         num_representatives: ``r``.
         seed: of all streams.
@@ -75,8 +71,10 @@ class Rounds:
         self.before_write: Callable[[Ints], None] | None = None
         self.is_torn = False  # whether a load has failed when it had begun to overwrite
         self._full = False
-        self._unused_selection = copy.deepcopy(selection)
-        self.selection, self.sampling = selection, sampling
+        self.capacity = capacity
+        self.limits = rows_per_rank(capacity, transport.num_ranks)
+        self._unused_selection, self._unused_sampling = copy.deepcopy((selection, sampling))
+        self.selection, self.sampling = selection, self.new_sampling()
         self.needs_labels = selection.needs_labels or sampling.needs_labels
         self._is_builtin = type(selection) in SELECTION_POLICIES.values()
         self._selection_streams = Streams(seed, Purpose.SELECTION, transport.rank)
@@ -84,13 +82,11 @@ class Rounds:
         self._planner = Planner(
             transport.rank,
             num_representatives,
-            sampling,
+            self.sampling,
             Streams(seed, Purpose.SAMPLING),
             num_draws,
         )
         self._storage = storage
-        self.capacity = capacity
-        self.limits = rows_per_rank(capacity, transport.num_ranks)
         self.contents = self.no_contents()
         self.admitted_in = np.zeros(0, dtype=np.int64)  # slot -> round, made with the shard
         selection.bind(self.num_rows, transport.rank, transport.num_ranks)
@@ -134,7 +130,7 @@ class Rounds:
             self._enter("plan")
             self._learn_sizes(size)
             if admitted is not None:
-                self._learn_labels(admitted)
+                self.sampling.overwritten(self._learn_labels(admitted))
             plan = self._planner.plan(self.num_rounds, self.contents, self._full)
             if plan.num_drawn:
                 self._enter("exchange")
@@ -174,8 +170,12 @@ class Rounds:
             ValueError: on every rank, if some rank's features cannot be used.
         """
         distances = cosine_distances(features, self.labels(), self.transport)
-        for rank, of_rank in enumerate(gather_padded(distances, self.transport)):
-            self.contents.set_rank_distances(rank, of_rank)
+        everyone = gather_padded(distances, self.transport)
+        places = [
+            self.contents.places_of_slots(rank, np.arange(len(of_rank)))
+            for rank, of_rank in enumerate(everyone)
+        ]
+        self.sampling.measured(np.concatenate(places), np.concatenate(everyone))
 
     # For who saves and restores it, on the trainer's thread while no round runs.
 
@@ -234,22 +234,24 @@ class Rounds:
         self.is_torn = False
 
     def go_on(
-        self, num_rounds: int, policy: SelectionPolicy, contents: Contents, admitted_in: Ints
+        self,
+        num_rounds: int,
+        selection: SelectionPolicy,
+        sampling: SamplingPolicy,
+        contents: Contents,
+        admitted_in: Ints,
     ) -> None:
         """Goes on from where another buffer was after as many rounds."""
         self.num_rounds = num_rounds
-        self.selection, self.contents = policy, contents
+        self.selection, self.sampling, self.contents = selection, sampling, contents
         self.admitted_in[: len(admitted_in)] = admitted_in
         self._full = np.array_equal(contents.sizes, self.limits)
-        self._planner.forget()
+        self._planner.go_on(sampling)
 
-    def tell_contents(self, distances: Floats | None) -> None:
-        """Tells all ranks which labels, and which distances if they are known, this one holds."""
+    def tell_labels(self) -> None:
+        """Tells all ranks which labels this one holds."""
         labels = self.labels()
         self._learn_labels(np.stack([np.arange(len(labels)), labels], axis=1))
-        if distances is not None:
-            for rank, of_rank in enumerate(gather_padded(distances, self.transport)):
-                self.contents.set_rank_distances(rank, of_rank)
 
     def no_contents(self) -> Contents:
         """The contents of an empty buffer."""
@@ -260,6 +262,12 @@ class Rounds:
         """This rank's policy as it was before the first candidate."""
         policy = copy.deepcopy(self._unused_selection)
         policy.bind(self.num_rows, self.transport.rank, self.transport.num_ranks)
+        return policy
+
+    def new_sampling(self) -> SamplingPolicy:
+        """The policy of the draws as it was before the first one."""
+        policy = copy.deepcopy(self._unused_sampling)
+        policy.bind(self.capacity)
         return policy
 
     # In a round.
@@ -326,10 +334,17 @@ class Rounds:
             self.contents.resize(gather_counts(self.transport, size))
             self._full = np.array_equal(self.contents.sizes, self.limits)
 
-    def _learn_labels(self, admitted: Ints) -> None:
-        """All-gathers what was admitted where, for policies that look at labels."""
-        for rank, of_rank in enumerate(gather_padded(admitted, self.transport)):
+    def _learn_labels(self, admitted: Ints) -> Ints:
+        """All-gathers what was admitted where, for policies that look at labels.
+
+        Returns:
+            The places that hold others now.
+        """
+        places = [
             self.contents.admit(rank, of_rank[:, 0], of_rank[:, 1])
+            for rank, of_rank in enumerate(gather_padded(admitted, self.transport))
+        ]
+        return np.concatenate(places)
 
     def _enter(self, stage: str | None) -> None:
         """Notes the time at which a stage begins, and so the one before ends."""

@@ -23,7 +23,7 @@ from ritornello.rounds.steps import Steps
 from ritornello.rounds.worker import Worker
 from ritornello.saving.manifest import Manifest, Removal, TaskMark
 from ritornello.saving.restoring import adopt, restore
-from ritornello.saving.saved_buffer import CONTENTS, POLICY, SavedBuffer, records_of
+from ritornello.saving.saved_buffer import POLICY, SavedBuffer, contents_arrays, records_of
 from ritornello.saving.state_dict import PREFIX, entry_of, gathered
 from ritornello.saving.writing import SaveUnderWay, Snapshot, new_save_id
 from ritornello.transports.agreement import together
@@ -32,6 +32,7 @@ DRAWN_BY = ("num_representatives", "num_draws", "sampling")
 """The arguments that say what is drawn, and how much is staged for a step."""
 
 MOST_FIELDS_NAMED = 8
+"""In an error that says which samples a buffer holds."""
 
 logger = logging.getLogger(__name__)
 
@@ -126,14 +127,15 @@ class Checkpointing:
         """What this rank saves, while no round runs.
 
         Raises:
-            TypeError: the selection policy cannot be saved.
+            TypeError: a policy cannot be saved.
         """
         rounds = self._rounds
         arrays: dict[str, NDArray[Any]] = {
             "admitted_in": rounds.admitted_in[: rounds.num_held].copy()
         }
         arrays |= {POLICY + name: each for name, each in rounds.selection.state().items()}
-        arrays |= {CONTENTS + name: each for name, each in rounds.contents.state().items()}
+        if rounds.contents.knows_labels:
+            arrays |= contents_arrays(rounds.contents.state(), rounds.sampling.state())
         if self._steps.begun is not None:
             arrays["staged"] = self._steps.staged_records().numpy()
         manifest = self._manifest()
@@ -208,7 +210,12 @@ class Checkpointing:
                 raise CheckpointError("the saved buffer has its label elsewhere")
 
     def _take_over(self, saved: SavedBuffer, call: str) -> None:
-        """Becomes a saved buffer that fits."""
+        """Becomes a saved buffer that fits.
+
+        What is the same decides how much goes on as it was. Ranks and capacity: all shards, slot
+        for slot; else representatives are dealt out anew. Also what ``DRAWN_BY`` names: what was
+        drawn for the next step; else that is drawn again, in a round without candidates.
+        """
         manifest, own, steps = saved.manifest, self._manifest(), self._steps
         has_same_shards = manifest.num_ranks == own.num_ranks and manifest.capacity == own.capacity
         goes_on = (
@@ -218,6 +225,7 @@ class Checkpointing:
         )
         layout = manifest.layout
         if layout is None:
+            # Nothing to take over; but a buffer that has begun cannot become one that has not.
             if own.num_rounds or own.num_offers:
                 raise CheckpointError(f"{call}: the saved buffer had not begun, but this one has")
             self.tasks, self._removals = manifest.tasks, manifest.removals
@@ -227,16 +235,19 @@ class Checkpointing:
             lambda: steps.begin_restored(layout, manifest.label, manifest.on_gpu),
             call,
         )
+        # First all that may be refused, while this buffer is as it was: then its shard is written.
         staged = torch.zeros((0, manifest.record_bytes), dtype=torch.uint8)
         if goes_on:
             staged = together(self._transport, lambda: self._staged_in(saved), call)
         if has_same_shards:
             same_sampling = manifest.arguments.get("sampling") == own.arguments["sampling"]
+            # Another policy may have known no labels, or may remember something else.
             restore(self._rounds, saved, same_sampling and self._rounds.sampling.needs_labels)
         else:
             adopt(self._rounds, saved)
         self.tasks, self._removals = manifest.tasks, manifest.removals
         steps.go_on(manifest.num_rounds, manifest.is_offered, staged)
+        # After `forget` there is none either: what was drawn may have been what was to be removed.
         if manifest.lacks_draw or not goes_on:
             steps.draw_again()
 

@@ -22,7 +22,7 @@ import torch
 from ritornello.arrays import Arrays, Ints
 from ritornello.errors import CheckpointError
 from ritornello.policies.contents import Contents
-from ritornello.policies.names import SELECTION_POLICIES
+from ritornello.policies.names import SAMPLING_POLICIES, SELECTION_POLICIES, Policy
 from ritornello.policies.selection import SelectionPolicy, State
 from ritornello.records.shard import rows_per_rank
 from ritornello.saving.conditions import Values, Where
@@ -37,7 +37,16 @@ from ritornello.saving.folder import (
     shard_name,
 )
 from ritornello.saving.manifest import Manifest, Removal, SavedFile
-from ritornello.saving.saved_buffer import CONTENTS, POLICY, admission_rounds, part_of, records_of
+from ritornello.saving.saved_buffer import (
+    CONTENTS,
+    POLICY,
+    admission_rounds,
+    contents_arrays,
+    contents_state,
+    records_of,
+    sampling_state,
+    selection_state,
+)
 from ritornello.saving.shard_file import PIECE_BYTES, new_shard_file
 
 
@@ -187,9 +196,12 @@ def _rewrite(
             arrays |= {POLICY + name: each for name, each in states[rank].items()}
             arrays["admitted_in"] = arrays["admitted_in"][slots]
             arrays["staged"] = records_of(arrays, "staged", manifest.record_bytes)[:0]
-            if contents := part_of(arrays, CONTENTS):
-                moved = Contents.moved(contents, before, after)
-                arrays |= {CONTENTS + name: each for name, each in moved.items()}
+            moved = _moved(arrays, manifest, before, after)
+        arrays = {
+            name: moved.get(name, each)
+            for name, each in arrays.items()
+            if name in moved or not name.startswith(CONTENTS)
+        }
         name = f"{shard_name(rank, manifest.num_ranks, save_id)}.safetensors"
         size = manifest.record_bytes
         with (
@@ -222,7 +234,7 @@ def _without(
     for rank, size in enumerate(saved.manifest.held_per_rank):
         state, slots = State(), np.arange(size)
         if len(removed[rank]):
-            before = part_of(_arrays(saved, rank), POLICY)
+            before = selection_state(_arrays(saved, rank))
             state, slots = policy.forget(before, size, removed[rank])
         states.append(state)
         kept.append(slots)
@@ -238,6 +250,20 @@ def _places(manifest: Manifest, kept: list[Ints]) -> tuple[Ints, Ints]:
     return firsts + np.concatenate(kept), firsts + after
 
 
+def _moved(arrays: Arrays, manifest: Manifest, before: Ints, after: Ints) -> Arrays:
+    """What is to be saved of the contents, and what their sampling policy remembers, now."""
+    contents, remembered = contents_state(arrays), sampling_state(arrays)
+    if not contents:
+        return {}
+    policy = _named(manifest.arguments.get("sampling", ""), SAMPLING_POLICIES)
+    if policy is None or not remembered:  # of a policy of one's own nothing can be kept
+        remembered = {}
+    else:
+        remembered = policy.forget(remembered, before, after)
+    moved = Contents.moved(contents, before, after, manifest.capacity)
+    return contents_arrays(moved, remembered)
+
+
 def _arrays(saved: SavedFolder, rank: int) -> Arrays:
     with saved.shard(rank) as shard:
         return shard.arrays()
@@ -250,14 +276,22 @@ def _policy_of(manifest: Manifest) -> SelectionPolicy:
         CheckpointError: it is none of ours.
     """
     text = manifest.arguments.get("selection", "")
-    kind = text.partition("(")[0]
-    for name, policy in SELECTION_POLICIES.items():
-        if kind in (name, policy.__qualname__):
-            return policy()
+    policy = _named(text, SELECTION_POLICIES)
+    if policy is not None:
+        return policy
     raise CheckpointError(
         f"the saved buffer has the selection policy {text}, which is none of Ritornello's: call "
         "ritornello.forget from Python, with selection= one of its kind"
     )
+
+
+def _named(text: str, policies: Mapping[str, type[Policy]]) -> Policy | None:
+    """An unused policy of the kind that an argument's text says; None: it is none of ours."""
+    kind = text.partition("(")[0]
+    for name, policy in policies.items():
+        if kind in (name, policy.__qualname__):
+            return policy()
+    return None
 
 
 def _check_room(saved: SavedFolder) -> None:
