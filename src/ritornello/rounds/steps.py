@@ -24,7 +24,7 @@ from ritornello.records.nesting import Batch
 from ritornello.records.storage import Storage
 from ritornello.rounds.arguments import Arguments
 from ritornello.rounds.first_batch import Begun, check_room, device_of
-from ritornello.rounds.joining import Outputs
+from ritornello.rounds.joining import Joiner
 from ritornello.rounds.random_streams import Purpose, Streams
 from ritornello.rounds.round import Rounds
 from ritornello.rounds.staging import Staging
@@ -71,7 +71,7 @@ class Steps:
         # `rehearse` prepares on a thread of its own while the trainer may ask for stats.
         self._settling = threading.Lock()
         self.begun: Begun | None = None
-        self._outputs = Outputs()
+        self._joiner = Joiner()
         self.num_offers = 0
         self.is_offered = False
         self._round_runs = False
@@ -93,7 +93,7 @@ class Steps:
         augmented = batch
         if staged is not None:
             began = time.perf_counter()
-            augmented = begun.layout.rebuild(self._outputs.join(begun.layout, leaves, staged))
+            augmented = begun.layout.rebuild(self._joiner.join(begun.layout, leaves, staged))
             begun.staging.release()
             self.seconds_joining += time.perf_counter() - began
         self._copy_candidates(begun.staging, leaves)

@@ -24,7 +24,7 @@ from ritornello.policies.share_scores import rank_of_exemplar
 Ints = NDArray[np.int64]
 
 CHOICES = ("random", "herding", "closest-to-mean")
-"""How exemplars are chosen: see ``ritornello.exemplars``."""
+"""How exemplars are chosen: see ``ritornello.policies.exemplars``."""
 
 BATCH_SIZE = 256
 """Samples that are embedded, or offered, at a time."""
