@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import nullcontext
+from itertools import count
 
 import torch
 
 from ritornello.buffer import RehearsalBuffer
+from ritornello.composition import composed_steps_of
 from ritornello.records.nesting import Batch, leaves_of, rebuild, template_of
 
 
@@ -33,7 +35,8 @@ def rehearse(
 
     Args:
         loader: any iterable of mini-batches; ``pin_memory=True`` in a ``DataLoader`` lets the
-            copy to a GPU overlap too.
+            copy to a GPU overlap too. Where its ``batch_sampler`` is a ``ComposedSteps``, the
+            buffer's ``num_representatives`` follows it.
         buffer: the rehearsal buffer.
         device: where the mini-batches shall be. None: where the loader puts them.
 
@@ -42,7 +45,7 @@ def rehearse(
     """
     target = None if device is None else torch.device(device)
     stream = torch.cuda.Stream(target) if target is not None and target.type == "cuda" else None
-    batches, steps = iter(loader), buffer._steps
+    batches, steps, composed = iter(loader), buffer._steps, composed_steps_of(loader)
 
     def prepare() -> tuple[Batch, torch.cuda.Event | None] | None:
         with torch.cuda.stream(stream) if stream is not None else nullcontext():
@@ -54,13 +57,15 @@ def rehearse(
         return None
 
     with ThreadPoolExecutor(1, thread_name_prefix="ritornello-rehearse") as ahead:
-        coming = ahead.submit(prepare)
+        coming, numbers = ahead.submit(prepare), count(1)
         try:
             while (prepared := coming.result()) is not None:
                 batch, ready = prepared
                 if ready is not None:
                     assert target is not None
                     _hand_over(batch, ready, target)
+                if composed is not None:
+                    buffer.num_representatives = composed.num_past(next(numbers))
                 steps.start_round()
                 coming = ahead.submit(prepare)
                 yield batch

@@ -46,8 +46,8 @@ HOUSE: Floors = [
     ("experiments",),
     ("integrations",),
     ("ritornello",),  # the public names
-    ("prefetch", "composition", "testing"),
-    ("buffer",),
+    ("prefetch", "testing"),
+    ("buffer", "composition"),
     ("saving",),
     ("rounds",),
     ("transports",),
