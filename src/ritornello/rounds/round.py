@@ -138,8 +138,8 @@ class Rounds:
                 self._enter("exchange")
                 received = self._staging.receive(plan.num_drawn)
                 self.transport.exchange(shard, plan, received)
-                self._enter("stage")
-                self._staging.deliver(plan.num_drawn, plan.order)
+            self._enter("stage")
+            self._staging.deliver(plan.num_drawn, plan.order)
         self._enter(None)
         kept = int(plan.send_counts[self.transport.rank])
         self.bytes_sent += (int(plan.send_counts.sum()) - kept) * self._layout.record_bytes
@@ -230,7 +230,6 @@ class Rounds:
                     rows = torch.from_numpy(found)
                     self.check_records(rows)
                     shard.write(slots, rows.to(shard.rows.device), np.arange(len(found)))
-            self._staging.finish_writes()
 
         together(self.transport, write, "load")
         self.is_torn = False

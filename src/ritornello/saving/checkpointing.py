@@ -109,7 +109,7 @@ class Checkpointing:
         """See ``RehearsalBuffer.state_dict``."""
         self._steps.settle()
         try:
-            entry = entry_of(self._snapshot())
+            entry = entry_of(self._snapshot(), self._rounds.to_host)
         except TypeError as error:
             raise CheckpointError(self._steps.here(str(error))) from error
         if not whole:
