@@ -20,6 +20,7 @@ from ritornello.experiments.data.scenarios import Task
 from ritornello.experiments.ranks.place import Place
 from ritornello.experiments.recipes.recipe import Recipe
 from ritornello.experiments.results import metrics
+from ritornello.records import accelerators
 
 Results = Mapping[str, Any]
 """What ``results.json`` holds, of one run."""
@@ -78,7 +79,7 @@ def setting_of(recipe: Recipe, data: DataSet, tasks: Sequence[Task], place: Plac
         "machine": {
             "processor": platform.processor() or platform.machine(),
             "cores": os.cpu_count(),
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+            "device": accelerators.name_of(device),
         },
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "data": {
