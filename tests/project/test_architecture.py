@@ -47,7 +47,7 @@ HOUSE: Floors = [
     ("integrations",),
     ("ritornello",),  # the public names
     ("prefetch", "testing"),
-    ("buffer",),
+    ("buffer", "composition"),
     ("saving",),
     ("rounds",),
     ("transports",),

@@ -12,7 +12,9 @@ def test_the_public_names() -> None:
         "ClassBalanced",
         "ClassBalancedReservoir",
         "ClassBalancedSampling",
+        "ComposedSteps",
         "Contents",
+        "EarlierTasks",
         "Fifo",
         "FirstOffered",
         "Forgotten",
@@ -38,5 +40,6 @@ def test_the_public_names() -> None:
         "herding",
         "rank_of_exemplar",
         "rehearse",
+        "share_of_new",
     ]
     assert all(hasattr(ritornello, name) for name in ritornello.__all__)

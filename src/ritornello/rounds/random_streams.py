@@ -23,6 +23,7 @@ class Purpose(IntEnum):
     SAMPLING = 3
     ADOPTION = 4
     RATE = 5
+    COMPOSITION = 6
 
 
 class Streams:

@@ -19,6 +19,7 @@ CALLS = (
     "load_state_dict",
     "state_dict",
     "measure_distances",
+    "begin_task",
 )
 """What all ranks do together while no round runs."""
 

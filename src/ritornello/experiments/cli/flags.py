@@ -149,7 +149,7 @@ class RehearsalChanges:
     candidates: int | None = None
     """Samples offered to the buffer per step, on all ranks together, expected."""
     sampling: str | None = None
-    """Who is drawn: uniform, class-balanced or grasp."""
+    """Who is drawn: uniform, class-balanced, grasp or earlier-tasks."""
 
     def as_changes(self) -> dict[str, Any]:
         """What is given, under the names that a recipe's fields have."""
@@ -187,4 +187,4 @@ class Sweep:
     """Who is admitted, and who is replaced: class-balanced, per-class-random,
     class-balanced-reservoir, grasp, greedy-balanced, first-offered, reservoir or fifo."""
     samplings: Annotated[tuple[str, ...], tyro.conf.arg(aliases=("--sampling",))] = ()
-    """Who is drawn: uniform, class-balanced or grasp."""
+    """Who is drawn: uniform, class-balanced, grasp or earlier-tasks."""
