@@ -262,20 +262,21 @@ def _charts(
 ) -> list[dict[str, Any]]:
     """The pictures of all groups together, those that there is something to see in."""
     several_seeds = any(group.num_runs > 1 for group in groups)
+    several_orders = any(len(group.class_orders) > 1 for group in groups)
     from_scratch = any(group.strategy == "from-scratch" for group in groups)
     charts: list[tuple[Drawing | None, str, str, str, str]] = [
         (
             figures.average_over_time(in_time) if in_time else None,
             "Accuracy after each task",
             "Mean over the tasks seen so far.",
-            "Bands: one standard deviation over the seeds.",
+            f"Bands: one standard deviation over {'the runs' if several_orders else 'the seeds'}.",
             f"after the last task {_listed(in_time)}",
         ),
         (
             stream.average_over_stream(in_time),
             "Accuracy during the stream",
             "Mean over the tasks so far, on a part of their test samples. Lines: ends of tasks.",
-            "Bands: one standard deviation over the seeds.",
+            f"Bands: one standard deviation over {'the runs' if several_orders else 'the seeds'}.",
             ", ".join(
                 f"{group.label} {stream.figures_of(group)['average anytime']} on average"
                 for group in in_time
