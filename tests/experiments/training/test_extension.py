@@ -295,6 +295,8 @@ def test_averaged_weights_and_probes_go_on(arrived: Path, tmp_path: Path) -> Non
     assert "averaged_top1" not in second
     assert names_in(tmp_path) == LIVING
     assert second["probes"] == first["probes"]
+    assert "stability_gap" in first
+    assert "stability_gap" not in second  # as nobody has looked at the last task
 
 
 def test_a_run_that_did_not_average_may_begin(living: Path, arrived: Path) -> None:
