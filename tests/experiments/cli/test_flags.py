@@ -29,7 +29,8 @@ def test_every_setting_arrives_in_the_recipe() -> None:
         compile="on", channels_last="on", iterations=7, batch_size=8, optimiser="adam",
         keeps_optimiser="on", learning_rate=0.1, momentum=0.2, weight_decay=0.3, alpha=0.4,
         beta=0.6, loss_weights="by-task", remembers="herding", device="cpu", workers=3,
-        crop_size=32, logits_dtype="float16", fixed_shares="on",
+        crop_size=32, logits_dtype="float16", fixed_shares="on", holdout=0.1,
+        averaged=0.9, probe_every=5,
     )  # fmt: skip
     assert {name for name, value in vars(given).items() if value is None} == {"epochs"}
     buffer = BufferChanges(
@@ -53,6 +54,7 @@ def test_epochs_take_the_place_of_iterations() -> None:
 def test_switches_and_orders_can_be_taken_back() -> None:
     changed = Changes(compile="off", class_order="ascending").applied_to("mnist")
     assert (changed.compile, changed.class_order) == (False, None)
+    assert Changes(class_order=3).applied_to("mnist").class_order == 3
 
 
 def help_of(kind: type) -> dict[str, str]:

@@ -216,6 +216,11 @@ def test_gdumb_with_more_to_remember_than_a_task_brings() -> None:
             "capacity=9: with remembers='random' it must be at least the number of classes",
         ),
         ({"augmentation": "best"}, "augmentation='best': there are none"),
+        ({"class_order": -1}, "class_order=-1: it must not be negative"),
+        (
+            {"class_order": 1, "scenario": "instance-incremental"},
+            "class_order=1 with scenario='instance-incremental': classes come one after another in",
+        ),
         ({"global_batch_size": 0}, "global_batch_size=0: it must be at least 1"),
     ],
 )

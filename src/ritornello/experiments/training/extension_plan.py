@@ -25,6 +25,7 @@ MAY_CHANGE = (
     *("warmup_epochs", "milestones", "alpha", "beta", "loss_weights"),
     *("capacity", "global_num_representatives", "global_num_candidates", "sampling"),
     *("device", "num_workers"),
+    *("averaged", "probe_every"),
 )
 """The settings that a task may have otherwise than those before it."""
 

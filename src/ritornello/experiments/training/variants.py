@@ -21,11 +21,13 @@ def variants(
     candidates: Sequence[int] = (),
     samplings: Sequence[str] = (),
     selections: Sequence[str] = (),
+    class_orders: Sequence[int] = (),
     seeds: Sequence[int] = (),
 ) -> dict[str, Recipe]:
     """The product of everything given; what is not given is as in the recipe.
 
-    A strategy without a buffer appears once per seed, not once per setting of the buffer.
+    A strategy without a buffer appears once per order of classes and seed, not once per setting of
+    the buffer.
 
     Args:
         recipe: what all of them have in common.
@@ -35,6 +37,7 @@ def variants(
         candidates: of all ranks together.
         samplings: sampling policies.
         selections: selection policies.
+        class_orders: numbers that draw the order in which classes arrive.
         seeds: of everything random.
 
     Returns:
@@ -56,7 +59,9 @@ def variants(
     varied = {name: values for name, values in buffer_settings.items() if values}
     recipes: dict[Recipe, None] = {}  # An ordered set: what is given twice runs once.
     for strategy in strategies:
-        settings = varied if uses_buffer(strategy) else {}
+        settings = dict(varied) if uses_buffer(strategy) else {}
+        if class_orders:
+            settings["class_order"] = class_orders
         for values in itertools.product(*settings.values(), seeds or (recipe.seed,)):
             changes = dict(zip((*settings, "seed"), values, strict=True))
             recipes[with_changes(recipe, strategy=strategy, **changes)] = None
