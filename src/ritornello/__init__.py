@@ -4,6 +4,7 @@ Start with ``RehearsalBuffer``.
 """
 
 from ritornello.buffer import RehearsalBuffer
+from ritornello.composition import ComposedSteps, share_of_new
 from ritornello.errors import BufferClosedError, CheckpointError, PeerLostError, RoundError
 from ritornello.policies.class_shares import (
     ClassBalanced,
@@ -39,6 +40,7 @@ __all__ = [
     "ClassBalanced",
     "ClassBalancedReservoir",
     "ClassBalancedSampling",
+    "ComposedSteps",
     "Contents",
     "Fifo",
     "FirstOffered",
@@ -65,4 +67,5 @@ __all__ = [
     "herding",
     "rank_of_exemplar",
     "rehearse",
+    "share_of_new",
 ]

@@ -46,7 +46,7 @@ HOUSE: Floors = [
     ("experiments",),
     ("integrations",),
     ("ritornello",),  # the public names
-    ("prefetch", "testing"),
+    ("prefetch", "composition", "testing"),
     ("buffer",),
     ("saving",),
     ("rounds",),

@@ -12,6 +12,7 @@ def test_the_public_names() -> None:
         "ClassBalanced",
         "ClassBalancedReservoir",
         "ClassBalancedSampling",
+        "ComposedSteps",
         "Contents",
         "Fifo",
         "FirstOffered",
@@ -38,5 +39,6 @@ def test_the_public_names() -> None:
         "herding",
         "rank_of_exemplar",
         "rehearse",
+        "share_of_new",
     ]
     assert all(hasattr(ritornello, name) for name in ritornello.__all__)

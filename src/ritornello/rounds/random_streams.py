@@ -22,6 +22,7 @@ class Purpose(IntEnum):
     SELECTION = 2
     SAMPLING = 3
     ADOPTION = 4
+    COMPOSITION = 6
 
 
 class Streams:

@@ -86,6 +86,13 @@ def open_transport(
         raise
 
 
+def default_ranks() -> tuple[int, int]:
+    """This rank in the default process group, and how many there are; 0 and 1 without one."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
+
+
 def _group_of(process_group: Any) -> dist.ProcessGroup:
     """The group of the ranks that share a buffer."""
     if isinstance(process_group, DeviceMesh):
