@@ -76,6 +76,12 @@ class TaskChanges:
     workers: int | None = None
     """Loader processes per rank."""
 
+    # What is measured beside.
+    averaged: float | None = None
+    """Decay of a running average of the weights, such as 0.999, which is tested too; 0: off."""
+    probe_every: int | None = None
+    """Steps from one probe of the test samples to the next, for curves over the steps; 0: off."""
+
     def as_changes(self) -> dict[str, Any]:
         """What is given, under the names that a recipe's fields have.
 
@@ -118,10 +124,14 @@ class Changes(TaskChanges):
     arrivals."""
     tasks: int | None = None
     """How many tasks there are."""
-    class_order: Literal["ascending", "by-seed"] | None = None
-    """How classes arrive: in the same order with every seed, or in one that the seed draws."""
+    class_order: Literal["ascending", "by-seed"] | int | None = None
+    """How classes arrive: ascending, in an order that the seed draws, or in one that a number
+    draws, the same with every seed."""
     blur: float | None = None
     """With --scenario blurry: the share of a task's samples that are of other tasks' classes."""
+    holdout: float | None = None
+    """The share of the training samples that stands in for the test samples, such as 0.1, while
+    settings are chosen."""
 
     # The model.
     crop_size: int | None = None

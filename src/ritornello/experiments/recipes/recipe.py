@@ -22,7 +22,10 @@ MAX_RATE_SCALE = 64
 MACHINE_SETTINGS = ("data_path", "device", "num_workers", "channels_last", "compile", "amp")
 """Settings that a published figure should not depend on; nor should it on the seed."""
 
-DESCRIPTIONS = ("name", "description", "published")
+OBSERVATIONS = ("averaged", "probe_every")
+"""Settings that add figures to the results, and change nothing of what is there without them."""
+
+DESCRIPTIONS = ("name", "description", "published", "tuned_on")
 """Fields of a recipe that are not settings."""
 
 
@@ -59,10 +62,14 @@ class Recipe:
     scenario: str = "class-incremental"
     """See ``scenarios.SCENARIOS``."""
     num_tasks: int = 5
-    class_order: tuple[int, ...] | str | None = None
-    """The classes as they arrive; "by-seed": in an order that the seed decides; None: ascending."""
+    class_order: tuple[int, ...] | str | int | None = None
+    """The classes as they arrive; "by-seed": in an order that the seed decides; a number: in an
+    order that this number draws, whatever the seed; None: ascending."""
     blur: float = 0.1
     """With scenario="blurry": the share of a task's samples that are of other tasks' classes."""
+    holdout: float = 0.0
+    """The share of the training samples that stands in for the test samples; 0: these are tested
+    with. See ``data.holdout``."""
 
     # The pixels that the model sees. What the buffer stores is neither normalised nor augmented.
     pixels: str = "standardised"
@@ -128,6 +135,9 @@ class Recipe:
     task had ended; 0: nothing of that is stored."""
     soft_temperature: float = 2.0
     """What logits are divided by for it."""
+    averaged: float = 0.0
+    """The decay of a running average of the weights, which is tested beside them; 0: there is
+    none. See ``models.network``."""
 
     # The buffer.
     capacity: int | float = 500
@@ -158,7 +168,14 @@ class Recipe:
     """Loader processes per rank."""
     seed: int = 0
 
+    # What is measured on the way.
+    probe_every: int = 0
+    """Steps from one probe of the test samples to the next; 0: there are none. See
+    ``training.probe``."""
+
     published: Published | None = None
+    tuned_on: str | None = None
+    """What the settings were chosen by, such as "the test samples"; None: not written down."""
 
     @classmethod
     def from_results(cls, config: Mapping[str, Any]) -> Recipe:
@@ -249,6 +266,13 @@ class Recipe:
             raise ValueError(f"blur={self.blur}: it must be from 0 to below 1")
         self._check_composition()
         self._check_soft_targets()
+        for name in ("averaged", "holdout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(
+                    f"{name}={getattr(self, name)}: it must be from 0 (off) to below 1"
+                )
+        if self.probe_every < 0:
+            raise ValueError(f"probe_every={self.probe_every}: it must be 0 (off) or more steps")
         self._check_split(num_ranks)
 
     def _check_composition(self) -> None:
@@ -344,7 +368,9 @@ def with_changes(recipe: Recipe, **changes: Any) -> Recipe:
         }
         changes = stretched | changes
     changed = replace(recipe, **changes)
-    may_differ = {name: getattr(recipe, name) for name in ("seed", *MACHINE_SETTINGS)}
+    may_differ = {
+        name: getattr(recipe, name) for name in ("seed", *OBSERVATIONS, *MACHINE_SETTINGS)
+    }
     if replace(changed, **may_differ) != recipe:
         return replace(changed, published=None)
     return changed

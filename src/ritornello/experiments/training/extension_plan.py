@@ -27,6 +27,7 @@ MAY_CHANGE = (
     *("soft_targets", "soft_temperature"),
     *("capacity", "global_num_representatives", "global_num_candidates", "sampling"),
     *("device", "num_workers"),
+    *("averaged", "probe_every"),
 )
 """The settings that a task may have otherwise than those before it."""
 

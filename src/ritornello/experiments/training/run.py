@@ -18,8 +18,9 @@ import torch.distributed as dist
 
 from ritornello.errors import CheckpointError
 from ritornello.experiments.data.data_set import DataSet
+from ritornello.experiments.data.holdout import held_out
 from ritornello.experiments.data.load import load
-from ritornello.experiments.data.scenarios import SCENARIOS
+from ritornello.experiments.data.scenarios import IN_CLASS_ORDER, SCENARIOS
 from ritornello.experiments.models.augmentation import AUGMENTATIONS
 from ritornello.experiments.ranks.group import Ranks
 from ritornello.experiments.ranks.interruption import NotedSignals, RunInterruptedError
@@ -115,8 +116,9 @@ def run(
 
     Args:
         recipe: what to run.
-        output: the folder for ``results.json``, ``model.pt``, ``buffer`` and ``checkpoints``, by
-            the first rank's word; None: nothing is written. All ranks must see the folder.
+        output: the folder for ``results.json``, ``model.pt``, ``averaged.pt``, ``buffer`` and
+            ``checkpoints``, by the first rank's word; None: nothing is written. All ranks must see
+            the folder.
         data: the data set, or what loads it, if it is not the recipe's own.
         command: what was typed, for the results.
         saving: whether and when there are checkpoints, and whether to go on from one. A rank that
@@ -175,6 +177,7 @@ def _run(
         stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
         data = data() if callable(data) else data
         data = data or load(recipe.data, recipe.data_path, recipe.image_size)
+        data = held_out(data, recipe.holdout)
         trainer = stack.enter_context(
             Trainer(recipe, data, Place(ranks.rank, ranks.num_ranks, device))
         )
@@ -272,6 +275,14 @@ def check(recipe: Recipe, num_ranks: int) -> None:
                 f"{name}={getattr(recipe, name)!r} with strategy={recipe.strategy!r}: it weighs "
                 f"new and past samples in its own way; use 'rehearsal', or {name}={without!r}"
             )
+    if isinstance(recipe.class_order, int):
+        if recipe.class_order < 0:
+            raise ValueError(f"class_order={recipe.class_order}: it must not be negative")
+        if recipe.scenario not in IN_CLASS_ORDER:
+            raise ValueError(
+                f"class_order={recipe.class_order} with scenario={recipe.scenario!r}: classes come "
+                f"one after another in {', '.join(IN_CLASS_ORDER)} alone"
+            )
     if recipe.remembers == "stream":
         return
     if recipe.remembers not in exemplars.CHOICES:
@@ -368,6 +379,9 @@ def write_outcome(
         if ranks.rank == 0:
             with new_file(folder / "model.pt") as file:
                 torch.save(trainer.network.model.state_dict(), file)
+            if (average := trainer.network.average) is not None:
+                with new_file(folder / "averaged.pt") as file:
+                    torch.save(average.module.state_dict(), file)
         if keep_buffer and buffer is not None:
             buffer.save(folder / "buffer")
     with ranks.together(f"cannot write into {folder}"):
