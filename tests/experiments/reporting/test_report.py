@@ -240,7 +240,7 @@ def test_only_top5_was_published(tmp_path: Path) -> None:
 def test_a_page_of_many_groups_folds_their_plots(tmp_path: Path) -> None:
     groups = sweep(*COMPARISON, capacities=[10, 20, 40, 80], representatives=[8, 16], seeds=[0, 1])
     page = page_of(groups, tmp_path)
-    assert page.count("<svg ") == 3 + 2 * 10  # Per group, not per run.
+    assert page.count("<svg ") == 4 + 2 * 10  # Per group, not per run.
     assert page.count("<summary>10 plots</summary>") == 2
     assert "seeds</th>" in page
     assert "2 ranks, 2 seeds" in page

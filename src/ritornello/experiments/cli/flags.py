@@ -167,8 +167,8 @@ class RehearsalChanges:
     """The buffer of a run, as far as it may change on the way."""
 
     composition: str | None = None
-    """append: past samples are added to new ones; proportional: of as many samples as both
-    together the newest task gets its share of all that came so far."""
+    """append (past samples are added to new ones) or proportional (of as many samples as both
+    together the newest task gets its share of all that came so far)."""
     capacity: int | float | None = None
     """Representatives in the whole buffer; below 1: a fraction of the training samples, as 0.2."""
     representatives: int | None = None
@@ -205,8 +205,8 @@ class Sweep:
     strategies: Annotated[tuple[str, ...], tyro.conf.arg(aliases=("--strategy",))] = ()
     """If not given: incremental, the recipe's own, from-scratch."""
     compositions: Annotated[tuple[str, ...], tyro.conf.arg(aliases=("--composition",))] = ()
-    """append: past samples are added to new ones; proportional: of as many samples as both
-    together the newest task gets its share of all that came so far."""
+    """append (past samples are added to new ones) or proportional (of as many samples as both
+    together the newest task gets its share of all that came so far)."""
     capacities: Annotated[tuple[int | float, ...], tyro.conf.arg(aliases=("--capacity",))] = ()
     """Representatives in the whole buffer; below 1: a fraction of the training samples, as 0.2."""
     representatives: tuple[int, ...] = ()
