@@ -13,6 +13,7 @@ from ritornello.policies.class_shares import (
     PerClassRandom,
 )
 from ritornello.policies.contents import Contents
+from ritornello.policies.earlier_tasks import EarlierTasks
 from ritornello.policies.exemplars import at_random, closest_to_mean, herding
 from ritornello.policies.grasp import GraspSampling
 from ritornello.policies.largest_class import ClassBalancedReservoir, GraspEviction
@@ -42,6 +43,7 @@ __all__ = [
     "ClassBalancedSampling",
     "ComposedSteps",
     "Contents",
+    "EarlierTasks",
     "Fifo",
     "FirstOffered",
     "Forgotten",

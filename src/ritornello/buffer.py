@@ -88,7 +88,8 @@ class RehearsalBuffer:
         seed: of everything random, from 0 to 2**64 - 1.
         sampling: what is drawn: "uniform" (every representative equally likely),
             "class-balanced" (every class), "grasp" (from prototypical to atypical; see
-            ``measure_distances``), or a ``SamplingPolicy``.
+            ``measure_distances``), "earlier-tasks" (those of before the running task; see
+            ``begin_task``), or a ``SamplingPolicy``.
         num_draws: draws of ``r`` per step, independent of each other, as DER++ takes two.
         transport: "auto" (shared memory inside each host, "collective" between hosts),
             "shared_memory", "collective" (torch.distributed), "mpi", "local" (one process), or
@@ -301,12 +302,14 @@ class RehearsalBuffer:
         """Says that a task begins: what is offered from now on is of it.
 
         What is saved then tells of every representative which task it is of, and how old it is.
-        Waits for the running round. All ranks call it alike.
+        With ``sampling="earlier-tasks"`` all that is stored can be drawn from the next round on.
+        Waits for the running round. All ranks call it alike, after as many updates.
 
         Args:
             name: such as a date, or what is new.
 
         Raises:
+            CheckpointError: with "earlier-tasks": on every rank, if they are not in step.
             PeerLostError, RoundError, BufferClosedError: see ``update``.
         """
         self._check_open("begin_task")

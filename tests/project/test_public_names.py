@@ -14,6 +14,7 @@ def test_the_public_names() -> None:
         "ClassBalancedSampling",
         "ComposedSteps",
         "Contents",
+        "EarlierTasks",
         "Fifo",
         "FirstOffered",
         "Forgotten",

@@ -278,9 +278,9 @@ def test_a_disk_that_becomes_full_meanwhile(
                     monkeypatch.setattr(NewShardFile, "write", NewShardFile.write)
                     _hold_up_write(fill)
                 else:
-                    commit = writing.Saving._commit
+                    commit = writing.SaveUnderWay._commit
                     monkeypatch.setattr(
-                        writing.Saving, "_commit", lambda self: (fill(), commit(self))
+                        writing.SaveUnderWay, "_commit", lambda self: (fill(), commit(self))
                     )
             together.wait(30.0)
             run_on(buffer, end.rank, 4, 2)

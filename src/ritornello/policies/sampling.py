@@ -30,10 +30,13 @@ class SamplingPolicy(ABC):
             remembers anything. Rounds then tell every rank what was admitted on all.
         needs_distances: whether it wants to be told what ``RehearsalBuffer.measure_distances``
             finds. Goes with ``needs_labels``.
+        needs_tasks: whether it wants to be told when ``RehearsalBuffer.begin_task`` is called. Goes
+            with ``needs_labels``.
     """
 
     needs_labels = False
     needs_distances = False
+    needs_tasks = False
 
     def bind(self, capacity: int) -> None:
         """Ties the policy to one buffer, which is empty.
@@ -49,13 +52,27 @@ class SamplingPolicy(ABC):
         """Draws for all ranks at once. Every rank computes it, and must get the same.
 
         Args:
-            contents: the whole buffer; holds at least ``num_drawn`` representatives.
+            contents: the whole buffer; ``num_drawable`` was at least ``num_drawn``.
             num_ranks: the ranks that draw.
             num_drawn: what each rank gets.
             generator: the same stream on every rank.
 
         Returns:
             int64 ``[num_ranks, num_drawn]``, each below ``contents.num_held``.
+        """
+
+    def num_drawable(self, contents: Contents) -> int:
+        """How many of the representatives may be drawn now. Every rank must get the same.
+
+        While there are fewer than ``r``, each rank gets as many.
+        """
+        return contents.num_held
+
+    def begin_task(self, contents: Contents) -> None:
+        """Says that what is admitted from now on is of another task; see ``needs_tasks``.
+
+        Args:
+            contents: the whole buffer, after the last round.
         """
 
     def overwritten(self, places: Ints) -> None:
@@ -138,18 +155,28 @@ class UniformSampling(SamplingPolicy):
         self, contents: Contents, num_ranks: int, num_drawn: int, generator: np.random.Generator
     ) -> Ints:
         """See ``SamplingPolicy.draw``."""
-        num_held = contents.num_held
-        if num_held >= num_ranks * num_drawn:
-            everyone = generator.choice(num_held, num_ranks * num_drawn, replace=False)
-            return everyone.reshape(num_ranks, num_drawn)
-        ranks_per_draw = num_held // num_drawn
-        parts = [
-            generator.choice(
-                num_held, min(ranks_per_draw, num_ranks - first) * num_drawn, replace=False
-            )
-            for first in range(0, num_ranks, ranks_per_draw)
-        ]
-        return np.concatenate(parts).reshape(num_ranks, num_drawn)
+        return uniform_draw(contents.num_held, num_ranks, num_drawn, generator)
+
+
+def uniform_draw(
+    num_drawable: int, num_ranks: int, num_drawn: int, generator: np.random.Generator
+) -> Ints:
+    """Draws for all ranks out of so many, each equally likely; see ``UniformSampling``.
+
+    Returns:
+        int64 ``[num_ranks, num_drawn]``, each below ``num_drawable``.
+    """
+    if num_drawable >= num_ranks * num_drawn:
+        everyone = generator.choice(num_drawable, num_ranks * num_drawn, replace=False)
+        return everyone.reshape(num_ranks, num_drawn)
+    ranks_per_draw = num_drawable // num_drawn
+    parts = [
+        generator.choice(
+            num_drawable, min(ranks_per_draw, num_ranks - first) * num_drawn, replace=False
+        )
+        for first in range(0, num_ranks, ranks_per_draw)
+    ]
+    return np.concatenate(parts).reshape(num_ranks, num_drawn)
 
 
 class ClassBalancedSampling(SamplingPolicy):

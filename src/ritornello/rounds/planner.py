@@ -107,7 +107,7 @@ def draw_all(
         ValueError: the policy breaks its contract.
     """
     num_ranks, num_held = len(contents.sizes), contents.num_held
-    num_drawn = min(num_representatives, num_held)
+    num_drawn = min(num_representatives, policy.num_drawable(contents))
     if num_drawn == 0:
         return np.zeros((num_draws, num_ranks, 0), dtype=np.int64)
     draws = [policy.draw(contents, num_ranks, num_drawn, generator) for _ in range(num_draws)]

@@ -278,6 +278,15 @@ class Steps:
             self.failure = PeerLostError(self.here(f"{call} failed: {error}"), error.peers)
             raise self.failure from error
 
+    def begin_task(self) -> None:
+        """Tells the sampling policy that a task begins; waits for the running round."""
+        sampling = self.rounds.sampling
+        if not sampling.needs_tasks:
+            self.settle()
+            return
+        with self.with_peers("begin_task"):  # else ranks would draw differently, unnoticed
+            sampling.begin_task(self.rounds.contents)
+
     def here(self, message: str) -> str:
         """The message, with the rank where there are several."""
         if self._transport.num_ranks == 1:

@@ -59,7 +59,7 @@ class Checkpointing:
 
     def begin_task(self, name: str) -> None:
         """See ``RehearsalBuffer.begin_task``."""
-        self._steps.settle()
+        self._steps.begin_task()
         mark = TaskMark(str(name), self._rounds.num_rounds, time.time())
         self.tasks = (*self.tasks, mark)
 

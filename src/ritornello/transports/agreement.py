@@ -19,6 +19,8 @@ CALLS = (
     "load_state_dict",
     "state_dict",
     "measure_distances",
+    "begin_task",
+    "rewrite",
 )
 """What all ranks do together while no round runs."""
 
