@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -33,6 +34,29 @@ def test_it_gives_what_the_plain_loop_gives() -> None:
         strict=True,
     ):
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_how_many_are_past_is_of_the_mini_batch_that_the_loop_has() -> None:
+    rates = [1, 0, 2.5, 3, 0.25, 2]
+    batches = [*loader(5), (torch.arange(2), torch.arange(2))]  # the last one is short
+
+    def run(steps: Iterator[tuple[torch.Tensor, torch.Tensor]], buffer: RehearsalBuffer) -> Any:
+        found = []
+        for step, (numbers, _) in enumerate(steps):
+            assert buffer.num_past == len(numbers) - len(batches[step][0])
+            found.append(numbers)
+            buffer.num_representatives = rates[step]  # of the next mini-batch but one
+        assert buffer.num_past == len(numbers) - 2
+        return found
+
+    def make() -> RehearsalBuffer:
+        return RehearsalBuffer(12, num_representatives=2, most_representatives=3)
+
+    with make() as plain, make() as ahead:
+        ours = run((plain.update(batch) for batch in batches), plain)
+        theirs = run(ritornello.rehearse(batches, ahead), ahead)
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    assert [len(numbers) - 6 for numbers in ours[:4]] == [0, 2, 1, 0]
 
 
 def test_a_loop_left_early_has_offered_what_it_trained_on() -> None:

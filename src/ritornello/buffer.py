@@ -73,8 +73,11 @@ class RehearsalBuffer:
     Args:
         capacity: representatives in the whole buffer, over all ranks; split over them to the
             last one.
-        num_representatives: ``r``, drawn per rank and step. While the buffer holds fewer, a
-            rank gets all there are.
+        num_representatives: ``r``, drawn per rank and step: any number from 0 on. Of a fraction
+            each step draws the number below or above, the same on all ranks, and ``r`` in
+            expectation. While the buffer holds fewer, a rank gets all there are.
+        most_representatives: None: ``r`` is fixed. A number: ``num_representatives`` may be set
+            between two steps, up to this; there is memory for as many.
         num_candidates: ``c``, expected per rank and step: each sample of a mini-batch of ``b``
             is a candidate with probability ``min(1, c / b)``. None: every sample is.
         selection: who is admitted and replaced: "class-balanced", "per-class-random",
@@ -114,7 +117,8 @@ class RehearsalBuffer:
         self,
         capacity: int,
         *,
-        num_representatives: int,
+        num_representatives: float,
+        most_representatives: int | None = None,
         num_candidates: int | None = None,
         selection: str | SelectionPolicy = "class-balanced",
         label: int | str | tuple[int | str, ...] | None = 1,
@@ -135,6 +139,7 @@ class RehearsalBuffer:
             arguments = Arguments(
                 capacity=capacity,
                 num_representatives=num_representatives,
+                most_representatives=most_representatives,
                 num_candidates=num_candidates,
                 selection=selection,
                 label=label,
@@ -155,6 +160,7 @@ class RehearsalBuffer:
                 seed=seed,
                 storage=place,
                 num_draws=num_draws,
+                rate_may_change=arguments.rate_may_change,
             )
         except BaseException:
             channel.close()
@@ -181,6 +187,39 @@ class RehearsalBuffer:
         """Draws per step."""
         return self._num_draws
 
+    @property
+    def num_representatives(self) -> float:
+        """``r``, drawn per rank and step.
+
+        With ``most_representatives`` it may be set between two steps, by all ranks alike. The next
+        ``update`` or ``offer`` starts a round that draws as many, for the step after it::
+
+            buffer.num_representatives = 16
+            buffer.update(batch)  # with what was drawn before
+            buffer.update(batch)  # with 16
+
+        If ranks set different numbers, that round fails on all of them, and names them.
+
+        Raises:
+            ValueError: set to less than 0 or more than ``most_representatives``, or there is none.
+            TypeError: set to what is no number.
+        """
+        return self._steps.rate
+
+    @num_representatives.setter
+    def num_representatives(self, rate: float) -> None:
+        self._check_open("num_representatives")
+        self._steps.change_rate(rate)
+
+    @property
+    def num_past(self) -> int:
+        """How many samples of the last augmented mini-batch are past: its last ones.
+
+        Of all draws together; 0 before the first. After ``draw`` what it gave, and inside a loop of
+        ``rehearse`` of the mini-batch that the loop has.
+        """
+        return self._steps.num_past
+
     @outside_graphs
     def update(self, batch: Batch) -> Batch:
         """Adds representatives to a mini-batch, and offers the mini-batch to the buffer.
@@ -194,8 +233,8 @@ class RehearsalBuffer:
 
         Returns:
             The augmented mini-batch: nested alike, ``b + r`` samples, representatives last (with
-            several draws, all of them), on the devices of the mini-batch. The mini-batch itself
-            while the buffer is empty.
+            several draws, all of them), on the devices of the mini-batch; ``num_past`` says how
+            many are past. The mini-batch itself where none are, as while the buffer is empty.
 
         Raises:
             TypeError, ValueError: the mini-batch is not like the first one, or a label is out
@@ -218,8 +257,8 @@ class RehearsalBuffer:
 
         Returns:
             ``r`` samples nested like a mini-batch, the caller's own; with ``num_draws`` of 2 or
-            more, a list of as many such batches. None while the buffer is empty. While it holds
-            fewer than ``r``, all that it holds.
+            more, a list of as many such batches. While the buffer holds fewer than ``r``, all that
+            it holds. None where nothing was drawn, as while it is empty.
 
         Raises:
             RuntimeError: no offer since the last draw.
@@ -371,6 +410,8 @@ class RehearsalBuffer:
         dealt out anew, every class evenly over the ranks; none is lost as long as the capacity
         allows, and of a smaller one the policy says who stays. What was drawn for the next step
         is then drawn again. Other arguments may differ, too, but for ``selection`` and ``label``.
+        ``num_representatives`` becomes what it was, up to ``most_representatives``, if both
+        buffers have that.
 
         All ranks call it; blocks until all have loaded. Nothing in the folder is executed, and no
         memory is taken for what is not there.

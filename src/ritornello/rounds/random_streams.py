@@ -22,6 +22,7 @@ class Purpose(IntEnum):
     SELECTION = 2
     SAMPLING = 3
     ADOPTION = 4
+    RATE = 5
     COMPOSITION = 6
 
 

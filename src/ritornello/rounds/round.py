@@ -22,6 +22,7 @@ from ritornello.policies.selection import SelectionPolicy, check_labels, size_af
 from ritornello.records.layout import Layout
 from ritornello.records.shard import Shard, rows_per_rank
 from ritornello.records.storage import Storage
+from ritornello.rounds.arguments import plain
 from ritornello.rounds.distances import cosine_distances
 from ritornello.rounds.planner import Planner
 from ritornello.rounds.random_streams import Purpose, Streams
@@ -44,8 +45,10 @@ class Rounds:
         seed: of all streams.
         storage: where the shard lies.
         num_draws: draws of ``r``, each on its own, that a round makes for each rank.
+        rate_may_change: whether ``rate`` may be set between two rounds.
 
     Attributes:
+        rate: ``r`` of the next round.
         before_write: told the slots that are about to be overwritten, if anybody wants to know.
     """
 
@@ -56,10 +59,11 @@ class Rounds:
         sampling: SamplingPolicy,
         *,
         capacity: int,
-        num_representatives: int,
+        num_representatives: float,
         seed: int,
         storage: Storage,
         num_draws: int = 1,
+        rate_may_change: bool = False,
     ) -> None:
         self.transport = transport
         self.num_rounds = 0
@@ -79,13 +83,8 @@ class Rounds:
         self._is_builtin = type(selection) in SELECTION_POLICIES.values()
         self._selection_streams = Streams(seed, Purpose.SELECTION, transport.rank)
         self.adoption_streams = Streams(seed, Purpose.ADOPTION)
-        self._planner = Planner(
-            transport.rank,
-            num_representatives,
-            self.sampling,
-            Streams(seed, Purpose.SAMPLING),
-            num_draws,
-        )
+        self.rate, self._rate_may_change = num_representatives, rate_may_change
+        self._planner = Planner(transport.rank, num_representatives, self.sampling, seed, num_draws)
         self._storage = storage
         self.contents = self.no_contents()
         self.admitted_in = np.zeros(0, dtype=np.int64)  # slot -> round, made with the shard
@@ -118,8 +117,8 @@ class Rounds:
             How many representatives are staged for the next mini-batch.
 
         Raises:
-            ValueError: a label out of range, samples of another layout on another rank, or an
-                assignment that breaks the policy's contract.
+            ValueError: a label out of range, samples of another layout or another rate on another
+                rank, or an assignment that breaks the policy's contract.
             MemoryError: the shard does not fit.
             PeerLostError: see ``Transport``.
         """
@@ -131,6 +130,9 @@ class Rounds:
             self._learn_sizes(size)
             if admitted is not None:
                 self.sampling.overwritten(self._learn_labels(admitted))
+            if self._rate_may_change:
+                self._agree_on_rate()
+                self._planner.change_rate(self.rate)
             plan = self._planner.plan(self.num_rounds, self.contents, self._full)
             if plan.num_drawn:
                 self._enter("exchange")
@@ -333,6 +335,26 @@ class Rounds:
         if not self._full:
             self.contents.resize(gather_counts(self.transport, size))
             self._full = np.array_equal(self.contents.sizes, self.limits)
+
+    def _agree_on_rate(self) -> None:
+        """All-gathers the rates, as a rank that drew another number would take what is not its own.
+
+        Raises:
+            ValueError: on every rank, if they differ.
+        """
+        # The bits of a number from 0 on are those of an integer from 0 on: what is gathered in a
+        # round must not be negative.
+        bits = int(np.float64(self.rate).view(np.int64))
+        rates = gather_counts(self.transport, bits).view(np.float64)
+        if (rates != self.rate).any():
+            found = [
+                f"{plain(rate)} on rank(s) {np.flatnonzero(rates == rate).tolist()}"
+                for rate in np.unique(rates)
+            ]
+            raise ValueError(
+                f"num_representatives is {', '.join(found)}: all ranks must set the same, between "
+                "the same two steps"
+            )
 
     def _learn_labels(self, admitted: Ints) -> Ints:
         """All-gathers what was admitted where, for policies that look at labels.

@@ -43,7 +43,7 @@ class Staging:
         layout: of the records.
         trainer_device: where the mini-batches are.
         shard_device: where the shard lies.
-        num_representatives: per round: ``r``, times the draws.
+        num_representatives: per round, at most: ``r``, times the draws.
         reorders: whether representatives arrive in another order than they are taken in.
     """
 

@@ -22,7 +22,7 @@ from ritornello.policies.selection import check_labels
 from ritornello.records.layout import Layout
 from ritornello.records.nesting import Batch
 from ritornello.records.storage import Storage
-from ritornello.rounds.arguments import Arguments
+from ritornello.rounds.arguments import Arguments, plain
 from ritornello.rounds.first_batch import Begun, check_room, device_of
 from ritornello.rounds.joining import Joiner
 from ritornello.rounds.random_streams import Purpose, Streams
@@ -53,6 +53,8 @@ class Steps:
         begun: what the first mini-batch has fixed; None before it.
         num_offers: mini-batches offered so far.
         is_offered: whether one was offered since the last draw.
+        num_past: representatives in what the trainer got last; see ``RehearsalBuffer.num_past``.
+        rate: ``r`` of the rounds to come.
     """
 
     def __init__(
@@ -76,6 +78,8 @@ class Steps:
         self.is_offered = False
         self._round_runs = False
         self.num_staged = 0
+        self._num_joined = self.num_past = 0
+        self.rate: float = plain(arguments.num_representatives)
         self.failure: RoundError | None = None
         self._is_restored = False  # and no mini-batch has come since
         self.seconds_waited = self.seconds_joining = self.seconds_offering = 0.0
@@ -103,6 +107,7 @@ class Steps:
         """Copies of one step's representatives, a batch for each draw; None if there are none."""
         staged = self._staged(call)
         self.is_offered = False
+        self.num_past = self._num_joined
         if staged is None:
             return None
         began = time.perf_counter()
@@ -140,6 +145,8 @@ class Steps:
         began = time.perf_counter()
         self.num_offers += 1
         self.is_offered = True
+        self.num_past = self._num_joined  # of a step that `rehearse` has prepared, only now
+        self.rounds.rate = self.rate
         self._round_runs = True
         self._worker.start(self._known.staging.candidates())
         self.seconds_offering += time.perf_counter() - began
@@ -159,6 +166,7 @@ class Steps:
                 )
             return None
         self.settle()
+        self._num_joined = self.num_staged
         return self._known.staging.take(self.num_staged) if self.num_staged else None
 
     def _copy_candidates(self, staging: Staging, leaves: list[Tensor]) -> None:
@@ -262,6 +270,17 @@ class Steps:
 
     # Between two rounds.
 
+    def change_rate(self, rate: float) -> None:
+        """Says how many are drawn from the next round on.
+
+        Raises:
+            ValueError, TypeError: they cannot be.
+        """
+        try:
+            self.rate = self._arguments.changed_rate(rate)
+        except (TypeError, ValueError) as error:
+            raise type(error)(self.here(str(error))) from None
+
     @contextmanager
     def with_peers(self, call: str) -> Iterator[None]:
         """Around what all ranks do together, after as many offers; waits for the running round.
@@ -352,15 +371,21 @@ class Steps:
         """As before ``begin_restored``."""
         self.begun, self.rounds.shard, self._is_restored = None, None, False
 
-    def go_on(self, num_rounds: int, is_offered: bool, staged: Tensor) -> None:
-        """Takes the place of a buffer after some rounds, with what it had staged."""
+    def go_on(self, num_rounds: int, is_offered: bool, staged: Tensor, rate: float) -> None:
+        """Takes the place of a buffer after some rounds, with what it had staged, and its rate."""
+        self.rate = rate
         self._known.staging.put_back(staged)
         self.num_staged = len(staged)
         self.num_offers, self.is_offered = num_rounds, is_offered
 
-    def draw_again(self) -> None:
-        """Runs a round without candidates, for what the next step draws."""
+    def draw_again(self, rate: float) -> None:
+        """Runs a round without candidates, for what the next step draws.
+
+        Args:
+            rate: of this round alone, where it may change.
+        """
         if self.is_offered:
+            self.rounds.rate = rate
             self.num_offers += 1
             self._round_runs = True
             self._worker.start(self._known.staging.candidates())

@@ -28,15 +28,25 @@ def checked_bool(value: Any) -> bool:
     return value
 
 
+def checked_number(value: Any, kind: str = "a non-negative number") -> float:
+    """A non-negative number below 2**53.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if type(value) not in (int, float) or not 0 <= value < 2**53:
+        raise ValueError(f"{reprlib.repr(value)} must be {kind}")
+    number: float = value
+    return number
+
+
 def checked_seconds(value: Any) -> float:
     """Seconds since 1970.
 
     Raises:
         ValueError: it is no such number.
     """
-    if type(value) not in (int, float) or not 0 <= value < 2**53:
-        raise ValueError(f"{reprlib.repr(value)} must be seconds since 1970")
-    return float(value)
+    return float(checked_number(value, "seconds since 1970"))
 
 
 def checked_text(value: Any) -> str:

@@ -28,8 +28,8 @@ from ritornello.saving.state_dict import PREFIX, entry_of, gathered
 from ritornello.saving.writing import SaveUnderWay, Snapshot, new_save_id
 from ritornello.transports.agreement import together
 
-DRAWN_BY = ("num_representatives", "num_draws", "sampling")
-"""The arguments that say what is drawn, and how much is staged for a step."""
+DRAWN_BY = ("num_draws", "sampling")
+"""The arguments that, with the rate, say what is drawn, and how much is staged for a step."""
 
 MOST_FIELDS_NAMED = 8
 """In an error that says which samples a buffer holds."""
@@ -156,6 +156,8 @@ class Checkpointing:
             layout=begun.layout if begun else None,
             label=begun.label if begun else None,
             on_gpu=begun is not None and begun.staging.on_gpu,
+            num_drawn=steps.num_staged,
+            rate=steps.rate if self._arguments.rate_may_change else None,
             tasks=self.tasks,
             removals=self._removals,
         )
@@ -213,14 +215,18 @@ class Checkpointing:
         """Becomes a saved buffer that fits.
 
         What is the same decides how much goes on as it was. Ranks and capacity: all shards, slot
-        for slot; else representatives are dealt out anew. Also what ``DRAWN_BY`` names: what was
-        drawn for the next step; else that is drawn again, in a round without candidates.
+        for slot; else representatives are dealt out anew. Also the rate, and what ``DRAWN_BY``
+        names: what was drawn for the next step; else that is drawn again, in a round without
+        candidates.
         """
         manifest, own, steps = saved.manifest, self._manifest(), self._steps
         has_same_shards = manifest.num_ranks == own.num_ranks and manifest.capacity == own.capacity
+        draws_alike = all(manifest.arguments.get(name) == own.arguments[name] for name in DRAWN_BY)
+        rate, rate_again = self._rates(manifest, draws_alike)
         goes_on = (
             has_same_shards
-            and all(manifest.arguments.get(name) == own.arguments[name] for name in DRAWN_BY)
+            and draws_alike
+            and self._has_same_rate(manifest)
             and manifest.num_offers == manifest.num_rounds  # else see ``Manifest.num_offers``
         )
         layout = manifest.layout
@@ -228,7 +234,7 @@ class Checkpointing:
             # Nothing to take over; but a buffer that has begun cannot become one that has not.
             if own.num_rounds or own.num_offers:
                 raise CheckpointError(f"{call}: the saved buffer had not begun, but this one has")
-            self.tasks, self._removals = manifest.tasks, manifest.removals
+            self.tasks, self._removals, steps.rate = manifest.tasks, manifest.removals, rate
             return
         together(
             self._transport,
@@ -246,10 +252,31 @@ class Checkpointing:
         else:
             adopt(self._rounds, saved)
         self.tasks, self._removals = manifest.tasks, manifest.removals
-        steps.go_on(manifest.num_rounds, manifest.is_offered, staged)
+        steps.go_on(manifest.num_rounds, manifest.is_offered, staged, rate)
         # After `forget` there is none either: what was drawn may have been what was to be removed.
         if manifest.lacks_draw or not goes_on:
-            steps.draw_again()
+            steps.draw_again(rate_again)
+
+    def _has_same_rate(self, manifest: Manifest) -> bool:
+        """Whether a saved buffer drew as many as this one would, or there is memory for them."""
+        if manifest.rate is None or not self._arguments.rate_may_change:
+            name = "num_representatives"
+            return manifest.rate is None and manifest.arguments.get(name) == self._as_text[name]
+        return manifest.num_staged <= self._arguments.most_per_draw * self._arguments.num_draws
+
+    def _rates(self, manifest: Manifest, draws_alike: bool) -> tuple[float, float]:
+        """The rate with which a saved buffer goes on here, and that for what is drawn again.
+
+        The last one is of the last round: another may have been set since.
+        """
+        own = self._steps.rate
+        if manifest.rate is None or not self._arguments.rate_may_change:
+            return own, own
+        most = self._arguments.most_per_draw
+        rate = min(manifest.rate, most)
+        if manifest.num_drawn is None or not draws_alike:
+            return rate, rate
+        return rate, min(manifest.num_drawn // self._arguments.num_draws, most)
 
     def _staged_in(self, saved: SavedBuffer) -> Tensor:
         """What this rank had staged for the next step, checked.
@@ -261,12 +288,12 @@ class Checkpointing:
         with saved.shard(self._transport.rank) as shard:
             arrays = shard.arrays()
         staged = torch.from_numpy(records_of(arrays, "staged", manifest.record_bytes))
-        num_per_draw = min(self._arguments.num_representatives, manifest.num_held)
-        num_drawn = num_per_draw * self._arguments.num_draws
-        if len(staged) != manifest.num_staged or len(staged) not in (0, num_drawn):
+        num_draws = self._arguments.num_draws
+        most = min(self._arguments.most_per_draw, manifest.num_held) * num_draws
+        if len(staged) != manifest.num_staged or len(staged) > most or len(staged) % num_draws:
             raise ValueError(
                 f"{len(staged)} staged, but {manifest.num_staged} according to the manifest, "
-                f"and {num_drawn} were to be drawn"
+                f"and at most {most} can have been drawn"
             )
         return staged
 

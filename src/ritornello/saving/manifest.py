@@ -22,6 +22,7 @@ from ritornello.records.layout import Layout
 from ritornello.saving.checked_json import (
     checked_bool,
     checked_count,
+    checked_number,
     checked_seconds,
     checked_text,
     checked_texts,
@@ -104,6 +105,10 @@ class Manifest:
     """The position of the class label among the layout's fields."""
     on_gpu: bool = False
     """Whether mini-batches were on a GPU."""
+    num_drawn: int | None = None
+    """As ``num_staged``, also after what was staged is gone; None: of an earlier release."""
+    rate: float | None = None
+    """What ``num_representatives`` was set to; None: it was fixed."""
     tasks: tuple[TaskMark, ...] = ()
     removals: tuple[Removal, ...] = ()
     files: tuple[SavedFile, ...] = ()
@@ -143,7 +148,9 @@ class Manifest:
     @property
     def lacks_draw(self) -> bool:
         """Whether representatives must be drawn again for the next step: see ``forget``."""
-        return self.num_rounds > 0 and self.num_held > 0 and self.num_staged == 0
+        if self.num_drawn is None:  # earlier releases drew something wherever there was something
+            return self.num_rounds > 0 and self.num_held > 0 and self.num_staged == 0
+        return self.num_held > 0 and self.num_staged < self.num_drawn
 
     def task_numbers(self, admitted_in: Ints) -> Ints:
         """The position in ``tasks`` of what was admitted in some rounds; -1: before the first."""
@@ -198,6 +205,7 @@ class Manifest:
         label = content["label"]
         if label is not None and (layout is None or checked_count(label) >= len(layout.fields)):
             raise ValueError(f"label={reprlib.repr(label)} is no field of the layout")
+        num_drawn, rate = content.get("num_drawn"), content.get("rate")
         manifest = cls(
             arguments=checked_texts(content["arguments"]),
             capacity=checked_count(content["capacity"]),
@@ -209,6 +217,8 @@ class Manifest:
             layout=layout,
             label=label,
             on_gpu=checked_bool(content.get("on_gpu", False)),
+            num_drawn=None if num_drawn is None else checked_count(num_drawn),
+            rate=None if rate is None else checked_number(rate),
             tasks=tuple(
                 TaskMark(
                     checked_text(each["name"]),
@@ -251,6 +261,8 @@ class Manifest:
         counts = (self.num_rounds, self.num_offers, self.num_held, self.num_staged)
         if (self.layout is None and any(counts)) or self.is_offered > self.num_offers:
             raise ValueError(f"rounds, offers, representatives and staged ones cannot be {counts}")
+        if self.num_drawn is not None and self.num_drawn < self.num_staged:
+            raise ValueError(f"{self.num_staged} staged of {self.num_drawn} drawn")
         first_rounds = [task.first_round for task in self.tasks]
         if first_rounds != sorted(first_rounds) or max(first_rounds, default=0) > self.num_rounds:
             raise ValueError(

@@ -82,10 +82,10 @@ def _overview(inspection: Inspection) -> Table:
         "policies",
         f"selection {shown(given('selection', '?'))}, sampling {shown(given('sampling', '?'))}",
     )
+    rate = given("num_representatives", "?") if manifest.rate is None else str(manifest.rate)
     table.add_row(
         "per step and rank",
-        f"r = {shown(given('num_representatives', '?'))}, "
-        f"c = {shown(given('num_candidates', '?')).replace('None', 'all')}",
+        f"r = {shown(rate)}, c = {shown(given('num_candidates', '?')).replace('None', 'all')}",
     )
     table.add_row("seed", shown(given("seed", "?")))
     table.add_row("rounds", f"{manifest.num_rounds:,}")
