@@ -50,6 +50,9 @@ if TYPE_CHECKING:
     import torch.distributed as dist
     from torch.distributed.device_mesh import DeviceMesh
 
+FieldName = int | str | tuple[int | str, ...]
+Fields = FieldName | list[FieldName]
+
 
 class RehearsalBuffer:
     """A rehearsal buffer over all ranks of a process group.
@@ -303,6 +306,48 @@ class RehearsalBuffer:
             raise ValueError(f"batch_size={batch_size}: it must be at least 1")
         self._steps.settle()
         return self._steps.read(batch_size)
+
+    def rewrite(
+        self, function: Callable[[Batch], Any], fields: Fields, batch_size: int = 256
+    ) -> None:
+        """Makes fields of this rank's representatives anew, in place.
+
+        Such as targets from the model as it is at a task's end::
+
+            @torch.no_grad()
+            def soft_targets(batch):
+                images, labels, _ = batch
+                return model(images)  # for field 2
+
+            buffer.rewrite(soft_targets, fields=2)
+
+        Waits for the running round, and for ranks of this host that still read this shard.
+        Involves no other rank: each one rewrites its own shard, at most ``timeout_seconds`` longer
+        than the others; for the same results in each run all call it after as many updates. What
+        was drawn for the next step stays as it was drawn. A save in the background writes
+        what was there before; what it has not yet written is set aside in memory.
+
+        Args:
+            function: gives the new values of a batch of copies, nested as samples were offered: for
+                one field a tensor ``[n, *shape]``, for a list of them a tuple in its order, or a
+                dict with its names; on any device. It does not use the buffer. If it raises,
+                batches before are rewritten, and all others are as they were. An interrupt, too,
+                leaves each record whole.
+            fields: which leaf of a sample, named as by ``label``, or a list of such. The class
+                label cannot be rewritten.
+            batch_size: representatives at a time.
+
+        Raises:
+            ValueError, TypeError: ``fields`` names no leaf, or the label; or values have another
+                dtype or shape than the field (nothing is converted); names it. Or ``batch_size``
+                is below 1.
+            RuntimeError: the function has used the buffer.
+            PeerLostError, RoundError, BufferClosedError: see ``update``.
+        """
+        self._check_open("rewrite")
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size}: it must be at least 1")
+        self._steps.rewrite(function, fields, batch_size)
 
     def measure_distances(self, embed: Callable[[Batch], Tensor], batch_size: int = 256) -> None:
         """Measures how far every representative is from the mean of its class, for "grasp".

@@ -255,7 +255,7 @@ def check_curves(points: Points, results: dict[str, Any]) -> None:
 
 def test_a_run_on_two_ranks(tmp_path: Path) -> None:
     recipe = recipe_named("digits", epochs=1)
-    arguments = (recipe, str(tmp_path), None, "", train.OFF, None, TRACKED)
+    arguments = (recipe, str(tmp_path), None, "", train.OFF, TRACKED)
     results = launch(2, train.run, *arguments)
     check_curves(in_tensorboard(tmp_path / "tensorboard"), results)
 

@@ -103,6 +103,7 @@ def test_what_is_left_goes_on_with_all_policies_on_any_number_of_ranks(
     selection: str, sampling: str, tmp_path: Path
 ) -> None:
     arguments = {"selection": selection, "sampling": sampling, "num_draws": 2}
+    nums_drawn = range(0, 7, 2) if sampling == "earlier-tasks" else [6]  # what is left of them
     save(tmp_path, 2, **arguments)
     before = read(tmp_path)
     outcome = forget(tmp_path, {"label": [1, 2]})
@@ -120,14 +121,14 @@ def test_what_is_left_goes_on_with_all_policies_on_any_number_of_ranks(
                 assert len(buffer) == len(kept)
                 drawn = buffer.update(batch_of(100, end.rank))["meta"]["id"][6:].tolist()
                 for step in range(101, 115):
-                    assert len(buffer.update(batch_of(step, end.rank))["label"]) == 12
+                    assert len(buffer.update(batch_of(step, end.rank))["label"]) - 6 in nums_drawn
                 assert len(buffer) == CAPACITY
                 return loaded, drawn
 
         ranks = on_ranks(num_ranks, rank_main)
         assert sorted(number for loaded, _ in ranks for number in loaded) == kept
         for _, drawn in ranks:
-            assert len(drawn) == 6
+            assert len(drawn) in nums_drawn
             assert set(drawn) <= set(kept)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 import torch
@@ -159,6 +159,34 @@ class Rounds:
         assert self.shard is not None
         rows = self._staging.copy_for_trainer(self.shard.rows[first : first + num_rows])
         return self._layout.views(rows)
+
+    def rewrite(self, first: int, num_rows: int, values: Mapping[int, torch.Tensor]) -> None:
+        """Replaces fields of this rank's representatives from a slot on.
+
+        Records are written as a whole, so that an interrupt leaves each as it was or shall be.
+
+        Args:
+            first: slot.
+            num_rows: how many.
+            values: ``[num_rows, *shape]`` by the position of the field, on any device.
+
+        Raises:
+            PeerLostError: another rank of this host does not end its round.
+        """
+        assert self.shard is not None
+        slots = np.arange(first, first + num_rows)
+        device = self.shard.rows.device
+        on_device = {position: each.detach().to(device) for position, each in values.items()}
+        self.transport.await_readers()
+        if self.before_write is not None:
+            self.before_write(slots)
+        self._staging.await_trainer()
+        with self._staging.worker_stream():
+            records = self.shard.rows[first : first + num_rows].clone()
+            for position, each in on_device.items():
+                self._layout.view(records, position).copy_(each)
+            self.shard.write(slots, records, np.arange(num_rows))
+        self._staging.finish_writes()
 
     def measure_distances(self, features: torch.Tensor) -> None:
         """Tells all ranks how far each representative is from its class's mean.

@@ -143,6 +143,11 @@ class Staging:
         """Places what ``staged`` gave where it was."""
         self._delivered[: len(staged)] = staged.to(self.trainer_device)
 
+    def await_trainer(self) -> None:
+        """Orders the worker's stream behind what the trainer has issued so far."""
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(self._cuda))
+
     def finish_writes(self) -> None:
         """Waits for what was issued on the worker's stream: other streams may read it then."""
         if self._stream is not None:

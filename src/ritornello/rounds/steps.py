@@ -10,8 +10,9 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from ritornello.rounds.arguments import Arguments, plain
 from ritornello.rounds.first_batch import Begun, check_room, device_of
 from ritornello.rounds.joining import Joiner
 from ritornello.rounds.random_streams import Purpose, Streams
+from ritornello.rounds.rewriting import FieldsMadeAnew
 from ritornello.rounds.round import Rounds
 from ritornello.rounds.staging import Staging
 from ritornello.rounds.stats import BufferStats
@@ -288,8 +290,14 @@ class Steps:
         Without one of them nothing goes on.
         """
         self.settle()
-        try:
+        with self._explaining(call):
             check_in_step(self._transport, call, self.num_offers, self.is_offered)
+            yield
+
+    @contextmanager
+    def _explaining(self, call: str) -> Iterator[None]:
+        """Around what needs other ranks between two rounds."""
+        try:
             yield
         except CheckpointError as error:
             raise CheckpointError(self.here(str(error))) from error.__cause__
@@ -323,6 +331,31 @@ class Steps:
                 )
             num_rows = min(batch_size, rounds.num_held - first)
             yield self._known.layout.rebuild(rounds.representatives(first, num_rows))
+
+    def rewrite(self, function: Callable[[Batch], Any], fields: Any, batch_size: int) -> None:
+        """See ``RehearsalBuffer.rewrite``."""
+        self.settle()
+        if self.begun is None:
+            return
+        rounds, layout, num_offers = self.rounds, self._known.layout, self.num_offers
+        try:
+            anew = FieldsMadeAnew(layout, self._known.label, fields)
+        except ValueError as error:
+            raise ValueError(self.here(str(error))) from None
+        for first in range(0, rounds.num_held, batch_size):
+            num_rows = min(batch_size, rounds.num_held - first)
+            result = function(layout.rebuild(rounds.representatives(first, num_rows)))
+            if self.num_offers != num_offers:
+                raise RuntimeError(
+                    "rewrite: the function has called update, draw or offer: the buffer goes on "
+                    "when rewrite has returned"
+                )
+            try:
+                values = anew.values(result, num_rows)
+            except (TypeError, ValueError) as error:
+                raise type(error)(self.here(str(error))) from None
+            with self._explaining("rewrite"):
+                rounds.rewrite(first, num_rows, values)
 
     def stats(self, per_class: bool) -> BufferStats:
         """See ``RehearsalBuffer.stats``."""

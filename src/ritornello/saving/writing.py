@@ -140,9 +140,11 @@ class SaveUnderWay:
 
     def keep(self, slots: Ints) -> None:
         """Sets aside the records at some slots, before others are written there."""
-        for slot in slots.tolist():
-            if self._first_kept <= slot < len(self._snapshot.rows) and slot not in self._kept:
-                self._kept[slot] = self._to_host(self._snapshot.rows[slot : slot + 1])[0].copy()
+        with self._stepping:  # the trainer's thread may call it, too, while the worker writes
+            for slot in slots.tolist():
+                if self._first_kept <= slot < len(self._snapshot.rows) and slot not in self._kept:
+                    row = self._to_host(self._snapshot.rows[slot : slot + 1])[0]
+                    self._kept[slot] = row.copy()
 
     def step(self) -> float | None:
         """Does a part of the work; the worker and who waits for it may both call it.

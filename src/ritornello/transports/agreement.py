@@ -20,7 +20,6 @@ CALLS = (
     "state_dict",
     "measure_distances",
     "begin_task",
-    "rewrite",
 )
 """What all ranks do together while no round runs."""
 
