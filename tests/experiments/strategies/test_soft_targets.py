@@ -83,9 +83,7 @@ def test_representatives_get_logits_at_each_tasks_end() -> None:
         reference[0].load_state_dict(model[0].state_dict())
         with torch.no_grad():
             reference[0].weight.div_(1.5)
-        held = buffer.representatives()
-        assert held is not None
-        images, labels, stored = held
+        [(images, labels, stored)] = buffer.representatives()
         assert {0, 2} <= set(labels.tolist())
         expected = reference(images).detach()
         assert torch.allclose(stored[:, :4], expected[:, :4], atol=1e-6)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -283,10 +284,11 @@ def test_settings_that_change_are_kept(living: Path, arrived: Path) -> None:
 def test_a_run_goes_on_composed_in_proportion(living: Path, arrived: Path) -> None:
     """On another number of ranks, of days of unequal size, with soft targets from one day on."""
     changes = {"composition": "proportional", "soft_targets": 1.0, "first_share": 0.6}
-    first = launch(2, extend, living, arrived / "second.npz", changes=changes)
+    extend_so = partial(extend, changes=changes)
+    first = launch(2, extend_so, str(living), str(arrived / "second.npz"))
     assert first["samples_per_step"] == 32
     assert (first["config"]["sampling"], first["steps_per_task"][3]) == ("earlier-tasks", 5 * 16)
-    assert first["buffer"]["record_bytes"] == 64 + 8 + 4 * 8
+    assert first["buffer"]["record_bytes"] == 112  # 64 pixels, a label, 8 logits
     changes = {"composition": "append", "loss_weights": "by-sample"}
     with pytest.raises(ValueError, match="soft_targets=0: the run's buffer stores soft targets"):
         extend(living, arrived / "day-3", changes={"soft_targets": 0.0})

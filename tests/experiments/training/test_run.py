@@ -148,7 +148,7 @@ def test_settings(changes: dict[str, Any], above: float) -> None:
 @pytest.mark.parametrize("num_ranks", [2, 4])
 def test_steps_composed_in_proportion_learn_as_well_on_several_ranks(num_ranks: int) -> None:
     recipe = quick(
-        composition="proportional", first_share=0.5, soft_targets=0.5, epochs=6,
+        composition="proportional", first_share=0.5, soft_targets=0.5, epochs=3,
         global_num_candidates=None, global_num_representatives=8,
     )  # fmt: skip
     several, alone = launch(num_ranks, train.run, recipe), train.run(recipe)
