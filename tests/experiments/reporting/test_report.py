@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -239,7 +240,7 @@ def test_only_top5_was_published(tmp_path: Path) -> None:
 def test_a_page_of_many_groups_folds_their_plots(tmp_path: Path) -> None:
     groups = sweep(*COMPARISON, capacities=[10, 20, 40, 80], representatives=[8, 16], seeds=[0, 1])
     page = page_of(groups, tmp_path)
-    assert page.count("<svg ") == 3 + 2 * 10  # Per group, not per run.
+    assert page.count("<svg ") == 4 + 2 * 10  # Per group, not per run.
     assert page.count("<summary>10 plots</summary>") == 2
     assert "seeds</th>" in page
     assert "2 ranks, 2 seeds" in page
@@ -384,6 +385,42 @@ def test_without_incremental_training_runtimes_are_in_seconds() -> None:
     assert axes.get_xlabel() == "training time (s)"
     assert axes.containers[1].lines[0].get_xdata()[0] == 35.0
     assert trade_offs.accuracy_by_runtime(groups[:1]) is None
+
+
+def test_closeness_against_runtime() -> None:
+    groups = sweep(*COMPARISON, compositions=["append", "proportional"], representatives=[0, 8, 32])
+    axes = drawn(trade_offs.closeness_by_runtime(groups))
+    assert axes.get_ylabel() == "average top-1 (% of from scratch)"
+    lines = {line.get_label(): line for line in axes.lines[:-1]}
+    assert list(lines) == [
+        "incremental", "rehearsal, append", "rehearsal, proportional", "from-scratch",
+    ]  # fmt: skip
+    assert list(lines["incremental"].get_xdata()) == [1.0]
+    assert list(lines["from-scratch"].get_ydata()) == [100.0]
+    assert len(lines["rehearsal, append"].get_xdata()) == 2
+    best = next(each for each in groups if each.strategy == "from-scratch").average_top1.mean
+    of = {group.label: group.average_top1.mean for group in groups}
+    assert list(lines["rehearsal, proportional"].get_ydata()) == pytest.approx(
+        [100 * of[f"rehearsal, proportional, r {r}"] / best for r in (0, 8, 32)]
+    )
+    b = groups[0].first["config"]["global_batch_size"]
+    assert [text.get_text() for text in axes.texts] == [
+        str(Fraction(r, b)) for r in (8, 32, 0, 8, 32)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("strategies", "lists"),
+    [
+        (("incremental", "rehearsal"), {"representatives": [8, 16]}),
+        (("rehearsal", "from-scratch"), {"representatives": [8, 16]}),
+        (COMPARISON, {"capacities": [100, 200]}),
+    ],
+)
+def test_closeness_needs_both_ends_and_several_prices(
+    strategies: Sequence[str], lists: dict[str, Any]
+) -> None:
+    assert trade_offs.closeness_by_runtime(sweep(*strategies, **lists)) is None
 
 
 def test_names_of_points_do_not_overlap() -> None:

@@ -70,6 +70,27 @@ def test_the_product_of_everything() -> None:
     assert len({folder_name(label) for label in made}) == len(made)
 
 
+def test_compositions_and_what_goes_with_them() -> None:
+    made = variants(
+        RECIPE,
+        ["incremental", "rehearsal"],
+        compositions=["append", "proportional"],
+        representatives=[0, 8],
+    )
+    assert list(made) == [
+        "incremental",
+        "rehearsal, append, r 8",
+        "rehearsal, proportional, r 0",
+        "rehearsal, proportional, r 8",
+    ]
+    chosen = variants(
+        RECIPE, ["rehearsal"], compositions=["append", "proportional"], samplings=["uniform"]
+    )
+    assert list(chosen) == ["rehearsal, append", "rehearsal, proportional"]
+    [alone] = variants(RECIPE, ["rehearsal"], compositions=["proportional"]).values()
+    assert (alone.sampling, alone.loss_weights) == ("earlier-tasks", "by-sample")
+
+
 def test_what_is_given_twice_runs_once() -> None:
     made = variants(RECIPE, ["rehearsal", "rehearsal"], seeds=[1, 1], capacities=[5, 5.0])
     assert list(made) == ["rehearsal"]

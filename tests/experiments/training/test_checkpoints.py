@@ -123,6 +123,7 @@ def test_every_strategy_goes_on_bit_by_bit(strategy: str, tmp_path: Path, stop_a
         {"remembers": "random"},
         {"averaged": 0.9, "probe_every": 4},
         {"strategy": "der", "logits_dtype": "float16", "augmentation": "crop-flip"},
+        {"composition": "proportional", "first_share": 0.7, "soft_targets": 1.0},
     ],
     ids=lambda changes: "-".join(map(str, changes.values())),
 )
@@ -159,6 +160,8 @@ def ends_of_runs(recipe: Recipe, folder: str, counts: tuple[int, ...]) -> list[d
         (2, {"strategy": "rehearsal", "sampling": "grasp", "selection": "grasp"}),
         (2, {"strategy": "der++", "model": "resnet10t", **FEW_STEPS}),
         (2, {"strategy": "gdumb"}),
+        (2, {"strategy": "rehearsal", "composition": "proportional", "first_share": 0.6}),
+        (4, {"strategy": "rehearsal", "composition": "proportional", "soft_targets": 1.0}),
     ],
     ids=lambda value: value if isinstance(value, int) else value["strategy"],
 )

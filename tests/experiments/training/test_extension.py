@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -242,6 +243,8 @@ def test_other_numbers_of_ranks(living: Path, arrived: Path) -> None:
         ({"remembers": "herding", "selection": "first-offered"}, 0.75),
         ({"optimiser": "adam", "keeps_optimiser": True, "learning_rate": 0.005}, 0.8),
         ({"capacity": 0.2, "loss_weights": "by-task", "iterations": 80}, 0.75),
+        ({"composition": "proportional", "first_share": 0.6}, 0.8),
+        ({"composition": "proportional", "soft_targets": 1.0}, 0.8),
     ],
     ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else "",
 )
@@ -317,6 +320,22 @@ def test_a_run_with_a_holdout_goes_on_with_one(arrived: Path, tmp_path: Path) ->
     assert first["tasks"][-1]["train_samples"] + first["tasks"][-1]["test_samples"] == 270
     second = extend(tmp_path, arrived / "day-3")
     assert None not in second["top1"][-1]
+
+
+def test_a_run_goes_on_composed_in_proportion(living: Path, arrived: Path) -> None:
+    """On another number of ranks, of days of unequal size, with soft targets from one day on."""
+    changes = {"composition": "proportional", "soft_targets": 1.0, "first_share": 0.6}
+    extend_so = partial(extend, changes=changes)
+    first = launch(2, extend_so, str(living), str(arrived / "second.npz"))
+    assert first["samples_per_step"] == 32
+    assert (first["config"]["sampling"], first["steps_per_task"][3]) == ("earlier-tasks", 5 * 16)
+    assert first["buffer"]["record_bytes"] == 112  # 64 pixels, a label, 8 logits
+    changes = {"composition": "append", "loss_weights": "by-sample"}
+    with pytest.raises(ValueError, match="soft_targets=0: the run's buffer stores soft targets"):
+        extend(living, arrived / "day-3", changes={"soft_targets": 0.0})
+    second = extend(living, arrived / "day-3", changes=changes)
+    assert second["config"]["sampling"] == "uniform"
+    assert second["average_top1"] > 0.7
 
 
 def test_a_day_of_a_folder_of_days(arrived: Path, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from ritornello.experiments.cli.flags import (
 )
 from ritornello.experiments.cli.output import COMMAND, show
 from ritornello.experiments.cli.start import launch_ranks, train
-from ritornello.experiments.recipes.named import recipe_named
+from ritornello.experiments.recipes.named import SWEEPS, recipe_named
 from ritornello.experiments.training.saver import CheckpointSettings
 from ritornello.experiments.training.tracking import Tracking
 from ritornello.experiments.training.variants import variants
@@ -89,6 +89,8 @@ def compare(
 ) -> None:
     """Run one recipe with several strategies, buffers and seeds, and compare them.
 
+    Recipes whose name ends with frontier have a sweep of their own: what is not given is as there.
+
     Args:
         recipe: Which recipe.
         changes: Settings to change.
@@ -102,9 +104,11 @@ def compare(
         output: Folder for comparison.json and report.html; runs/... if not given.
     """
     changed = changes.applied_to(recipe)
-    settings = vars(sweep) | {
-        "strategies": sweep.strategies or ("incremental", changed.strategy, "from-scratch")
+    usual: dict[str, tuple[Any, ...]] = {
+        "strategies": ("incremental", changed.strategy, "from-scratch")
     }
+    usual |= SWEEPS.get(recipe, {})
+    settings = {name: given or usual.get(name, ()) for name, given in vars(sweep).items()}
     recipes = variants(changed, **settings, class_orders=class_orders, seeds=seeds)
     train(recipes, ranks, output, f"{recipe}-compare", saving, tracking)
 

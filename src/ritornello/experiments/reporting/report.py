@@ -292,6 +292,14 @@ def _charts(
             ", ".join(f"{row.label} {row.top1} in {row.runtime}" for row in rows),
         ),
         (
+            trade_offs.closeness_by_runtime(groups),
+            "How close to training from scratch, at which price",
+            "Beside the points: past samples for each new one of a mini-batch (r/b); at 0 no "
+            "sample more than incremental training is trained on.",
+            "Points: means over the seeds.",
+            _listed(groups),
+        ),
+        (
             trade_offs.accuracy_by_capacity(groups),
             "Accuracy against the size of the buffer",
             "Average top-1 at the end.",

@@ -44,6 +44,7 @@ ARCHIVED = (
     "seconds",
     "step_seconds",
     "train_samples",
+    "samples_per_step",
     "buffer",
 )
 """What an archive keeps of a run."""

@@ -31,7 +31,7 @@ from ritornello.experiments.recipes.recipe import DESCRIPTIONS, Recipe
 from ritornello.experiments.results.reading import runs_in
 from ritornello.experiments.results.run_folder import locked, write_json
 from ritornello.experiments.results.writing import Results
-from ritornello.experiments.strategies import strategy_named
+from ritornello.experiments.strategies import Rehearsal, strategy_named
 from ritornello.experiments.training import exemplars
 from ritornello.experiments.training.checkpoints import Checkpoints
 from ritornello.experiments.training.saver import CheckpointSettings, Saver
@@ -259,6 +259,23 @@ def check(recipe: Recipe, num_ranks: int) -> None:
     ):
         if getattr(recipe, name) not in allowed:
             raise ValueError(f"{name}={getattr(recipe, name)!r}: there are {', '.join(allowed)}")
+    if kind.rehearses and not recipe.is_proportional:
+        for name in ("samples_per_step", "first_share"):
+            if getattr(recipe, name) is not None:
+                raise ValueError(
+                    f"{name}={getattr(recipe, name)} with composition={recipe.composition!r}: only "
+                    "composition='proportional' has it; leave it out"
+                )
+    for name, is_set in (
+        ("composition", recipe.is_proportional),
+        ("soft_targets", recipe.soft_targets > 0),
+    ):
+        if is_set and kind.rehearses and kind is not Rehearsal:
+            without = "append" if name == "composition" else 0
+            raise ValueError(
+                f"{name}={getattr(recipe, name)!r} with strategy={recipe.strategy!r}: it weighs "
+                f"new and past samples in its own way; use 'rehearsal', or {name}={without!r}"
+            )
     if isinstance(recipe.class_order, int):
         if recipe.class_order < 0:
             raise ValueError(f"class_order={recipe.class_order}: it must not be negative")
@@ -272,6 +289,11 @@ def check(recipe: Recipe, num_ranks: int) -> None:
     if recipe.remembers not in exemplars.CHOICES:
         raise ValueError(
             f"remembers={recipe.remembers!r}: there are stream, {', '.join(exemplars.CHOICES)}"
+        )
+    if recipe.soft_targets and kind is Rehearsal:
+        raise ValueError(
+            f"remembers={recipe.remembers!r} with soft_targets={recipe.soft_targets}: exemplars "
+            "are stored without logits; use remembers='stream'"
         )
     if kind.stores_logits or kind.observes:
         raise ValueError(

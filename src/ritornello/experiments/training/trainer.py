@@ -143,6 +143,7 @@ class Trainer:
         return {
             **setting_of(self.recipe, self.data, self.tasks, self.place),
             **outcome_of(self.log, self.seconds),
+            "samples_per_step": self.schedule.samples_per_step,
             "resumed": self.num_resumed,
             "seconds_saving": self.seconds.saving,
             "buffer": self.strategy.stats(),
@@ -191,6 +192,9 @@ class Trainer:
             began = time.perf_counter()
             images, labels = next(batches)
             loaded = time.perf_counter()
+            num_past = self.schedule.num_past(number, step + 1)
+            if num_past is not None and buffer is not None:
+                buffer.num_representatives = num_past
             self.optimiser.zero_grad(set_to_none=True)
             loss = self.strategy.backward(self.network, images, labels, self._backward)
             self.scaler.step(self.optimiser)
@@ -207,6 +211,7 @@ class Trainer:
             self.between_steps()
             bar.advance()
         self.network.agree()
+        self._end_task()
         if self.recipe.remembers != "stream" and buffer is not None:
             tasks, embed = self.tasks[: number + 1], self.network.features
             self.seconds.step += exemplars.remember(
@@ -215,6 +220,12 @@ class Trainer:
         accelerators.synchronize(self.place.device)
         self.log.seconds.append(time.perf_counter() - self._task_began)
         self.log.steps.append(num_steps)
+
+    def _end_task(self) -> None:
+        """Lets the strategy look at the model that has learnt the task."""
+        began = time.perf_counter()
+        self.strategy.end_task(self.network)
+        self.seconds.step += time.perf_counter() - began
 
     def begin_training(self, number: int) -> None:
         """What comes before the first step of a task."""

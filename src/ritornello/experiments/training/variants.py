@@ -16,6 +16,7 @@ def variants(
     recipe: Recipe,
     strategies: Sequence[str],
     *,
+    compositions: Sequence[str] = (),
     capacities: Sequence[int | float] = (),
     representatives: Sequence[int] = (),
     candidates: Sequence[int] = (),
@@ -27,11 +28,13 @@ def variants(
     """The product of everything given; what is not given is as in the recipe.
 
     A strategy without a buffer appears once per order of classes and seed, not once per setting of
-    the buffer.
+    the buffer. Nothing appended (no representatives, where several compositions are compared) is
+    incremental training, and left out.
 
     Args:
         recipe: what all of them have in common.
         strategies: see ``strategies``.
+        compositions: of a step.
         capacities: of the whole buffer.
         representatives: of all ranks together.
         candidates: of all ranks together.
@@ -50,6 +53,7 @@ def variants(
     if not strategies:
         raise ValueError("strategies: give at least one")
     buffer_settings = {
+        "composition": compositions,
         "capacity": capacities,
         "global_num_representatives": representatives,
         "global_num_candidates": candidates,
@@ -64,6 +68,9 @@ def variants(
             settings["class_order"] = class_orders
         for values in itertools.product(*settings.values(), seeds or (recipe.seed,)):
             changes = dict(zip((*settings, "seed"), values, strict=True))
+            is_append = changes.get("composition") == "append" and len(set(compositions)) > 1
+            if is_append and changes.get("global_num_representatives") == 0:
+                continue
             recipes[with_changes(recipe, strategy=strategy, **changes)] = None
     as_results = [
         {
