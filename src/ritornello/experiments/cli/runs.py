@@ -19,7 +19,7 @@ from ritornello.experiments.cli.flags import (
 )
 from ritornello.experiments.cli.output import COMMAND, show
 from ritornello.experiments.cli.start import launch_ranks, train
-from ritornello.experiments.recipes.named import recipe_named
+from ritornello.experiments.recipes.named import SWEEPS, recipe_named
 from ritornello.experiments.training.saver import CheckpointSettings
 from ritornello.experiments.training.tracking import Tracking
 from ritornello.experiments.training.variants import variants
@@ -49,6 +49,7 @@ def run(
     tracking: TrackingSettings,
     strategy: str | None = None,
     seeds: Seeds = (),
+    class_orders: tuple[int, ...] = (),
     ranks: int | None = None,
     output: str | None = None,
 ) -> None:
@@ -62,13 +63,15 @@ def run(
         tracking: Curves while it runs.
         strategy: incremental, rehearsal, from-scratch, ...; if not given, the recipe's own.
         seeds: Of everything random. Several: one run each, and means of them.
+        class_orders: Numbers that each draw an order in which classes arrive: one run each with
+            every seed, and their mean and worst.
         ranks: Local processes to start. Leave it out under torchrun, srun or mpirun.
         output: Folder for results.json, model.pt, the buffer and report.html; runs/... if not
             given.
     """
     changed = changes.applied_to(recipe, **buffer.as_changes())
     chosen = strategy or changed.strategy
-    recipes = variants(changed, [chosen], seeds=seeds)
+    recipes = variants(changed, [chosen], class_orders=class_orders, seeds=seeds)
     train(recipes, ranks, output, f"{recipe}-{chosen}", saving, tracking)
 
 
@@ -80,10 +83,13 @@ def compare(
     saving: SavingSettings,
     tracking: TrackingSettings,
     seeds: Seeds = (),
+    class_orders: tuple[int, ...] = (),
     ranks: int | None = None,
     output: str | None = None,
 ) -> None:
     """Run one recipe with several strategies, buffers and seeds, and compare them.
+
+    Recipes whose name ends with frontier have a sweep of their own: what is not given is as there.
 
     Args:
         recipe: Which recipe.
@@ -92,14 +98,18 @@ def compare(
         saving: Checkpoints.
         tracking: Curves while it runs.
         seeds: Of everything random. Several: every combination runs with each, for means of them.
+        class_orders: Numbers that each draw an order in which classes arrive: every combination
+            runs with each, for their mean and worst.
         ranks: Local processes to start. Leave it out under torchrun, srun or mpirun.
         output: Folder for comparison.json and report.html; runs/... if not given.
     """
     changed = changes.applied_to(recipe)
-    settings = vars(sweep) | {
-        "strategies": sweep.strategies or ("incremental", changed.strategy, "from-scratch")
+    usual: dict[str, tuple[Any, ...]] = {
+        "strategies": ("incremental", changed.strategy, "from-scratch")
     }
-    recipes = variants(changed, **settings, seeds=seeds)
+    usual |= SWEEPS.get(recipe, {})
+    settings = {name: given or usual.get(name, ()) for name, given in vars(sweep).items()}
+    recipes = variants(changed, **settings, class_orders=class_orders, seeds=seeds)
     train(recipes, ranks, output, f"{recipe}-compare", saving, tracking)
 
 

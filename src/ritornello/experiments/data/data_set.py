@@ -78,6 +78,23 @@ class Relabelled(LabelledImages):
         return images, self._new_labels[labels]
 
 
+class Part(LabelledImages):
+    """Some of the images of another data set.
+
+    Args:
+        images: all.
+        indices: int64 ``[n]``, those that are part of it.
+    """
+
+    def __init__(self, images: LabelledImages, indices: NDArray[np.int64]) -> None:
+        self._images, self._indices = images, indices
+        self.labels = images.labels[indices]
+
+    def __getitems__(self, indices: Sequence[int]) -> LabelledBatch:
+        """See ``LabelledImages``."""
+        return self._images.__getitems__(self._indices[np.asarray(indices)].tolist())
+
+
 class Joined(LabelledImages):
     """Several data sets one after another, of images of one shape.
 

@@ -32,6 +32,16 @@ def average_after_each_task(matrix: Matrix) -> list[float]:
     return [_mean(row[: number + 1]) for number, row in enumerate(matrix)]
 
 
+def average_incremental_accuracy(matrix: Matrix) -> float:
+    """The mean of ``average_after_each_task`` (Rebuffi et al. 2017, iCaRL)."""
+    return _mean(np.array(average_after_each_task(matrix)))
+
+
+def plasticity(matrix: Matrix) -> float:
+    """Mean accuracy on a task when it has just been learnt: how well the new is learnt at all."""
+    return _mean(np.diag(matrix))
+
+
 def forgetting(matrix: Matrix) -> float:
     """Mean drop from a task's best accuracy to its last one (Chaudhry et al. 2018).
 

@@ -28,12 +28,23 @@ ARCHIVED = (
     "top5",
     "average_top1",
     "average_top5",
+    "averaged_top1",
+    "averaged_top5",
+    "average_averaged_top1",
+    "average_averaged_top5",
+    "average_incremental_top1",
+    "plasticity",
+    "average_anytime_top1",
+    "stability_gap",
+    "min_accuracy",
+    "worst_case_accuracy",
     "forgetting",
     "backward_transfer",
     "forward_transfer",
     "seconds",
     "step_seconds",
     "train_samples",
+    "samples_per_step",
     "buffer",
 )
 """What an archive keeps of a run."""
@@ -141,7 +152,7 @@ def runs_in(path: Path) -> Iterator[Results]:
 
 def _compact(run: Results) -> dict[str, Any]:
     compact = {name: run[name] for name in ARCHIVED if name in run}
-    for name in ("top1", "top5"):
+    for name in {"top1", "top5", "averaged_top1", "averaged_top5"} & set(compact):
         compact[name] = [
             [None if each is None else round(each, 4) for each in row] for row in run[name]
         ]

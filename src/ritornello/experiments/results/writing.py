@@ -19,7 +19,8 @@ from ritornello.experiments.data.data_set import DataSet
 from ritornello.experiments.data.scenarios import Task
 from ritornello.experiments.ranks.place import Place
 from ritornello.experiments.recipes.recipe import Recipe
-from ritornello.experiments.results import metrics
+from ritornello.experiments.results import anytime, metrics
+from ritornello.experiments.results.anytime import Probe
 from ritornello.records import accelerators
 
 Results = Mapping[str, Any]
@@ -39,6 +40,8 @@ class StepSeconds:
     saving: float = 0.0
     """Making checkpoints; part of no step."""
     num_steps: int = 0
+    probing: float = 0.0
+    """Evaluating the model on the way; part of no step."""
 
 
 @dataclass
@@ -51,6 +54,10 @@ class TaskLog:
     top5: list[list[float | None]] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     steps: list[int] = field(default_factory=list)
+    averaged_top1: list[list[float | None]] = field(default_factory=list)
+    """Of the running average of the weights, where there is one."""
+    averaged_top5: list[list[float | None]] = field(default_factory=list)
+    probes: list[Probe] = field(default_factory=list)
 
 
 def setting_of(recipe: Recipe, data: DataSet, tasks: Sequence[Task], place: Place) -> Results:
@@ -113,7 +120,8 @@ def outcome_of(log: TaskLog, seconds: StepSeconds) -> Results:
     """
     top1, top5 = metrics.matrix_of(log.top1), metrics.matrix_of(log.top5)
     # A task that is not trained on when it comes can be neither forgotten nor transferred.
-    learnt = top1 if all(log.steps) else top1[-1:]
+    learns_in_time = all(log.steps)
+    learnt = top1 if learns_in_time else top1[-1:]
     at_start = log.at_start
     assert at_start is not None
     steps = max(1, seconds.num_steps)
@@ -129,6 +137,12 @@ def outcome_of(log: TaskLog, seconds: StepSeconds) -> Results:
         "forward_transfer": metrics.forward_transfer(
             learnt, np.array(at_start[0], dtype=np.float64)
         ),
+        "average_incremental_top1": (
+            metrics.average_incremental_accuracy(top1) if learns_in_time else None
+        ),
+        "plasticity": metrics.plasticity(top1) if learns_in_time else None,
+        **_of_average(log),
+        **_of_probes(log, seconds, learns_in_time),
         "seconds": sum(log.seconds),
         "seconds_per_task": log.seconds,
         "steps_per_task": log.steps,
@@ -138,6 +152,27 @@ def outcome_of(log: TaskLog, seconds: StepSeconds) -> Results:
             "train": (seconds.step - seconds.in_buffer) / steps,
         },
     }
+
+
+def _of_average(log: TaskLog) -> Results:
+    """Accuracies of the running average of the weights, if there is one."""
+    if not log.averaged_top1:
+        return {}
+    return {
+        "averaged_top1": log.averaged_top1,
+        "averaged_top5": log.averaged_top5,
+        "average_averaged_top1": metrics.average_accuracy(metrics.matrix_of(log.averaged_top1)),
+        "average_averaged_top5": metrics.average_accuracy(metrics.matrix_of(log.averaged_top5)),
+    }
+
+
+def _of_probes(log: TaskLog, seconds: StepSeconds, learns_in_time: bool) -> Results:
+    """What probes have shown, if there were any."""
+    if not log.probes:
+        return {}
+    is_whole = learns_in_time and log.probes[-1]["task"] == len(log.steps) - 1
+    figures = anytime.figures_of(log.probes) if is_whole else {}
+    return {"probes": log.probes, **figures, "seconds_probing": seconds.probing}
 
 
 def _absolute_path(recipe: Recipe) -> str | None:

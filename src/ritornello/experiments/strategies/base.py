@@ -131,6 +131,9 @@ class Strategy:
         """Says that task ``number`` (from 0) begins, and which classes it brings, if known."""
         self.task_number = number
 
+    def end_task(self, model: nn.Module) -> None:
+        """Says that the running task has been learnt; all ranks call it, with the same weights."""
+
     def observe(self, images: Tensor, labels: Tensor) -> None:
         """Sees a mini-batch without learning from it, where the strategy ``observes``."""
 
@@ -273,20 +276,25 @@ class RehearsalStrategy(Strategy):
         """Offers a mini-batch, and so starts the round that draws for the next step."""
         self.buffer.offer(leaves if self.offers_stream else tuple(leaf[:0] for leaf in leaves))
 
-    def augment(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """The augmented mini-batch: ``draw``, join, ``offer``."""
+    def augment(self, *leaves: Tensor) -> tuple[Tensor, ...]:
+        """The augmented mini-batch: ``draw``, join, ``offer``.
+
+        Args:
+            leaves: a mini-batch as the buffer stores it, images and labels first.
+        """
         if self.offers_stream and not self._leaves_out:
-            joined = self.buffer.update((images, labels))
+            joined = self.buffer.update(leaves)
             self._num_past = None
             if self.sizes is not None:
-                self._num_past = self.sizes.global_past(len(joined[1]) - len(labels))
-            return joined[0], joined[1]
+                self._num_past = self.sizes.global_past(len(joined[1]) - len(leaves[1]))
+            return tuple(joined)
         past = self.draw()
-        self.offer(images, labels)
+        self.offer(*leaves)
         if not past:
             self._num_past = 0
-            return images, labels
-        return torch.cat((images, past[0].images)), torch.cat((labels, past[0].labels))
+            return leaves
+        pairs = zip(leaves, past[0], strict=False)  # behind them past logits that are None
+        return tuple(torch.cat((new, old)) for new, old in pairs if old is not None)
 
     def mean_past(self, losses: Tensor) -> Tensor:
         """The mean over the representatives that all ranks have just drawn."""

@@ -49,11 +49,17 @@ class Evaluation:
             self.mask = task_mask(tasks, data.num_classes).to(place.device)
 
     @torch.no_grad()
-    def accuracies(self, network: Network) -> Accuracies:
-        """The same on every rank; blocks until all have called it."""
-        correct = torch.zeros(len(self._tasks), 2, dtype=torch.int64)
+    def accuracies(self, network: Network, num_tasks: int | None = None) -> Accuracies:
+        """The same on every rank; blocks until all have called it.
+
+        Args:
+            network: to evaluate; it is in evaluation mode afterwards.
+            num_tasks: the first ones alone; None: all.
+        """
+        tasks = self._tasks[:num_tasks]
+        correct = torch.zeros(len(tasks), 2, dtype=torch.int64)
         network.eval()
-        parts = self._positions()
+        parts = self._positions(tasks)
         batches = load_batches(
             self._images, (part for _, part in parts), self._num_workers, self._place.device
         )
@@ -65,16 +71,16 @@ class Evaluation:
         if self._place.num_ranks > 1:
             dist.all_reduce(correct)
         accuracies = Accuracies()
-        for task, (top1, top5) in zip(self._tasks, correct.tolist(), strict=True):
+        for task, (top1, top5) in zip(tasks, correct.tolist(), strict=True):
             size = len(task.test_indices)
             accuracies.top1.append(top1 / size if size else None)
             accuracies.top5.append(top5 / size if size else None)
         return accuracies
 
-    def _positions(self) -> list[tuple[int, NDArray[np.int64]]]:
+    def _positions(self, tasks: Sequence[Task]) -> list[tuple[int, NDArray[np.int64]]]:
         """This rank's part of each task's test samples, in mini-batches: task, positions."""
         parts, first = [], 0
-        for number, task in enumerate(self._tasks):
+        for number, task in enumerate(tasks):
             end = first + len(task.test_indices)
             mine = np.arange(first + self._place.rank, end, self._place.num_ranks)
             batches = np.array_split(mine, -(-len(mine) // BATCH_SIZE) or 1)

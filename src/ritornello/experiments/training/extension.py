@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from ritornello.experiments.data.data_set import DataSet
+from ritornello.experiments.data.holdout import held_out
 from ritornello.experiments.data.load import load_arrival
 from ritornello.experiments.data.scenarios import Task
 from ritornello.experiments.ranks.group import Ranks
@@ -28,6 +29,7 @@ from ritornello.experiments.ranks.interruption import NotedSignals
 from ritornello.experiments.ranks.launch import restarted
 from ritornello.experiments.ranks.place import Place, device_named
 from ritornello.experiments.ranks.progress import say
+from ritornello.experiments.recipes.recipe import Recipe
 from ritornello.experiments.results import run_folder as living_folder
 from ritornello.experiments.results.run_folder import IN_WORK, locked, part_of
 from ritornello.experiments.results.writing import Results, TaskLog
@@ -140,6 +142,8 @@ def extend(
         with ranks.together(f"cannot write into {place}"):
             if ranks.rank == 0:
                 living_folder.replace(place)
+                if trainer.network.average is None:  # one that is not gone on with
+                    (place / "averaged.pt").unlink(missing_ok=True)
     return results
 
 
@@ -152,6 +156,7 @@ def _stream(
     if any(each != earlier.not_read for each in ranks.gather(earlier.not_read)):
         raise ValueError("the ranks do not see the same data of earlier tasks: check their paths")
     new = load_arrival(extension.data, image_shape_of(before))
+    new = held_out(new, extension.recipe.holdout)
     data, tasks = with_new_task(before, new, extension.name, extension.data, earlier)
     new_classes = data.class_names[len(before["class_names"]) :]
     check_classes(extension.recipe, tasks, new_classes)
@@ -183,15 +188,23 @@ def _say_what_comes(
 
 def _follow(trainer: Trainer, extension: Extension, ranks: Ranks) -> None:
     """Begins where the run has ended, and measures what it could do where that is not known."""
-    model = part_of(extension.folder, "model.pt")
+    model, average = (part_of(extension.folder, name) for name in ("model.pt", "averaged.pt"))
+    weights = averaged = None
     with ranks.together(f"cannot read {model}"):
         weights = torch.load(model, map_location="cpu", weights_only=True)
-    trainer.follow(_log_of(extension.before), weights, part_of(extension.folder, "buffer"))
+    if extension.recipe.averaged and extension.before["config"].get("averaged"):
+        with ranks.together(f"cannot read {average}"):
+            averaged = torch.load(average, map_location="cpu", weights_only=True)
+    log = _log_of(extension.before, extension.recipe)
+    buffer = part_of(extension.folder, "buffer")
+    trainer.follow(log, weights, buffer, averaged)
     accuracies = trainer.evaluation.accuracies(trainer.network)
-    for matrix, measured in (
-        (trainer.log.top1, accuracies.top1),
-        (trainer.log.top5, accuracies.top5),
-    ):
+    pairs_of = [(log.top1, accuracies.top1), (log.top5, accuracies.top5)]
+    if trainer.network.average is not None:
+        with trainer.network.averaged():
+            accuracies = trainer.evaluation.accuracies(trainer.network)
+        pairs_of += [(log.averaged_top1, accuracies.top1), (log.averaged_top5, accuracies.top5)]
+    for matrix, measured in pairs_of:
         pairs = zip(matrix[-1], measured, strict=True)
         matrix[-1] = [now if known is None else known for known, now in pairs]
 
@@ -213,14 +226,27 @@ def _results(before: Results, newest: Results, command: str) -> Results:
     return results
 
 
-def _log_of(before: Results) -> TaskLog:
-    """What the run has written down, with a column for the new task."""
+def _log_of(before: Results, recipe: Recipe) -> TaskLog:
+    """What the run has written down, with a column for the new task.
+
+    Where the weights are averaged only from now on, it is not known how good the average was.
+    """
+    unknown = [[None] * len(row) for row in before["top1"]]
+    averaged = [before.get(name, unknown) for name in ("averaged_top1", "averaged_top5")]
+    if not recipe.averaged:
+        averaged = [[], []]
+    matrices = [
+        [[*row, None] for row in matrix] for matrix in (before["top1"], before["top5"], *averaged)
+    ]
     return TaskLog(
         at_start=([*before["top1_at_start"], None], [*before["top5_at_start"], None]),
-        top1=[[*row, None] for row in before["top1"]],
-        top5=[[*row, None] for row in before["top5"]],
+        top1=matrices[0],
+        top5=matrices[1],
+        averaged_top1=matrices[2],
+        averaged_top5=matrices[3],
         seconds=list(before["seconds_per_task"]),
         steps=list(before["steps_per_task"]),
+        probes=list(before.get("probes", [])),
     )
 
 

@@ -18,8 +18,9 @@ import torch.distributed as dist
 
 from ritornello.errors import CheckpointError
 from ritornello.experiments.data.data_set import DataSet
+from ritornello.experiments.data.holdout import held_out
 from ritornello.experiments.data.load import load
-from ritornello.experiments.data.scenarios import SCENARIOS
+from ritornello.experiments.data.scenarios import IN_CLASS_ORDER, SCENARIOS
 from ritornello.experiments.models.augmentation import AUGMENTATIONS
 from ritornello.experiments.ranks.group import Ranks
 from ritornello.experiments.ranks.interruption import NotedSignals, RunInterruptedError
@@ -30,7 +31,7 @@ from ritornello.experiments.recipes.recipe import DESCRIPTIONS, Recipe
 from ritornello.experiments.results.reading import runs_in
 from ritornello.experiments.results.run_folder import locked, write_json
 from ritornello.experiments.results.writing import Results
-from ritornello.experiments.strategies import strategy_named
+from ritornello.experiments.strategies import Rehearsal, strategy_named
 from ritornello.experiments.training import exemplars
 from ritornello.experiments.training.checkpoints import Checkpoints
 from ritornello.experiments.training.saver import CheckpointSettings, Saver
@@ -116,8 +117,9 @@ def run(
 
     Args:
         recipe: what to run.
-        output: the folder for ``results.json``, ``model.pt``, ``buffer`` and ``checkpoints``, by
-            the first rank's word; None: nothing is written. All ranks must see the folder.
+        output: the folder for ``results.json``, ``model.pt``, ``averaged.pt``, ``buffer`` and
+            ``checkpoints``, by the first rank's word; None: nothing is written. All ranks must see
+            the folder.
         data: the data set, or what loads it, if it is not the recipe's own.
         command: what was typed, for the results.
         saving: whether and when there are checkpoints, and whether to go on from one. A rank that
@@ -176,6 +178,7 @@ def _run(
         stack.enter_context(accelerators.forked_random_state(device))
         data = data() if callable(data) else data
         data = data or load(recipe.data, recipe.data_path, recipe.image_size)
+        data = held_out(data, recipe.holdout)
         trainer = stack.enter_context(
             Trainer(recipe, data, Place(ranks.rank, ranks.num_ranks, device))
         )
@@ -256,11 +259,41 @@ def check(recipe: Recipe, num_ranks: int) -> None:
     ):
         if getattr(recipe, name) not in allowed:
             raise ValueError(f"{name}={getattr(recipe, name)!r}: there are {', '.join(allowed)}")
+    if kind.rehearses and not recipe.is_proportional:
+        for name in ("samples_per_step", "first_share"):
+            if getattr(recipe, name) is not None:
+                raise ValueError(
+                    f"{name}={getattr(recipe, name)} with composition={recipe.composition!r}: only "
+                    "composition='proportional' has it; leave it out"
+                )
+    for name, is_set in (
+        ("composition", recipe.is_proportional),
+        ("soft_targets", recipe.soft_targets > 0),
+    ):
+        if is_set and kind.rehearses and kind is not Rehearsal:
+            without = "append" if name == "composition" else 0
+            raise ValueError(
+                f"{name}={getattr(recipe, name)!r} with strategy={recipe.strategy!r}: it weighs "
+                f"new and past samples in its own way; use 'rehearsal', or {name}={without!r}"
+            )
+    if isinstance(recipe.class_order, int):
+        if recipe.class_order < 0:
+            raise ValueError(f"class_order={recipe.class_order}: it must not be negative")
+        if recipe.scenario not in IN_CLASS_ORDER:
+            raise ValueError(
+                f"class_order={recipe.class_order} with scenario={recipe.scenario!r}: classes come "
+                f"one after another in {', '.join(IN_CLASS_ORDER)} alone"
+            )
     if recipe.remembers == "stream":
         return
     if recipe.remembers not in exemplars.CHOICES:
         raise ValueError(
             f"remembers={recipe.remembers!r}: there are stream, {', '.join(exemplars.CHOICES)}"
+        )
+    if recipe.soft_targets and kind is Rehearsal:
+        raise ValueError(
+            f"remembers={recipe.remembers!r} with soft_targets={recipe.soft_targets}: exemplars "
+            "are stored without logits; use remembers='stream'"
         )
     if kind.stores_logits or kind.observes:
         raise ValueError(
@@ -347,6 +380,9 @@ def write_outcome(
         if ranks.rank == 0:
             with new_file(folder / "model.pt") as file:
                 torch.save(trainer.network.model.state_dict(), file)
+            if (average := trainer.network.average) is not None:
+                with new_file(folder / "averaged.pt") as file:
+                    torch.save(average.module.state_dict(), file)
         if keep_buffer and buffer is not None:
             buffer.save(folder / "buffer")
     with ranks.together(f"cannot write into {folder}"):

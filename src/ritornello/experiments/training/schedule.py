@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from itertools import repeat
 
+import numpy as np
+from numpy.typing import NDArray
+
+from ritornello.composition import ComposedSteps
 from ritornello.experiments.data.data_set import DataSet, LabelledBatch
 from ritornello.experiments.data.scenarios import Task
 from ritornello.experiments.data.stream import (
@@ -35,6 +40,35 @@ class Schedule:
     ) -> None:
         self._recipe, self._data, self._tasks = recipe, data, tasks
         self._strategy, self._place = strategy, place
+        self.is_composed = recipe.is_proportional and strategy.rehearses
+        # One task's: its steps are asked for again and again.
+        self._composed = lru_cache(maxsize=1)(self._composed_steps)
+
+    @property
+    def samples_per_step(self) -> int:
+        """New and past ones that a step trains on, of all ranks together."""
+        recipe, strategy = self._recipe, self._strategy
+        if self.is_composed:
+            return recipe.composed_samples
+        num_new = 0 if strategy.observes else recipe.global_batch_size
+        num_draws = 0 if strategy.buffer is None else strategy.buffer.num_draws
+        return num_new + num_draws * recipe.global_num_representatives
+
+    def num_past(self, number: int, step: int) -> int | None:
+        """How many past samples join a step of a task on each rank; None: as many as always.
+
+        Args:
+            number: of the task.
+            step: from 0; the one after the last takes as many as the last.
+        """
+        if not self.is_composed:
+            return None
+        steps = self._composed(number)
+        epoch, within = divmod(step, len(steps))
+        if epoch == steps.num_epochs:
+            epoch, within = epoch - 1, len(steps)
+        steps.set_epoch(epoch)
+        return steps.num_past(within)
 
     def num_steps(self, number: int) -> int:
         """The steps that the strategy trains for when a task has come."""
@@ -49,6 +83,8 @@ class Schedule:
             num_seen = sum(task.num_train for task in self._tasks[: number + 1])
             num_held = min(num_seen, recipe.num_stored(len(self._data.train)))
             return max(1, num_held // recipe.global_num_representatives)
+        if self.is_composed:
+            return len(self._composed(number))
         images = self._training_images(number)
         return 0 if images is None else steps_per_pass(len(images), recipe.global_batch_size)
 
@@ -67,16 +103,49 @@ class Schedule:
         images = self._training_images(number)
         if images is None:
             return
-        positions = positions_of_passes(
-            len(images),
-            self._recipe.global_batch_size,
-            (self._recipe.seed, number),
-            self._place.rank,
-            self._place.num_ranks,
-            num_passes=num_passes,
-            first=first,
-        )
+        positions: Iterator[NDArray[np.int64]]
+        if self.is_composed:
+            positions = self._composed_positions(number, first)
+        else:
+            positions = positions_of_passes(
+                len(images),
+                self._recipe.global_batch_size,
+                (self._recipe.seed, number),
+                self._place.rank,
+                self._place.num_ranks,
+                num_passes=num_passes,
+                first=first,
+            )
         yield from load_batches(images, positions, self._recipe.num_workers, self._place.device)
+
+    def _composed_positions(self, number: int, first: int) -> Iterator[NDArray[np.int64]]:
+        steps = self._composed(number)
+        first_epoch, within = divmod(first, len(steps))
+        for epoch in range(first_epoch, steps.num_epochs):
+            first_step = within if epoch == first_epoch else 0
+            yield from map(np.array, steps.positions(epoch, first_step))
+
+    def _composed_steps(self, number: int) -> ComposedSteps:
+        """What the steps of a task are made of."""
+        recipe, num_ranks = self._recipe, self._place.num_ranks
+        num_new = len(self._tasks[number].train_indices)
+        batch_size = recipe.global_batch_size // num_ranks
+        num_epochs = recipe.epochs
+        if recipe.iterations is not None:
+            steps_per_epoch = max(1, num_new // recipe.global_batch_size)
+            num_epochs = -(-recipe.iterations // steps_per_epoch)
+        return ComposedSteps(
+            num_new,
+            sum(task.num_train for task in self._tasks[:number]),
+            samples_per_step=recipe.composed_samples // num_ranks,
+            batch_size=batch_size,
+            num_epochs=num_epochs,
+            first_share=recipe.first_share,
+            floor=recipe.share_floor,
+            rank=self._place.rank,
+            num_ranks=num_ranks,
+            seed=recipe.seed,
+        )
 
     def _training_tasks(self, number: int) -> Sequence[Task]:
         return self._strategy.training_tasks(self._tasks, number)

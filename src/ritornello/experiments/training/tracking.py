@@ -15,7 +15,7 @@ import numpy as np
 from torch import Tensor
 
 from ritornello.experiments.ranks.group import Ranks
-from ritornello.experiments.results import metrics
+from ritornello.experiments.results import anytime, metrics
 from ritornello.rounds.stats import BufferStats
 
 if TYPE_CHECKING:
@@ -160,6 +160,20 @@ class RunFigures:
             }
         self._tell(figures)
 
+    def after_probe(self) -> None:
+        """Tells what a probe has found of the tasks so far, in percent."""
+        if not self._trackers:
+            return
+        curves = anytime.curves_of(self._trainer.log.probes[-1:])
+        figures = {
+            "probe_percent/average": curves.average,
+            "probe_percent/lowest_old": curves.lowest_old,
+            "probe_percent/newest": curves.newest,
+        }
+        self._tell(
+            {name: 100 * float(curve[0]) for name, curve in figures.items() if np.isfinite(curve)}
+        )
+
     def _of_steps(self) -> dict[str, float]:
         """The means of the steps since the last time."""
         trainer, now = self._trainer, replace(self._trainer.seconds)
@@ -189,6 +203,9 @@ class RunFigures:
             "top1_percent/average": metrics.average_accuracy(top1),
             "top5_percent/average": metrics.average_accuracy(top5),
         }
+        if log.averaged_top1:
+            averaged = metrics.matrix_of(log.averaged_top1)[:, :num_seen]
+            shares["averaged_top1_percent/average"] = metrics.average_accuracy(averaged)
         if all(log.steps):  # else no task was learnt when it came; see ``outcome_of``
             shares["top1_percent/forgetting"] = metrics.forgetting(top1)
         for number, accuracy in enumerate(top1[-1], start=1):

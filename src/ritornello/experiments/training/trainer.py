@@ -34,6 +34,7 @@ from ritornello.experiments.strategies.base import Criterion, cross_entropy
 from ritornello.experiments.training import exemplars
 from ritornello.experiments.training.checkpoints import Checkpoint, RunSnapshot
 from ritornello.experiments.training.evaluation import Evaluation
+from ritornello.experiments.training.probe import probe_of
 from ritornello.experiments.training.saver import Saver
 from ritornello.experiments.training.schedule import Schedule
 from ritornello.records import accelerators
@@ -47,6 +48,9 @@ class Watcher(Protocol):
 
     def after_task(self) -> None:
         """A task is learnt, and all tasks are tested."""
+
+    def after_probe(self) -> None:
+        """The tasks so far were probed."""
 
 
 @dataclass
@@ -86,6 +90,7 @@ class Trainer:
         self.tasks = scenario_of(data, recipe) if tasks is None else list(tasks)
         exemplars.check(recipe, data, self.tasks)
         self.evaluation = Evaluation(recipe, data, self.tasks, place)
+        self._probe = probe_of(recipe, data, self.tasks, place)
         self.position, self.num_resumed = Position(), 0
         self.seconds, self.log = StepSeconds(), TaskLog()
         self._task_began = self._buffer_seconds = 0.0
@@ -128,9 +133,7 @@ class Trainer:
                 bar.describe(f"task {number + 1} of {len(self.tasks)}: {self.tasks[number].name}")
                 self.train_task(number, bar)
                 bar.describe("evaluating")
-                accuracies = self.evaluation.accuracies(self.network)
-                self.log.top1.append(accuracies.top1)
-                self.log.top5.append(accuracies.top5)
+                self.evaluate()
                 if figures is not None:
                     figures.after_task()
                 self.position = Position(task=number + 1, count=self.position.count + 1)
@@ -140,11 +143,24 @@ class Trainer:
         return {
             **setting_of(self.recipe, self.data, self.tasks, self.place),
             **outcome_of(self.log, self.seconds),
+            "samples_per_step": self.schedule.samples_per_step,
             "resumed": self.num_resumed,
             "seconds_saving": self.seconds.saving,
             "buffer": self.strategy.stats(),
             "weights_sha256": weights_digest(self.network.model),
+            **self._of_average(),
         }
+
+    def evaluate(self) -> None:
+        """Tests the model on all tasks, and the average of its weights where there is one."""
+        accuracies = self.evaluation.accuracies(self.network)
+        self.log.top1.append(accuracies.top1)
+        self.log.top5.append(accuracies.top5)
+        if self.network.average is not None:
+            with self.network.averaged():
+                accuracies = self.evaluation.accuracies(self.network)
+            self.log.averaged_top1.append(accuracies.top1)
+            self.log.averaged_top5.append(accuracies.top5)
 
     def start_afresh(self) -> None:
         """Makes the untrained model, the same on every rank."""
@@ -176,19 +192,26 @@ class Trainer:
             began = time.perf_counter()
             images, labels = next(batches)
             loaded = time.perf_counter()
+            num_past = self.schedule.num_past(number, step + 1)
+            if num_past is not None and buffer is not None:
+                buffer.num_representatives = num_past
             self.optimiser.zero_grad(set_to_none=True)
             loss = self.strategy.backward(self.network, images, labels, self._backward)
             self.scaler.step(self.optimiser)
             self.scaler.update()
+            self.network.follow_step()
             self.seconds.load += loaded - began
             self.seconds.step += time.perf_counter() - loaded
             self.seconds.num_steps += 1
             position.step += 1
             if self._figures is not None:
                 self._tell(self._figures, loss)
+            if self._is_probed(position.step, num_steps):
+                self._probe_tasks()
             self.between_steps()
             bar.advance()
         self.network.agree()
+        self._end_task()
         if self.recipe.remembers != "stream" and buffer is not None:
             tasks, embed = self.tasks[: number + 1], self.network.features
             self.seconds.step += exemplars.remember(
@@ -197,6 +220,12 @@ class Trainer:
         accelerators.synchronize(self.place.device)
         self.log.seconds.append(time.perf_counter() - self._task_began)
         self.log.steps.append(num_steps)
+
+    def _end_task(self) -> None:
+        """Lets the strategy look at the model that has learnt the task."""
+        began = time.perf_counter()
+        self.strategy.end_task(self.network)
+        self.seconds.step += time.perf_counter() - began
 
     def begin_training(self, number: int) -> None:
         """What comes before the first step of a task."""
@@ -254,7 +283,7 @@ class Trainer:
     def snapshot(self) -> RunSnapshot:
         """All that ``go_on`` needs. Waits for the buffer's round."""
         self._count_buffer_seconds()
-        buffer = self.strategy.buffer
+        buffer, average = self.strategy.buffer, self.network.average
         of_rank = {"random_state": torch.get_rng_state(), "strategy": self.strategy.state_dict()}
         device = self.place.device
         if device.type != "cpu":
@@ -274,6 +303,7 @@ class Trainer:
             },
             tensors={
                 "model": self.network.model.state_dict(),
+                "average": None if average is None else average.state_dict(),
                 "optimiser": None if self.optimiser is None else self.optimiser.state_dict(),
                 "scaler": self.scaler.state_dict(),
             },
@@ -305,6 +335,10 @@ class Trainer:
             batch_size = -(-self.recipe.global_batch_size // self.place.num_ranks)
             self.network.rehearse_step(image.new_zeros((max(2, batch_size), *image.shape[1:])))
         self.network.model.load_state_dict(tensors["model"])
+        if tensors.get("average") is None:  # of a version that had none
+            self.network.begin_average(tensors["model"])
+        elif self.network.average is not None:
+            self.network.average.load_state_dict(tensors["average"])
         if tensors["optimiser"] is not None:
             self.optimiser = optimiser_of(self.recipe, self.network.model)
             self.optimiser.load_state_dict(tensors["optimiser"])
@@ -319,7 +353,13 @@ class Trainer:
         else:
             self._seed_this_rank()
 
-    def follow(self, log: TaskLog, weights: Mapping[str, Tensor], buffer: Path | None) -> None:
+    def follow(
+        self,
+        log: TaskLog,
+        weights: Mapping[str, Tensor],
+        buffer: Path | None,
+        averaged: Mapping[str, Tensor] | None = None,
+    ) -> None:
         """Takes the place of a run that has ended, to go on with the last task.
 
         All ranks call it, before ``train``. There may be as many ranks as one likes, and classes
@@ -330,6 +370,7 @@ class Trainer:
             log: of all tasks but the last one.
             weights: of the run's model.
             buffer: the folder of its buffer, where the strategy has one.
+            averaged: their running average; None: it begins with the weights themselves.
 
         Raises:
             CheckpointError: on every rank; the buffer cannot be read.
@@ -337,7 +378,10 @@ class Trainer:
         """
         number = len(self.tasks) - 1
         model = self.network.model
-        model.load_state_dict(models.widened(weights, model.state_dict()))
+        fresh = model.state_dict()
+        average = models.widened(weights if averaged is None else averaged, fresh)
+        self.network.begin_average(average)
+        model.load_state_dict(models.widened(weights, fresh))
         if self.strategy.buffer is not None and buffer is not None:
             convert = self.strategy.widening(self.data.num_classes)
             self.strategy.buffer.load(buffer, convert=convert)
@@ -364,6 +408,38 @@ class Trainer:
         began = time.perf_counter()
         figures.after_step(loss)
         self._task_began += time.perf_counter() - began
+
+    def _is_probed(self, step: int, num_steps: int) -> bool:
+        """Whether there is a probe after a step of a task.
+
+        There is one at the task's end, too. Until then nobody uses a model that is trained anew.
+        """
+        if self._probe is None:
+            return False
+        is_due = step % self.recipe.probe_every == 0 and not self.strategy.restarts
+        return is_due or step == num_steps
+
+    def _probe_tasks(self) -> None:
+        """Tests the model on a part of the tasks so far; the task's time stands still meanwhile."""
+        assert self._probe is not None
+        if self.place.device.type == "cuda":
+            torch.cuda.synchronize()
+        began = time.perf_counter()
+        self.network.agree()
+        number = self.position.task
+        top1 = self._probe.accuracies(self.network, num_tasks=number + 1).top1
+        self.log.probes.append({"step": self.num_steps_done, "task": number, "top1": top1})
+        self.network.train()
+        if self._figures is not None:
+            self._figures.after_probe()
+        seconds = time.perf_counter() - began
+        self.seconds.probing += seconds
+        self._task_began += seconds
+
+    def _of_average(self) -> Results:
+        """What the results say of the average of the weights, where there is one."""
+        average = self.network.average
+        return {} if average is None else {"averaged_sha256": weights_digest(average.module)}
 
     def _save_between(self, save: Callable[[int, Callable[[], RunSnapshot]], None]) -> None:
         """Lets the saver do its work; the task's time stands still meanwhile."""
