@@ -319,6 +319,20 @@ def test_the_curves_of_a_run_that_is_extended_go_on(tmp_path: Path) -> None:
     assert points["top1_percent/task_6"][-1][1] == pytest.approx(100 * results["top1"][-1][-1])
 
 
+def test_probes_and_averaged_weights_have_curves(tmp_path: Path) -> None:
+    recipe = recipe_named("digits", num_tasks=2, epochs=1, averaged=0.9, probe_every=8)
+    results = train.run(recipe, str(tmp_path), tracking=TRACKED)
+    points = in_tensorboard(tmp_path / "tensorboard")
+    probes = results["probes"]
+    assert [step for step, _ in points["probe_percent/newest"]] == [each["step"] for each in probes]
+    assert points["probe_percent/newest"][-1][1] == pytest.approx(100 * probes[-1]["top1"][-1])
+    later = [each["step"] for each in probes if each["task"] == 1]
+    assert [step for step, _ in points["probe_percent/lowest_old"]] == later
+    assert points["averaged_top1_percent/average"][-1][1] == pytest.approx(
+        100 * results["average_averaged_top1"]
+    )
+
+
 def test_joint_training_has_figures_once_it_has_trained(tmp_path: Path) -> None:
     recipe = recipe_named("digits", num_tasks=2, epochs=1, strategy="joint")
     results = train.run(recipe, str(tmp_path), tracking=TRACKED)

@@ -31,6 +31,7 @@ def test_every_setting_arrives_in_the_recipe() -> None:
         beta=0.6, loss_weights="by-task", remembers="herding", device="cpu", workers=3,
         crop_size=32, logits_dtype="float16", fixed_shares="on", samples_per_step=12,
         first_share=0.7, share_floor=0.1, soft_targets=2.0, soft_temperature=3.0,
+        holdout=0.1, averaged=0.9, probe_every=5,
     )  # fmt: skip
     assert {name for name, value in vars(given).items() if value is None} == {"epochs"}
     buffer = BufferChanges(
@@ -59,6 +60,7 @@ def test_epochs_take_the_place_of_iterations() -> None:
 def test_switches_and_orders_can_be_taken_back() -> None:
     changed = Changes(compile="off", class_order="ascending").applied_to("mnist")
     assert (changed.compile, changed.class_order) == (False, None)
+    assert Changes(class_order=3).applied_to("mnist").class_order == 3
 
 
 def help_of(kind: type) -> dict[str, str]:

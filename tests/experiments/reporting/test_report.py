@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from rich.console import Console
-from synthetic_results import results_of, results_of_variant
+from synthetic_results import probed, results_of, results_of_variant
 
 from ritornello.experiments.recipes.recipe import Published, Recipe
-from ritornello.experiments.reporting import colours, figures, report, summaries, trade_offs
+from ritornello.experiments.reporting import colours, figures, report, stream, summaries, trade_offs
 from ritornello.experiments.results.groups import Group, groups_of
 from ritornello.experiments.results.writing import Results
 from ritornello.experiments.training.variants import variants
@@ -472,3 +472,82 @@ def test_the_table_of_tasks() -> None:
         ["<1>", "10", "98.0", "%", "90.0", "%"],
         ["<2>", "10", "10.0", "%", "98.0", "%"],
     ]
+
+
+def test_what_probes_have_seen_is_told_and_drawn(tmp_path: Path) -> None:
+    groups = groups_of([probed(results_of(name)) for name in COMPARISON])
+    page = page_of(groups, tmp_path)
+    assert page.count("<svg ") == 3 + 3 * 3
+    assert "During the stream" in page
+    ids = re.findall(r'\bid="([^"]+)"', page)
+    assert len(ids) == len(set(ids))
+    cells = cells_of(page, "rehearsal", 2)
+    gap = 0.5 * (0.98 + 0.9) / 2  # from .98 to .45, from .94 to .45, and back to .9
+    assert cells[1] == f"{100 * groups[1].first['stability_gap']:.1f} %"
+    assert groups[1].first["stability_gap"] == pytest.approx(0.45, abs=gap)
+    assert cells[4:] == ["91.0 %", "98.0 %"]
+    header, *_ = lines_of(groups, 120)
+    assert header.split()[-5:-1] == ["anytime", "gap", "runtime", "step:"]
+
+
+def test_the_curves_of_probes() -> None:
+    [group] = groups_of([probed(results_of("rehearsal"))])
+    axes = drawn(stream.average_over_stream([group]))
+    x, y = axes.lines[0].get_data()
+    assert x.tolist() == pytest.approx([each / 3 for each in range(1, 10)])
+    assert y.tolist()[:3] == pytest.approx([49.0, 73.5, 98.0])
+    axes = drawn(stream.tasks_over_steps(group))
+    assert names_in_legend(axes) == list(stream.LINES)
+    average, lowest, newest = (line.get_data() for line in axes.lines[:3])
+    assert average[0].tolist() == [3.0 * each for each in range(1, 10)]
+    assert np.isnan(lowest[1][:3]).all()
+    assert lowest[1][-1] == pytest.approx(90.0)
+    assert np.isnan(newest[1][[3, 7]]).all()  # where the newest task becomes another one
+
+
+def test_runs_with_other_numbers_of_steps_are_drawn_together() -> None:
+    runs = [probed(results_of("rehearsal", seed=seed)) for seed in (0, 1)]
+    runs[1]["steps_per_task"] = [18] * 3
+    runs[1]["probes"] = [{**each, "step": 2 * each["step"]} for each in runs[1]["probes"]]
+    [group] = groups_of(runs)
+    axes = drawn(stream.average_over_stream([group]))
+    assert axes.lines[0].get_data()[1].tolist()[:3] == pytest.approx([49.0, 73.5, 98.0])
+
+
+def test_nothing_is_drawn_where_nothing_was_probed(comparison: list[Group]) -> None:
+    assert stream.average_over_stream(comparison) is None
+
+
+def test_averaged_weights_stand_beside_the_raw_ones(tmp_path: Path) -> None:
+    groups = groups_of(
+        [results_of("incremental"), results_of("rehearsal", average_averaged_top1=0.95)]
+    )
+    assert cells_of(page_of(groups, tmp_path), "rehearsal")[:2] == ["92.7 %", "95.0 %"]
+    header, first, second = lines_of(groups)[:1] + lines_of(groups)[-2:]
+    assert "averaged" in header
+    assert first.split()[3] == "-"
+    assert "95.0 %" in second
+
+
+def test_orders_of_classes_have_a_mean_and_a_worst(tmp_path: Path) -> None:
+    groups = sweep("incremental", "rehearsal", class_orders=[0, 1, 2], seeds=[0, 1])
+    page = page_of(groups, tmp_path)
+    assert groups[1].worst_top1 is not None
+    cells = cells_of(page, "rehearsal")
+    assert cells[1] == groups[1].worst_top1.in_percent()
+    assert cells[-2:] == ["2", "3"]
+    assert "over the seeds and the orders of classes" in page
+    assert "worst order" in lines_of(groups, 120)[0]
+    assert summaries.summary_of(groups).endswith(
+        "(Means of 6 runs, over orders of classes, ± the sample standard deviation.)"
+    )
+
+
+def test_it_is_said_what_was_tested_on_and_what_settings_were_chosen_by(tmp_path: Path) -> None:
+    assert "on the test samples." in page_of(sweep("rehearsal"), tmp_path)
+    recipe = dataclasses.replace(RECIPE, holdout=0.1, tuned_on="a holdout", published=None)
+    groups = groups_of([results_of_variant(recipe)])
+    page = page_of(groups, tmp_path).replace("\u00a0", " ")
+    assert "on 10 % of the training samples, held out." in page
+    assert "<dt>Tested on</dt><dd>10 % of the training samples, held out</dd>" in page
+    assert "<dt>Settings chosen by</dt><dd>a holdout</dd>" in page

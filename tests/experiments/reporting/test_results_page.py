@@ -175,3 +175,23 @@ def test_an_archive_gives_the_same_page(tmp_path: Path) -> None:
         saved_results.find_results([tmp_path / "results.json"]), tmp_path / "other.md", "any"
     )
     assert (tmp_path / "deep" / "one.md").read_text() == (tmp_path / "other.md").read_text()
+
+
+def test_averaged_weights_and_worst_orders_have_columns() -> None:
+    runs = runs_of("incremental", "rehearsal", class_orders=[0, 1])
+    runs[-1]["average_averaged_top1"] = runs[-2]["average_averaged_top1"] = 0.9
+    page = page_of(runs, "")
+    header, _, first, second = rows_of(page, "digits")
+    assert header[-2:] == ["averaged weights", "worst order"]
+    assert first[-2] == "-"
+    assert second[-2] == "90.0 ± 0.0"
+    worst = groups_of(runs)[1].worst_top1
+    assert worst is not None
+    assert second[-1] == f"{100 * worst.mean:.1f}"
+    assert "- Class orders: 0, 1" in page
+
+
+def test_a_holdout_is_named() -> None:
+    runs = runs_of("rehearsal", recipe=dataclasses.replace(RECIPE, holdout=0.2, published=None))
+    assert "- Tested on: 20 % of the training samples, held out" in page_of(runs, "")
+    assert "Tested on" not in page_of(runs_of("rehearsal"), "")

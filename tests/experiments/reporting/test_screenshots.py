@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 from chromium import Chromium
 from PIL import Image
-from synthetic_results import results_of, results_of_variant
+from synthetic_results import probed, results_of, results_of_variant
 
 from ritornello.experiments.recipes.recipe import Published, Recipe
 from ritornello.experiments.reporting import report
 from ritornello.experiments.results import metrics
 from ritornello.experiments.results.groups import groups_of
 from ritornello.experiments.results.writing import Results
+from ritornello.experiments.training.variants import variants
 
 pytestmark = pytest.mark.skipif(
     chromium.PATH is None, reason="needs Chromium: apt-get install chromium"
@@ -155,10 +156,19 @@ def odd_results() -> list[Results]:
     ]
 
 
+def probed_results() -> list[Results]:
+    """With all columns and pictures that there can be."""
+    recipe = replace(RECIPE, name="digits", holdout=0.1, tuned_on="a holdout")
+    strategies = ("incremental", "rehearsal", "from-scratch")
+    recipes = variants(recipe, strategies, class_orders=[0, 1], seeds=[0, 1]).values()
+    return [probed(results_of_variant(each, average_averaged_top1=0.9)) for each in recipes]
+
+
 PAGES: Mapping[str, Any] = {
     "comparison": lambda: [results_of(n) for n in ("incremental", "rehearsal", "from-scratch")],
     "long": long_results,
     "odd": odd_results,
+    "probed": probed_results,
 }
 
 
@@ -189,7 +199,7 @@ def test_a_page_fits_and_can_be_read(
     assert browser.evaluate(SMALL) >= 8.5
     loaded = browser.evaluate(NUM_LOADED)
     assert all(loaded)
-    assert len(loaded) == {"comparison": 3, "long": 3 + 3, "odd": 2}[name]
+    assert len(loaded) == {"comparison": 3, "long": 3 + 3, "odd": 2, "probed": 3}[name]
     own, *others = browser.requests()
     assert own == pages[name].as_uri()
     assert all(each.startswith("data:") for each in others)
@@ -226,7 +236,7 @@ def test_the_schemes_have_colours_of_their_own_and_paper_is_light(
 
 
 def test_a_screen_reader_finds_its_way(browser: Chromium, pages: dict[str, Path]) -> None:
-    browser.show(pages["comparison"], 1280, "light")
+    browser.show(pages["probed"], 1280, "light")
     count = "document.querySelectorAll({!r}).length"
     assert browser.evaluate("document.documentElement.lang") == "en"
     assert browser.evaluate(count.format("h1, main, header, footer")) == 4

@@ -261,3 +261,47 @@ def test_runs_are_measured_by_others_of_the_same_recipe_and_machines() -> None:
     assert reference(world_size=1) is None
     assert reference(recipe="mnist") is None
     assert reference(machine={"device": "a GPU"}) is None
+
+
+def test_orders_of_classes_are_one_group_with_a_worst_one() -> None:
+    made = variants(RECIPE, ["incremental", "rehearsal"], class_orders=[3, 5], seeds=[0, 1])
+    assert list(made)[:2] == [
+        "incremental, class order 3, seed 0",
+        "incremental, class order 3, seed 1",
+    ]
+    assert len(made) == 8
+    runs = [results_of_variant(each) for each in made.values()]
+    for run in runs:
+        run["average_top1"] = {3: 0.6, 5: 0.4}[run["config"]["class_order"]] + 0.1 * run["seed"]
+    groups = groups_of(runs)
+    assert [group.label for group in groups] == ["incremental", "rehearsal"]
+    [_, group] = groups
+    assert (group.seeds, group.class_orders, group.num_runs) == ([0, 1], [3, 5], 4)
+    assert group.average_top1.mean == pytest.approx(0.55)
+    assert group.worst_top1 is not None
+    assert group.worst_top1.mean == pytest.approx(0.45)
+    assert group.worst_top1.std == pytest.approx(statistics.stdev([0.4, 0.5]))
+
+
+def test_an_order_that_is_given_is_not_one_that_a_number_draws() -> None:
+    recipes = [with_changes(RECIPE, class_order=order) for order in (None, 7, "by-seed")]
+    groups = groups_of(results_of_variant(each) for each in recipes)
+    assert [group.label for group in groups] == [
+        "rehearsal, class order none",
+        "rehearsal, class order drawn",
+        "rehearsal, class order by-seed",
+    ]
+    assert [group.class_orders for group in groups] == [[], [7], []]
+    assert [group.worst_top1 for group in groups] == [None] * 3
+
+
+def test_what_adds_figures_alone_keeps_the_published_one() -> None:
+    assert with_changes(RECIPE, averaged=0.999, probe_every=50).published == RECIPE.published
+    assert with_changes(RECIPE, holdout=0.1).published is None
+
+
+def test_a_figure_that_a_run_lacks() -> None:
+    [group] = groups_of([results_of("rehearsal", plasticity=0.9), results_of("rehearsal", seed=1)])
+    assert group.figure("plasticity") is None
+    [group] = groups_of([results_of("rehearsal", plasticity=0.9)])
+    assert group.figure("plasticity") == Statistic(0.9, None)

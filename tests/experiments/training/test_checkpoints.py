@@ -33,6 +33,8 @@ EVERY_7 = CheckpointSettings(save_every=7, resume=True)
 FEW_STEPS = {"num_tasks": 2, "epochs": 1, "global_batch_size": 128, "global_num_candidates": None}
 """Of models that are slow: 6 steps, one more for the end of the task, and 5."""
 
+IF_MEASURED = ("averaged_sha256", "averaged_top1", "probes", "stability_gap")
+
 AS_UNDISTURBED = ("weights_sha256", "top1", "top5", "steps_per_task", "top1_at_start")
 
 
@@ -84,7 +86,7 @@ def check_goes_on(recipe: Recipe, folder: Path, stop_at: StopAt, *counts: int) -
     stop_at(-1, crash)
     results = train.run(recipe, str(folder), saving=EVERY_7)
     assert results["resumed"] == len(counts)
-    for name in AS_UNDISTURBED:
+    for name in (*AS_UNDISTURBED, *(name for name in IF_MEASURED if name in expected)):
         assert results[name] == expected[name], name
     if expected["buffer"] is not None:
         for name in ("held_per_class", "held_per_rank", "num_rounds"):
@@ -119,6 +121,7 @@ def test_every_strategy_goes_on_bit_by_bit(strategy: str, tmp_path: Path, stop_a
         {"selection": "fifo"},
         {"remembers": "herding", "selection": "first-offered"},
         {"remembers": "random"},
+        {"averaged": 0.9, "probe_every": 4},
         {"strategy": "der", "logits_dtype": "float16", "augmentation": "crop-flip"},
         {"composition": "proportional", "first_share": 0.7, "soft_targets": 1.0},
     ],

@@ -297,6 +297,47 @@ def test_a_run_goes_on_composed_in_proportion(living: Path, arrived: Path) -> No
     assert second["average_top1"] > 0.7
 
 
+def test_averaged_weights_and_probes_go_on(arrived: Path, tmp_path: Path) -> None:
+    train.run(recipe_of(arrived, averaged=0.9, probe_every=20), str(tmp_path))
+    before = torch.load(tmp_path / "averaged.pt", weights_only=True)
+    first = extend(tmp_path, arrived / "second.npz")
+    after = torch.load(tmp_path / "averaged.pt", weights_only=True)
+    assert [len(each["5.bias"]) for each in (before, after)] == [6, 8]
+    assert [len(row) for row in first["averaged_top1"]] == [4] * 4
+    assert None not in first["averaged_top1"][-1]
+    assert {each["task"] for each in first["probes"]} == {0, 1, 2, 3}
+    steps = [each["step"] for each in first["probes"]]
+    assert steps == sorted(set(steps))
+    assert steps[-1] == sum(first["steps_per_task"])
+    # What is not wanted any more leaves with its file.
+    second = extend(tmp_path, arrived / "day-3", changes={"averaged": 0.0, "probe_every": 0})
+    assert "averaged_top1" not in second
+    assert names_in(tmp_path) == LIVING
+    assert second["probes"] == first["probes"]
+    assert "stability_gap" in first
+    assert "stability_gap" not in second  # as nobody has looked at the last task
+
+
+def test_a_run_that_did_not_average_may_begin(living: Path, arrived: Path) -> None:
+    first = extend(living, arrived / "second.npz", changes={"averaged": 0.9, "probe_every": 9})
+    # The average begins with the weights themselves; what it could do before is not known.
+    assert first["averaged_top1"][:2] == [[None] * 4] * 2
+    assert first["averaged_top1"][2] == first["top1"][2]
+    assert {each["task"] for each in first["probes"]} == {3}
+    assert names_in(living) == LIVING | {"averaged.pt"}
+    (living / "averaged.pt").unlink()
+    with pytest.raises(CheckpointError, match=r"cannot read .*averaged\.pt"):
+        extend(living, arrived / "day-3")
+
+
+def test_a_run_with_a_holdout_goes_on_with_one(arrived: Path, tmp_path: Path) -> None:
+    train.run(recipe_of(arrived, holdout=0.2), str(tmp_path))
+    first = extend(tmp_path, arrived / "second.npz")
+    assert first["tasks"][-1]["train_samples"] + first["tasks"][-1]["test_samples"] == 270
+    second = extend(tmp_path, arrived / "day-3")
+    assert None not in second["top1"][-1]
+
+
 def test_a_day_of_a_folder_of_days(arrived: Path, tmp_path: Path) -> None:
     """The class that comes with the last day is the first by its name: earlier labels stay."""
     days = tmp_path / "days"

@@ -48,6 +48,7 @@ def output_folder(output: str | None, default_name: str, goes_on: bool = False) 
 
 def show(runs: Iterable[Results], path: Path) -> None:
     """Prints the table and the summary of some runs, and writes their report."""
+    from ritornello.experiments.reporting.provenance import tested_on
     from ritornello.experiments.reporting.report import table_of, write_report
     from ritornello.experiments.reporting.summaries import summary_of
     from ritornello.experiments.results.groups import groups_of
@@ -56,6 +57,8 @@ def show(runs: Iterable[Results], path: Path) -> None:
     console = Console()
     console.print()
     console.print(table_of(groups, console.width))
+    if shares := tested_on(groups):
+        console.print(f"\nTested on {' and '.join(shares)}.", highlight=False)
     if summary := summary_of(groups):
         console.print(f"\n{summary}", highlight=False)
     write_report(groups, path)

@@ -10,6 +10,9 @@ from typing import Any
 from ritornello.experiments.recipes.published import PUBLISHED
 from ritornello.experiments.recipes.recipe import Recipe, with_changes
 
+TEST_SAMPLES = "the test samples"
+"""What settings were chosen by that are older than the holdout."""
+
 
 def digits() -> Recipe:
     """The 8x8 digits that come with scikit-learn: no download, seconds to train."""
@@ -24,6 +27,7 @@ def digits() -> Recipe:
         capacity=200,
         global_num_representatives=16,
         global_num_candidates=8,
+        tuned_on=TEST_SAMPLES,
     )
 
 
@@ -40,6 +44,7 @@ def mnist() -> Recipe:
         milestones=((0.5, 0.3), (0.8, 0.1)),
         capacity=500,
         global_num_representatives=64,
+        tuned_on=TEST_SAMPLES,
     )
 
 
@@ -59,6 +64,7 @@ def cifar10() -> Recipe:
         capacity=0.2,
         global_num_representatives=64,
         global_num_candidates=32,
+        tuned_on=TEST_SAMPLES,
     )
 
 

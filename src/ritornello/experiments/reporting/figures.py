@@ -74,7 +74,7 @@ def average_over_time(groups: Sequence[Group]) -> Drawing:
             if group.num_runs > 1 and len(x) > 1:
                 band = 100 * runs.std(axis=0, ddof=1)
                 axes.fill_between(x, values - band, values + band, color=colour, alpha=0.2, lw=0)
-        _accuracy_axes(axes, max(group.num_tasks for group in groups))
+        accuracy_axes(axes, max(group.num_tasks for group in groups))
         legend(axes, names)
 
     return (WIDTH, 2.7 + legend_inches(names)), draw
@@ -95,7 +95,7 @@ def tasks_over_time(group: Group) -> Drawing:
                 color=PALETTE[task % len(PALETTE)],
                 label=name,
             )
-        _accuracy_axes(axes, len(matrix))
+        accuracy_axes(axes, len(matrix))
         legend(axes, names, SMALL_WIDTH)
 
     return (SMALL_WIDTH, 2.4 + legend_inches(names, SMALL_WIDTH)), draw
@@ -235,7 +235,8 @@ def _task_names(group: Group) -> list[str]:
     ]
 
 
-def _accuracy_axes(axes: Axes, num_tasks: int) -> None:
+def accuracy_axes(axes: Axes, num_tasks: int) -> None:
+    """Axes of accuracy, after each of some tasks."""
     axes.set_ylim(-3, 103)
     axes.set_xlim(1 - 0.05 * num_tasks, 1.05 * num_tasks)
     if num_tasks <= MAX_LINES:

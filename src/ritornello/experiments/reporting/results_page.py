@@ -81,10 +81,21 @@ def _section(groups: Sequence[Group]) -> list[str]:
     """The description, the table, and where its figures come from."""
     several_recipes = len({group.recipe for group in groups}) > 1
     header = ["strategy", "buffer", "ranks", "seeds", "top-1", "published", "difference (points)"]
+    further = {
+        header: figures
+        for header, figures in (
+            ("averaged weights", [group.figure("average_averaged_top1") for group in groups]),
+            ("worst order", [group.worst_top1 for group in groups]),
+        )
+        if any(figures)
+    }
+    header += further
     if several_recipes:
         header.insert(0, "recipe")
     rows = []
-    for label, group in zip(_labels(groups, HAVE_COLUMNS), groups, strict=True):
+    for number, (label, group) in enumerate(
+        zip(_labels(groups, HAVE_COLUMNS), groups, strict=True)
+    ):
         ours, theirs = _ours(group), group.published_figure
         rows.append(
             [
@@ -96,6 +107,7 @@ def _section(groups: Sequence[Group]) -> list[str]:
                 _percent(group, ours),
                 NOTHING if theirs is None else _percent(group, theirs) + _num_published(group),
                 NOTHING if theirs is None else f"{100 * (ours.mean - theirs.mean):+.1f}",
+                *(_cell(figures[number]) for figures in further.values()),
             ]
         )
     description = str(groups[0].first["config"].get("description", ""))
@@ -114,7 +126,7 @@ def _labels(groups: Sequence[Group], ignored: Collection[str]) -> list[str]:
     labels: dict[str, str] = {}
     for recipe in {group.recipe for group in groups}:
         alike = [group for group in groups if group.recipe == recipe]
-        found = labels_of([group.first for group in alike], ignored)
+        found = labels_of([group.in_common for group in alike], ignored)
         labels |= {group.label: label for group, label in zip(alike, found, strict=True)}
     return [labels[group.label] for group in groups]
 
@@ -130,6 +142,10 @@ def _percent(group: Group, figure: Statistic) -> str:
     published = group.published
     only_top5 = published is not None and published.top1 is None
     return ("top-5: " if only_top5 else "") + figure.in_percent().removesuffix(" %")
+
+
+def _cell(figure: Statistic | None) -> str:
+    return NOTHING if figure is None else figure.in_percent().removesuffix(" %")
 
 
 def _num_published(group: Group) -> str:

@@ -123,6 +123,8 @@ def _seeds(groups: Sequence[Group]) -> str:
     if numbers == [1]:
         return ""
     text = f"up to {numbers[-1]}" if len(numbers) > 1 else str(numbers[0])
+    if any(len(group.class_orders) > 1 for group in groups):
+        return f" (Means of {text} runs, over orders of classes, ± the sample standard deviation.)"
     return f" (Means of {text} seeds, ± the sample standard deviation.)"
 
 

@@ -198,7 +198,7 @@ def _lines_by_capacity(groups: Sequence[Group]) -> dict[str, list[Group]]:
         (group for group in groups if group.capacity is not None),
         key=lambda group: group.capacity or 0,
     )
-    labels = labels_of([group.first for group in sized], ignored=["seed", "capacity"])
+    labels = labels_of([group.in_common for group in sized], ignored=["seed", "capacity"])
     recipes = {group.recipe for group in sized}
     families = {family_of(recipe) for recipe in recipes}
     lines: dict[str, list[Group]] = {}

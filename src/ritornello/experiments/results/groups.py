@@ -1,4 +1,4 @@
-"""Groups of runs that differ in nothing but the seed, and their means over the seeds."""
+"""Groups of runs that differ in nothing but the seed, or the class order that a number draws."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ class Statistic:
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that differ in nothing but the seed."""
+    """Runs that differ in nothing but the seed and the order of classes that a number draws."""
 
     label: str
-    """Without the seed."""
+    """Without the seed and the order."""
     runs: tuple[Results, ...]
 
     @property
@@ -46,6 +46,11 @@ class Group:
     def first(self) -> Results:
         """The run to ask for what all of them have in common."""
         return self.runs[0]
+
+    @property
+    def in_common(self) -> Results:
+        """The first run, for labels: nothing in it tells it from the others but the seed."""
+        return _of_any_order(self.first)
 
     @property
     def recipe(self) -> str:
@@ -96,9 +101,39 @@ class Group:
         return sorted({run["seed"] for run in self.runs})
 
     @property
+    def class_orders(self) -> list[int]:
+        """The numbers that have drawn orders of classes, in ascending order, each once."""
+        orders = {run["config"].get("class_order") for run in self.runs}
+        return sorted(each for each in orders if isinstance(each, int))
+
+    @property
+    def worst_top1(self) -> Statistic | None:
+        """``average_top1`` with the order of classes that it is lowest with, mean over the seeds.
+
+        None without several orders.
+        """
+        if len(self.class_orders) < 2:
+            return None
+        of_orders: dict[int, list[float]] = {}
+        for run in self.runs:
+            of_orders.setdefault(run["config"]["class_order"], []).append(run["average_top1"])
+        return _statistic(min(of_orders.values(), key=statistics.fmean))
+
+    @property
+    def holdout(self) -> float:
+        """The share of the training samples that all accuracies are of; 0: of the test samples."""
+        return float(self.first["config"].get("holdout", 0.0))
+
+    @property
     def average_top1(self) -> Statistic:
         """Over all tasks at the end, from 0 to 1."""
         return self._over_runs("average_top1")
+
+    def figure(self, name: str) -> Statistic | None:
+        """A figure by its name in ``results.json``; None where a run has none."""
+        if any(run.get(name) is None for run in self.runs):
+            return None
+        return self._over_runs(name)
 
     @property
     def average_top5(self) -> Statistic:
@@ -135,22 +170,23 @@ class Group:
         }
 
     def _over_runs(self, name: str) -> Statistic:
-        values = [float(run[name]) for run in self.runs]
-        std = statistics.stdev(values) if len(values) > 1 else None
-        return Statistic(statistics.fmean(values), std)
+        return _statistic([float(run[name]) for run in self.runs])
 
 
 def groups_of(runs: Iterable[Results]) -> list[Group]:
-    """Groups runs that differ in nothing but the seed, in order of first appearance.
+    """Groups runs that differ in nothing but seed and class order, in order of first appearance.
+
+    An order counts as such a difference where a number draws it (``class_order``).
 
     Returns:
         The groups, each with a label of its own.
     """
     grouped: dict[str, list[Results]] = {}
     for run in runs:
-        settings = settings_of(run) | {"seed": None}
+        settings = settings_of(_of_any_order(run)) | {"seed": None}
         grouped.setdefault(json.dumps(settings, sort_keys=True), []).append(run)
-    labels = labels_of([alike[0] for alike in grouped.values()], ignored=["seed"])
+    firsts = [_of_any_order(alike[0]) for alike in grouped.values()]
+    labels = labels_of(firsts, ignored=["seed"])
     # Settings that only newer versions write down make groups that no label tells apart.
     seen: Counter[str] = Counter()
     groups = []
@@ -177,6 +213,18 @@ def reference_for(group: Group, groups: Sequence[Group], strategy: str) -> Group
         if each.strategy == strategy and circumstances(each) == circumstances(group)
     ]
     return next((each for each in alike if each.recipe == group.recipe), next(iter(alike), None))
+
+
+def _statistic(values: Sequence[float]) -> Statistic:
+    std = statistics.stdev(values) if len(values) > 1 else None
+    return Statistic(statistics.fmean(values), std)
+
+
+def _of_any_order(run: Results) -> Results:
+    """A run as it is with any order of classes that a number draws."""
+    if not isinstance(run["config"].get("class_order"), int):
+        return run
+    return {**run, "config": {**run["config"], "class_order": "drawn"}}
 
 
 def num_train_samples(run: Results) -> int:

@@ -169,7 +169,8 @@ def _of_probes(log: TaskLog, seconds: StepSeconds, learns_in_time: bool) -> Resu
     """What probes have shown, if there were any."""
     if not log.probes:
         return {}
-    figures = anytime.figures_of(log.probes) if learns_in_time else {}
+    is_whole = learns_in_time and log.probes[-1]["task"] == len(log.steps) - 1
+    figures = anytime.figures_of(log.probes) if is_whole else {}
     return {"probes": log.probes, **figures, "seconds_probing": seconds.probing}
 
 
