@@ -14,7 +14,7 @@ WHEEL ?=
 
 OLDEST = .venv-oldest
 # The library, and what a run is; no frameworks and no documentation.
-CORE_TESTS = $(wildcard tests/test_*.py) $(addprefix tests/,records policies transports rounds saving \
+CORE_TESTS = $(wildcard tests/test_*.py) $(addprefix tests/,accelerator simulated records policies transports rounds saving \
 	experiments/models experiments/strategies experiments/training/test_run.py)
 
 .PHONY: help demo test lint docs coverage oldest gpu build
@@ -26,7 +26,7 @@ help:
 	@echo "make docs      build the documentation in docs/_build/html"
 	@echo "make coverage  run all tests, and show which lines and branches they reach"
 	@echo "make oldest    run the core's tests with the oldest versions of everything"
-	@echo "make gpu       on a machine with a CUDA device: its tests and what its path costs"
+	@echo "make gpu       on a machine with a GPU: its tests and what its path costs"
 	@echo "make build     the wheel and the source distribution, in dist/"
 
 demo: $(STAMP)

@@ -1,20 +1,25 @@
-"""The path over a GPU: its tests, and what it costs beside a real training step.
+"""The path over an accelerator: its tests, and what it costs beside a real training step.
 
-    python benchmarks/gpu.py                        # on a machine with a CUDA device: some minutes
+    python benchmarks/gpu.py                        # on a machine with a GPU: a quarter of an hour
     python benchmarks/gpu.py --device cpu --tiny    # the same code with small sizes, anywhere
 
-First all tests marked ``cuda`` run. Then a ResNet-50 trains in mixed precision on images of
-ImageNet's size, with and without rehearsal, and a table shows the time of a step, also in a JSON
-file. Ends with 1 if a test failed, with 2 if there is no CUDA device.
+First all tests marked ``accelerator`` run. Then a ResNet-50 and a small network train in mixed
+precision, with and without rehearsal, and a table shows the time of a step, also in a JSON file.
+Ends with 1 if a test failed, with 2 if there is no accelerator.
+
+Needs no network. Beside PyTorch and NumPy: rich, timm; for the tests pytest, pytest-timeout, and
+for whole runs what else the extra ``experiments`` holds.
 
 How to read it:
 
 - "exposed" is a step's time less that of the same step on ``b + r`` samples that lie in pinned
-  memory, without a buffer: what rehearsal costs beside having more samples to train on. It can be
-  below zero, as ``rehearse`` copies mini-batches to the GPU ahead of time; the plain loop does not.
-- "waited" is how long the trainer's thread waited for rounds, "round" how long these took.
+  memory, without a buffer: what rehearsal costs beside having more samples to train on; "slower" is
+  its share. It can be below zero, as ``rehearse`` copies mini-batches to the device ahead of time;
+  the plain loop does not.
+- "call" is how long ``update``, or the next mini-batch of ``rehearse``, keeps the trainer's thread.
+- "waited" is how long of it the thread waited for rounds, "round" how long these took.
 - The cases of a table take turns, block by block; medians over the blocks, of the slowest rank.
-- Two ranks on one GPU share its time; no gradients travel between them.
+- Two ranks on one device share its time; no gradients travel between them.
 """
 
 from __future__ import annotations
@@ -44,11 +49,21 @@ from torch import Tensor
 
 from ritornello import RehearsalBuffer, __version__, rehearse
 from ritornello.experiments.models import build as models
+from ritornello.records import accelerators
 from ritornello.testing import spawn_ranks
 from ritornello.transports import CollectiveTransport
+from ritornello.transports.collective import backends_for
 
 CHECKOUT = Path(__file__).resolve().parents[1]
-DTYPES = {"uint8": torch.uint8, "float32": torch.float32}
+TESTS = [
+    CHECKOUT / "tests" / each
+    for each in (
+        "accelerator",
+        "records/test_accelerators.py",
+        "experiments/models/test_augmentation.py",
+        "experiments/strategies/test_finite_logits.py",
+    )
+]
 NUM_BATCHES = 4
 TIMEOUT_SECONDS = 120.0
 RANKS_SECONDS = 600.0
@@ -71,7 +86,25 @@ class Sizes:
 
 
 FULL = Sizes("resnet50", (3, 224, 224), 1000, 56, 14, 7, 2000, 50, 5)
+SMALL = Sizes("small-cnn", (3, 32, 32), 10, 56, 14, 7, 2000, 500, 5)
 TINY = Sizes("small-cnn", (3, 16, 16), 10, 8, 4, 2, 40, 2, 2)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A model, its precision, and the dtypes of its images."""
+
+    sizes: Sizes
+    precision: str
+    dtypes: tuple[str, ...]
+
+
+SETTINGS = (
+    Setting(FULL, "float16", ("uint8", "float32")),
+    Setting(FULL, "bfloat16", ("uint8",)),
+    Setting(SMALL, "float16", ("uint8",)),
+)
+TINY_SETTINGS = (Setting(TINY, "bfloat16", ("uint8", "float32")),)
 
 
 @dataclass
@@ -79,13 +112,23 @@ class Row:
     """One line of the table, times in milliseconds per step."""
 
     case: str
+    model: str
+    precision: str
     dtype: str
     num_ranks: int
     num_samples: int
     step: float
     exposed: float
+    slower: float
+    """The same as a share of the step without a buffer."""
+    call: float
     waited: float
     round: float
+
+    @property
+    def group(self) -> tuple[str, str, str, int]:
+        """What is compared has this in common."""
+        return self.model, self.precision, self.dtype, self.num_ranks
 
 
 @dataclass
@@ -96,6 +139,14 @@ class Case:
     num_samples: int
     step: Callable[[], None]
     buffer: RehearsalBuffer | None = None
+    seconds_in_calls: float = 0.0
+
+    def called(self, call: Callable[[], Any]) -> Any:
+        """Calls the buffer, and notes how long that keeps the trainer's thread."""
+        began = time.perf_counter()
+        result = call()
+        self.seconds_in_calls += time.perf_counter() - began
+        return result
 
 
 class Training:
@@ -103,17 +154,16 @@ class Training:
 
     Args:
         sizes: what to build.
+        precision: "float16" or "bfloat16".
         device: where.
     """
 
-    def __init__(self, sizes: Sizes, device: torch.device) -> None:
-        self.sizes, self.device = sizes, device
+    def __init__(self, sizes: Sizes, precision: str, device: torch.device) -> None:
+        self.sizes, self.precision, self.device = sizes, precision, device
         model = models.build(sizes.model, sizes.num_classes, sizes.image)
         self._model = model.to(device, memory_format=torch.channels_last)
         self._optimiser = torch.optim.SGD(self._model.parameters(), lr=1e-3, momentum=0.9)
-        on_gpu = device.type == "cuda"
-        self._scaler = torch.amp.GradScaler(device.type, enabled=on_gpu)
-        self._precision = torch.float16 if on_gpu else torch.bfloat16
+        self._scaler = torch.amp.GradScaler(device.type, enabled=precision == "float16")
 
     def step(self, images: Tensor, labels: Tensor) -> None:
         """Forward, backward, step."""
@@ -121,7 +171,7 @@ class Training:
             images = images.float() / 255
         images = images.contiguous(memory_format=torch.channels_last)
         self._optimiser.zero_grad(set_to_none=True)
-        with torch.autocast(self.device.type, self._precision):
+        with torch.autocast(self.device.type, getattr(torch, self.precision)):
             logits = self._model(images)
         loss = torch.nn.functional.cross_entropy(logits.float(), labels)
         self._scaler.scale(loss).backward()
@@ -129,7 +179,7 @@ class Training:
         self._scaler.update()
 
     def batches(self, dtype: str, num_samples: int) -> list[tuple[Tensor, Tensor]]:
-        """Mini-batches in CPU memory, pinned if there is a GPU."""
+        """Mini-batches in CPU memory, pinned if the device has streams."""
         generator = torch.Generator().manual_seed(0)
         shape = (num_samples, *self.sizes.image)
         found = []
@@ -138,14 +188,13 @@ class Training:
             if dtype == "float32":
                 images = images / 255
             labels = torch.randint(self.sizes.num_classes, (num_samples,), generator=generator)
-            pin = self.device.type == "cuda"
+            pin = accelerators.has_streams(self.device)
             found.append((images.pin_memory(), labels.pin_memory()) if pin else (images, labels))
         return found
 
     def synchronise(self) -> None:
         """Waits for the device."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        accelerators.synchronize(self.device)
 
 
 def without_buffer(training: Training, dtype: str, num_samples: int, name: str) -> Case:
@@ -193,13 +242,19 @@ def rehearsal(
 
             def update() -> None:
                 batch = [leaf.to(training.device, non_blocking=True) for leaf in next(loader)]
-                training.step(*buffer.update(batch))
+                training.step(*case.called(lambda: buffer.update(batch)))
 
-            yield Case(name, num_samples, update, buffer)
+            case = Case(name, num_samples, update, buffer)
+            yield case
             return
         augmented = rehearse(cycle(batches), buffer, training.device)
+
+        def step() -> None:
+            training.step(*case.called(lambda: next(augmented)))
+
+        case = Case(name, num_samples, step, buffer)
         try:
-            yield Case(name, num_samples, lambda: training.step(*next(augmented)), buffer)
+            yield case
         finally:
             augmented.close()  # type: ignore[attr-defined]
 
@@ -212,6 +267,8 @@ def measure(training: Training, dtype: str, num_ranks: int, cases: list[Case]) -
     for block in range(sizes.num_blocks + 1):
         if block == 1:
             before = [case.buffer and case.buffer.stats(per_class=False) for case in cases]
+            for case in cases:
+                case.seconds_in_calls = 0.0
         for case, of_case in zip(cases, seconds, strict=True):
             training.synchronise()
             if num_ranks > 1:
@@ -225,15 +282,16 @@ def measure(training: Training, dtype: str, num_ranks: int, cases: list[Case]) -
     rows = []
     for case, of_case, then in zip(cases, seconds, before, strict=True):
         waited = of_rounds = 0.0
+        num_steps = sizes.num_steps * sizes.num_blocks
         if case.buffer is not None and then is not None:
             now = case.buffer.stats(per_class=False)
             spent = sum(now.seconds_per_stage.values()) - sum(then.seconds_per_stage.values())
             of_rounds = spent / (now.num_rounds - then.num_rounds)
-            num_steps = sizes.num_steps * sizes.num_blocks
             waited = (now.seconds_waited - then.seconds_waited) / num_steps
         step = statistics.median(of_case)
-        row = Row(case.name, dtype, num_ranks, case.num_samples, step, 0.0, waited, of_rounds)
-        rows.append(row)
+        call = case.seconds_in_calls / num_steps
+        about = case.name, sizes.model, training.precision, dtype, num_ranks, case.num_samples
+        rows.append(Row(*about, step, 0.0, 0.0, call, waited, of_rounds))
     return rows
 
 
@@ -247,20 +305,21 @@ def baselines(training: Training, dtype: str) -> list[Case]:
     ]
 
 
-def one_rank(sizes: Sizes, device: torch.device, folder: str) -> list[Row]:
+def one_rank(setting: Setting, device: torch.device, folder: str) -> list[Row]:
     """All kinds of storage in one process, and the collective transport with one rank."""
-    training, rows = Training(sizes, device), []
-    on_gpu = device.type == "cuda"
-    storages = ("cpu", "pinned", "shared", "cuda") if on_gpu else ("cpu", "shared")
+    training, rows = Training(setting.sizes, setting.precision, device), []
+    on_device = device.type != "cpu"
+    storages = ("cpu", "pinned", "shared", device.type) if on_device else ("cpu", "shared")
+    backend = dist.get_default_backend_for_device(device)
     dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+        backends_for(device) if on_device else "gloo",
         store=dist.FileStore(f"{folder}/store", 1),
         rank=0,
         world_size=1,
         timeout=timedelta(seconds=TIMEOUT_SECONDS),
     )
     try:
-        for dtype in DTYPES:
+        for dtype in setting.dtypes:
             with ExitStack() as stack:
                 cases = baselines(training, dtype)
                 for storage in storages:
@@ -273,8 +332,8 @@ def one_rank(sizes: Sizes, device: torch.device, folder: str) -> list[Row]:
                     )
                 )
                 transport = CollectiveTransport.beside(None, TIMEOUT_SECONDS, device)
-                where = {"transport": transport, "storage": device if on_gpu else "cpu"}
-                name = f"rehearse, {'NCCL' if on_gpu else 'gloo'} with one rank"
+                where = {"transport": transport, "storage": device}
+                name = f"rehearse, {backend} with one rank"
                 cases.append(stack.enter_context(rehearsal(training, dtype, name, **where)))
                 rows += measure(training, dtype, 1, cases)
     finally:
@@ -282,10 +341,10 @@ def one_rank(sizes: Sizes, device: torch.device, folder: str) -> list[Row]:
     return rows
 
 
-def two_ranks(rank: int, sizes: Sizes, device: str) -> list[Row]:
-    """Both transports that two ranks on one GPU can use."""
-    training, rows = Training(sizes, torch.device(device)), []
-    for dtype in DTYPES:
+def two_ranks(rank: int, setting: Setting, device: str) -> list[Row]:
+    """Both transports that two ranks on one device can use."""
+    training, rows = Training(setting.sizes, setting.precision, torch.device(device)), []
+    for dtype in setting.dtypes:
         with ExitStack() as stack:
             cases = baselines(training, dtype)
             for transport, storage in (("shared_memory", "shared"), ("collective", "cpu")):
@@ -309,7 +368,7 @@ def slowest(of_ranks: list[Any]) -> list[Row]:
     rows = []
     for same in zip(*of_ranks, strict=True):
         row = Row(**asdict(same[0]))
-        for figure in ("step", "waited", "round"):
+        for figure in ("step", "call", "waited", "round"):
             setattr(row, figure, max(getattr(each, figure) for each in same))
         rows.append(row)
     return rows
@@ -317,24 +376,22 @@ def slowest(of_ranks: list[Any]) -> list[Row]:
 
 def in_milliseconds(rows: list[Row]) -> list[Row]:
     """The rows with their exposed times, all in milliseconds."""
-    plain = {
-        (each.dtype, each.num_ranks): each.step
-        for each in rows
-        if each.case == "no buffer, b + r samples"
-    }
+    plain = {each.group: each.step for each in rows if each.case == "no buffer, b + r samples"}
     for row in rows:
         if "no buffer" not in row.case:
-            row.exposed = row.step - plain[row.dtype, row.num_ranks]
-        for figure in ("step", "exposed", "waited", "round"):
+            row.exposed = row.step - plain[row.group]
+            row.slower = round(row.exposed / plain[row.group], 4)
+        for figure in ("step", "exposed", "call", "waited", "round"):
             setattr(row, figure, round(1e3 * getattr(row, figure), 3))
     return rows
 
 
 def run_tests(paths: list[Path]) -> dict[str, int]:
-    """Runs the tests marked ``cuda``; how many there were, were skipped and failed."""
+    """Runs the tests marked ``accelerator``; how many there were, were skipped and failed."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        command = [sys.executable, "-m", "pytest", "-q", "-m", "cuda", f"--junitxml={report}"]
+        command = [sys.executable, "-m", "pytest", "-q", "-m", "accelerator"]
+        command += ["--continue-on-collection-errors", f"--junitxml={report}"]
         subprocess.run([*command, *map(str, paths)], cwd=CHECKOUT, check=False)
         if not report.exists():
             return {"tests": 0, "skipped": 0, "failed": 1}
@@ -350,76 +407,84 @@ def run_tests(paths: list[Path]) -> dict[str, int]:
 def table_of(rows: list[Row], title: str) -> Table:
     """For the terminal."""
     table = Table(title=title, title_justify="left")
-    for name in ("", "images", "ranks", "samples"):
+    for name in ("", "model", "precision", "images", "ranks", "samples"):
         table.add_column(name, justify="right" if name in ("ranks", "samples") else "left")
-    for name in ("step", "exposed", "waited", "round"):
-        table.add_column(f"{name} [ms]", justify="right")
+    for name in ("step [ms]", "exposed [ms]", "slower", "call [µs]", "waited [µs]", "round [ms]"):
+        table.add_column(name, justify="right")
     last = None
     for row in rows:
-        group = row.dtype, row.num_ranks
-        if last not in (None, group):
+        if last not in (None, row.group):
             table.add_section()
-        last = group
+        last = row.group
+        figures = [f"{row.exposed:.2f}", f"{row.slower:.1%}", f"{1e3 * row.call:.0f}"]
+        figures += [f"{1e3 * row.waited:.0f}", f"{row.round:.2f}"]
+        about = row.case, row.model, row.precision, row.dtype, row.num_ranks, row.num_samples
         has_buffer = "no buffer" not in row.case
-        times = [row.exposed, row.waited, row.round]
-        table.add_row(
-            row.case,
-            row.dtype,
-            str(row.num_ranks),
-            str(row.num_samples),
-            f"{row.step:.2f}",
-            *(f"{each:.2f}" if has_buffer else "" for each in times),
-        )
+        table.add_row(*map(str, about), f"{row.step:.2f}", *(figures if has_buffer else ()))
     return table
 
 
 def machine_of(device: torch.device) -> dict[str, Any]:
     """What the figures depend on."""
-    on_gpu = device.type == "cuda"
+    on_cuda = device.type == "cuda"
+    name = accelerators.name_of(device)
     return {
-        "device": torch.cuda.get_device_name(device) if on_gpu else f"CPU, {platform.machine()}",
+        "device": f"CPU, {platform.machine()}" if device.type == "cpu" else name,
         "torch": torch.__version__,
-        "cuda": torch.version.cuda if on_gpu else None,
-        "nccl": ".".join(map(str, torch.cuda.nccl.version())) if on_gpu else None,
+        "cuda": torch.version.cuda if on_cuda else None,
+        "nccl": ".".join(map(str, torch.cuda.nccl.version())) if on_cuda else None,
         "ritornello": __version__,
         "threads": torch.get_num_threads(),
     }
 
 
+def device_for(name: str) -> torch.device | None:
+    """The device with that name, the machine's accelerator for "auto"; None: it has none."""
+    if name == "cpu":
+        return torch.device(name)
+    if not accelerators.is_available():
+        return None
+    return accelerators.current_device() if name == "auto" else torch.device(name)
+
+
 def main() -> int:
     """Tests, measures, prints and writes; the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--device", default="auto", help="auto, cpu, or an accelerator's name")
     parser.add_argument("--tiny", action="store_true", help="small sizes: to see that it works")
     parser.add_argument("--json", type=Path, default=Path("gpu.json"), help="where figures go")
-    parser.add_argument(
-        "--tests", type=Path, nargs="*", default=[CHECKOUT / "tests"], help="none: only measure"
-    )
+    parser.add_argument("--tests", type=Path, nargs="*", default=TESTS, help="none: only measure")
     arguments = parser.parse_args()
-    if arguments.device == "cuda" and not torch.cuda.is_available():
+    device = device_for(arguments.device)
+    if device is None:
         print(
-            "benchmarks/gpu.py: PyTorch finds no CUDA device here; --device cpu --tiny shows that "
+            "benchmarks/gpu.py: PyTorch finds no accelerator here; --device cpu --tiny shows that "
             "the script itself works",
             file=sys.stderr,
         )
         return 2
-    device, sizes = torch.device(arguments.device), TINY if arguments.tiny else FULL
+    settings = TINY_SETTINGS if arguments.tiny else SETTINGS
     tests = run_tests(arguments.tests) if arguments.tests else None
-    with tempfile.TemporaryDirectory() as folder:
-        rows = one_rank(sizes, device, folder)
-    rows += slowest(spawn_ranks(2, two_ranks, sizes, arguments.device, seconds=RANKS_SECONDS))
+    rows = []
+    for setting in settings:
+        with tempfile.TemporaryDirectory() as folder:
+            rows += one_rank(setting, device, folder)
+        ranks = spawn_ranks(2, two_ranks, setting, str(device), seconds=RANKS_SECONDS)
+        rows += slowest(ranks)
     rows = in_milliseconds(rows)
     machine = machine_of(device)
-    console = Console(width=110)
-    title = f"{sizes.model} in mixed precision, {machine['device']}, PyTorch {machine['torch']}"
+    console = Console(width=150)
+    title = f"Training in mixed precision, {machine['device']}, PyTorch {machine['torch']}"
     console.print(table_of(rows, title))
     if tests is not None:
         console.print(
-            "tests marked cuda: {tests}, skipped {skipped}, failed {failed}".format_map(tests)
+            "tests marked accelerator: {tests}, skipped {skipped}, failed {failed}".format_map(
+                tests
+            )
         )
     figures = {
         "machine": machine,
-        "sizes": asdict(sizes),
+        "settings": [asdict(each) for each in settings],
         "tests": tests,
         "rows": [asdict(row) for row in rows],
     }

@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 import torch.distributed as dist
+
+import simulated
 
 
 @pytest.fixture(scope="session")
@@ -41,16 +42,19 @@ def _workers() -> set[threading.Thread]:
     return {each for each in threading.enumerate() if not isinstance(each, threading._DummyThread)}
 
 
-def pytest_collection_finish() -> None:
-    """What was imported need not be looked through at the end of every test."""
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Loads the simulated accelerator, if a test wants it, before any test trains something."""
+    wanted = [item for item in session.items if item.get_closest_marker("accelerator")]
+    if wanted and (reason := simulated.missing()):
+        for item in wanted:
+            item.add_marker(pytest.mark.skip(reason=reason))
+    # What was imported need not be looked through at the end of every test.
     gc.collect()
     gc.freeze()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips tests marked ``cuda`` on machines without a CUDA device."""
-    if torch.cuda.is_available():
-        return
-    for item in items:
-        if item.get_closest_marker("cuda"):
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+@pytest.fixture(params=simulated.SCHEDULES if simulated.REAL is None else ("real",))
+def accelerator(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The name of a device, real or simulated; fails a test in which its streams race."""
+    with simulated.accelerator(request.param) as name:
+        yield name

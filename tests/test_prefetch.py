@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.data import DataLoader, TensorDataset
 
 import ritornello
-from ritornello import RehearsalBuffer, RoundError
+from ritornello import ComposedSteps, RehearsalBuffer, RoundError
 from ritornello.testing import connect_shared_memory, run_ranks
 from ritornello.transports import Transport
 
@@ -122,3 +123,44 @@ def test_what_is_no_tensor_is_refused_by_name() -> None:
         batch = (torch.zeros(2), torch.arange(2), ["a.png", "b.png"])
         with pytest.raises(TypeError, match=r"batch\[2\]\[0\] is a str"):
             next(ritornello.rehearse([batch], buffer, device="cpu"))
+
+
+def test_how_many_are_drawn_follows_the_composition() -> None:
+    def composed() -> DataLoader[Any]:
+        data = TensorDataset(torch.arange(60), torch.arange(60) % 3)
+        steps = ComposedSteps(60, 180, samples_per_step=6, num_epochs=2, first_share=0.9)
+        return DataLoader(data, batch_sampler=steps)
+
+    def make() -> RehearsalBuffer:
+        buffer = RehearsalBuffer(40, num_representatives=0, most_representatives=6)
+        buffer.update((torch.arange(60, 100), torch.arange(40) % 3))
+        return buffer
+
+    def plain() -> list[torch.Tensor]:
+        loader, found = composed(), []
+        assert isinstance(loader.batch_sampler, ComposedSteps)
+        with make() as buffer:
+            for _ in range(2):
+                for step, batch in enumerate(loader):
+                    buffer.num_representatives = loader.batch_sampler.num_past(step + 1)
+                    found.append(buffer.update(batch)[0])
+        return found
+
+    loader, ours = composed(), []
+    with make() as buffer:
+        for _ in range(2):
+            for numbers, _ in ritornello.rehearse(loader, buffer):
+                ours.append(numbers)
+                assert len(numbers) == 6 or len(ours) == 1
+    assert len(ours) == 20
+    assert all(torch.equal(a, b) for a, b in zip(ours, plain(), strict=True))
+
+
+def test_a_rate_that_cannot_follow_the_composition() -> None:
+    data = TensorDataset(torch.arange(60), torch.arange(60) % 3)
+    loader = DataLoader(data, batch_sampler=ComposedSteps(60, 180, samples_per_step=6))
+    with (
+        RehearsalBuffer(40, num_representatives=2) as buffer,
+        pytest.raises(ValueError, match="the buffer was made without most_representatives"),
+    ):
+        next(ritornello.rehearse(loader, buffer))

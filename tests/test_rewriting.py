@@ -370,22 +370,6 @@ def test_in_memory_that_ranks_share(storage: str, tmp_path: Path) -> None:
     assert_same(everyone, run_ranks(LocalTransport.connect(2, 30.0), stream_with_rewriting))
 
 
-@pytest.mark.cuda
-@pytest.mark.parametrize("storage", ["pinned", "cuda"])
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_on_a_gpu(storage: str, device: str) -> None:
-    with make(storage=storage) as buffer:
-        for step in range(20):
-            buffer.update(tuple(leaf.to(device) for leaf in batch_of(step)))
-            if step in (5, 12):  # values come from another device than the samples
-                other = "cuda" if device == "cpu" else "cpu"
-                buffer.rewrite(lambda batch: add_half(batch).to(other), fields=2)  # noqa: B023
-        numbers, _, _ = (leaf.cpu() for leaf in held(buffer))
-        halves = halves_of(tuple(leaf.cpu() for leaf in held(buffer)))  # type: ignore[arg-type]
-        wanted = [sum(each >= number // 64 for each in (5, 12)) for number in numbers.tolist()]
-        assert halves.tolist() == wanted
-
-
 def in_a_process(rank: int) -> list[Any]:
     with RehearsalBuffer(60, num_representatives=5, num_candidates=6) as buffer:
         found = []

@@ -101,7 +101,7 @@ class RehearsalBuffer:
             "shared_memory", "collective" (torch.distributed), "mpi", "local" (one process), or
             a ``Transport``, which the buffer then owns.
         storage: where the shards lie: "auto" (shared memory where ranks share a host, else
-            ordinary memory), "cpu", "pinned", "shared", a CUDA device such as "cuda", or
+            ordinary memory), "cpu", "pinned", "shared", an accelerator such as "cuda", or
             "file:DIR" (a file in a folder, for shards larger than memory).
         timeout_seconds: how long a peer may be silent before a ``PeerLostError``. It must be
             longer than any pause that some ranks make and others do not, such as an evaluation

@@ -54,8 +54,18 @@ class ComposedSteps:
     says, rounded such that the running share is exact to within one sample, and at least one; the
     others are past. For a ``DataLoader``, without ``DistributedSampler``::
 
-        steps = ComposedSteps(len(task), num_before, samples_per_step=72, num_epochs=20)
+        buffer = RehearsalBuffer(
+            capacity, num_representatives=0, most_representatives=64, sampling="earlier-tasks"
+        )
+        ...
+        steps = ComposedSteps(len(task), num_before, samples_per_step=64, num_epochs=20)
         loader = DataLoader(task, batch_sampler=steps)
+        for epoch in range(20):
+            for step, batch in enumerate(loader):
+                buffer.num_representatives = steps.num_past(step + 1)
+                images, labels = buffer.update(batch)
+
+    ``rehearse`` and Lightning's ``Rehearsal`` set ``num_representatives`` themselves.
 
     An epoch has as many steps as incremental training with mini-batches of ``batch_size`` would
     have: ``num_new // (num_ranks * batch_size)``, and at least one. New samples come in random
@@ -151,12 +161,13 @@ class ComposedSteps:
         self._check_epoch(epoch)
         self._epoch = self._next_epoch = epoch
 
+    @property
+    def sampler(self) -> ComposedSteps:
+        """Itself: of a batch sampler, frameworks tell its sampler which epoch begins."""
+        return self
+
     def num_past(self, step: int) -> int:
         """How many past samples join a step of the running epoch, on each rank.
-
-        For the loop that says in one step what the next one draws::
-
-            buffer.num_representatives = steps.num_past(step + 1)
 
         Args:
             step: from 0 to ``len(steps)``, which is the first one of the next epoch; after the
@@ -235,6 +246,12 @@ class ComposedSteps:
     def _check_step(self, step: int, most: int) -> None:
         if not 0 <= step <= most:
             raise ValueError(f"step {step}: it must be from 0 to {most}")
+
+
+def composed_steps_of(loader: object) -> ComposedSteps | None:
+    """The batch sampler of a loader, if it is one that composes steps."""
+    steps = getattr(loader, "batch_sampler", None)
+    return steps if isinstance(steps, ComposedSteps) else None
 
 
 def _first_and_last_share(

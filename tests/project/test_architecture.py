@@ -46,8 +46,8 @@ HOUSE: Floors = [
     ("experiments",),
     ("integrations",),
     ("ritornello",),  # the public names
-    ("prefetch", "composition", "testing"),
-    ("buffer",),
+    ("prefetch", "testing"),
+    ("buffer", "composition"),
     ("saving",),
     ("rounds",),
     ("transports",),
@@ -282,6 +282,21 @@ def test_only_transports_talk_to_other_ranks() -> None:
         "transports/collective.py",
         "transports/mpi.py",
     }
+
+
+def test_one_module_knows_about_devices() -> None:
+    """All others ask ``records/accelerators.py``: what is said of CUDA alone is wrong for others."""
+    for path in SOURCES.rglob("*.py"):
+        if path.name == "accelerators.py":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            named = ast.unparse(node) if isinstance(node, ast.Attribute) else ""
+            of_one_maker = named.startswith(("torch.cuda", "torch.xpu", "torch.mps", "torch.npu"))
+            assert not of_one_maker, f"{path}: {named}"
+            assert not named.startswith(("torch.accelerator", "torch.get_device_module")), path
+            assert not named.endswith((".is_cuda", ".is_xpu", ".is_mps")), f"{path}: {named}"
+            if isinstance(node, ast.Compare):
+                assert "'cuda'" not in ast.unparse(node), f"{path}: {ast.unparse(node)}"
 
 
 def test_every_public_name_has_a_docstring() -> None:

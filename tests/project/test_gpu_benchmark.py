@@ -16,11 +16,11 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu.py"
 TESTS = """
 import pytest
 
-@pytest.mark.cuda
+@pytest.mark.accelerator
 def test_passes() -> None:
     pass
 
-@pytest.mark.cuda
+@pytest.mark.accelerator
 @pytest.mark.skip
 def test_is_skipped() -> None:
     pass
@@ -29,7 +29,7 @@ def test_is_no_test_of_a_gpu() -> None:
     raise AssertionError
 """
 FAILING = """
-@pytest.mark.cuda
+@pytest.mark.accelerator
 @pytest.mark.parametrize("number", range(2))
 def test_fails(number: int) -> None:
     assert False
@@ -52,7 +52,7 @@ def test_the_same_code_on_the_cpu(tmp_path: Path) -> None:
     path = tmp_path / "gpu.json"
     ran = gpu("--device", "cpu", "--tiny", "--json", str(path), "--tests", str(tmp_path))
     assert ran.returncode == 0, ran.stderr
-    assert "tests marked cuda: 2, skipped 1, failed 0" in ran.stdout
+    assert "tests marked accelerator: 2, skipped 1, failed 0" in ran.stdout
     figures = json.loads(path.read_text())
     assert figures["machine"]["device"].startswith("CPU")
     cases = {(row["case"], row["dtype"], row["num_ranks"]): row for row in figures["rows"]}
@@ -69,7 +69,9 @@ def test_the_same_code_on_the_cpu(tmp_path: Path) -> None:
                 ]
                 assert row["num_samples"] == plain["num_samples"] == 10
                 assert row["exposed"] == pytest.approx(row["step"] - plain["step"], abs=2e-3)
+                assert row["slower"] == pytest.approx(row["exposed"] / plain["step"], abs=2e-2)
                 assert row["round"] > 0
+                assert row["call"] > 0
                 assert name in ran.stdout
 
 
@@ -89,9 +91,9 @@ def test_tests_that_fail_are_counted(tmp_path: Path) -> None:
         del sys.modules["gpu_benchmark"]
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="there is an accelerator")
 def test_without_a_gpu() -> None:
     ran = gpu()
     assert ran.returncode == 2
     assert len(ran.stderr.splitlines()) == 1
-    assert "PyTorch finds no CUDA device here" in ran.stderr
+    assert "PyTorch finds no accelerator here" in ran.stderr

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ritornello.arrays import Bytes, Ints
+from ritornello.records import accelerators
 from ritornello.records.digest import digest
 from ritornello.records.nesting import (
     Batch,
@@ -170,7 +171,7 @@ class Layout:
             if samples is None or rows.device.type != "cpu":
                 view, source = self.view(rows, position), leaf.detach()
                 if index is not None:
-                    on_device = torch.from_numpy(index).to(rows.device, non_blocking=True)
+                    on_device = accelerators.copied_to(rows.device, torch.from_numpy(index))
                     source = source.index_select(0, on_device)
                 view.copy_(source)
                 continue

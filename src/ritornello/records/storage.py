@@ -1,4 +1,4 @@
-"""Where a shard lies: ordinary, pinned or shared memory, a GPU, or a file."""
+"""Where a shard lies: ordinary, pinned or shared memory, an accelerator, or a file."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-KINDS = "'auto', 'cpu', 'pinned', 'shared', 'file:DIR', or a CUDA device like 'cuda'"
+from ritornello.records import accelerators
+
+KINDS = "'auto', 'cpu', 'pinned', 'shared', 'file:DIR', or an accelerator like 'cuda'"
 
 POPULATE_READ = 22
 """madvise: map all pages now rather than one by one in later rounds (Linux 5.14)."""
@@ -24,7 +26,7 @@ class Storage:
     """A kind of memory for the rows of a shard. Made by ``Storage.of``."""
 
     kind: str
-    """"auto", "cpu", "pinned", "shared", "file" or "cuda"."""
+    """"auto", "cpu", "pinned", "shared", "file", or a kind of accelerator such as "cuda"."""
     device: torch.device
     folder: Path | None = None
 
@@ -42,9 +44,9 @@ class Storage:
         if text in ("auto", "cpu", "shared"):
             return cls(text, cpu)
         if text == "pinned":
-            if not torch.cuda.is_available():
+            if not accelerators.is_available():
                 raise ValueError(
-                    "storage='pinned': this machine has no CUDA device; use 'auto' or 'cpu'"
+                    "storage='pinned': this machine has no accelerator; use 'auto' or 'cpu'"
                 )
             return cls(text, cpu)
         if text.startswith("file:"):
@@ -53,16 +55,12 @@ class Storage:
                 raise ValueError(f"storage={text!r}: {folder} must be a folder that can be written")
             return cls("file", cpu, folder.resolve())
         try:
-            device = torch.device(text)
-        except RuntimeError:
-            device = torch.device("meta")
-        if device.type != "cuda":
+            device = accelerators.named(text)
+        except ValueError as error:
+            raise ValueError(f"storage={text!r}: {error}") from None
+        if device is None:
             raise ValueError(f"storage={text!r}: it must be {KINDS}")
-        if not torch.cuda.is_available():
-            raise ValueError(f"storage={text!r}: this machine has no CUDA device")
-        if str(device) == "cuda":
-            device = torch.device("cuda", torch.cuda.current_device())
-        return cls("cuda", device)
+        return cls(device.type, accelerators.with_index(device))
 
     @property
     def can_be_shared(self) -> bool:

@@ -43,7 +43,7 @@ class Arguments:
     def most_per_draw(self) -> int:
         """The most representatives that a rank gets in one draw."""
         if self.most_representatives is not None:
-            return self.most_representatives
+            return int(self.most_representatives)
         return math.ceil(self.num_representatives)
 
     def as_text(self) -> dict[str, str]:
@@ -70,9 +70,17 @@ class Arguments:
         _check_rate(self.num_representatives)
         if self.most_representatives is not None:
             _check_count("most_representatives", self.most_representatives, minimum=1)
-            self._check_draw("most_representatives", self.most_representatives)
             self._check_most(self.num_representatives)
-        self._check_draw("num_representatives", self.num_representatives)
+            if self.most_representatives > self.capacity:
+                raise ValueError(
+                    f"most_representatives={self.most_representatives}: it must be at most the "
+                    f"capacity ({self.capacity}), as num_representatives is"
+                )
+        if self.num_representatives > self.capacity:
+            raise ValueError(
+                f"num_representatives={self.num_representatives}: it must be at most the "
+                f"capacity ({self.capacity}), as no rank draws a representative twice in a step"
+            )
         if self.num_candidates is not None:
             _check_count("num_candidates", self.num_candidates, minimum=1)
         _check_count("num_draws", self.num_draws, minimum=1)
@@ -97,13 +105,6 @@ class Arguments:
         self._check_most(rate)
         changed: float = plain(rate)
         return changed
-
-    def _check_draw(self, name: str, value: float) -> None:
-        if value > self.capacity:
-            raise ValueError(
-                f"{name}={value}: it must be at most the capacity ({self.capacity}), as no rank "
-                "draws a representative twice in a step"
-            )
 
     def _check_most(self, rate: float) -> None:
         assert self.most_representatives is not None

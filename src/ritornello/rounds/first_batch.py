@@ -10,7 +10,7 @@ from torch import Tensor
 from ritornello.records.layout import Layout
 from ritornello.records.storage import Storage, free_memory_bytes
 from ritornello.rounds.arguments import Arguments
-from ritornello.rounds.staging import Staging
+from ritornello.rounds.staging import Staging, WorkerStreams
 
 
 @dataclass
@@ -30,6 +30,7 @@ class Begun:
         label: int | None,
         arguments: Arguments,
         storage: Storage,
+        streams: WorkerStreams,
     ) -> Begun:
         """With mini-batches on a device.
 
@@ -39,10 +40,13 @@ class Begun:
             label: the position of the class label.
             arguments: of the buffer.
             storage: where the shard lies.
+            streams: of the worker; see ``Staging``.
         """
         num_draws = arguments.num_draws
         num_per_step = arguments.most_per_draw * num_draws
-        staging = Staging(layout, device, storage.device, num_per_step, reorders=num_draws > 1)
+        staging = Staging(
+            layout, device, storage.device, num_per_step, streams, reorders=num_draws > 1
+        )
         return cls(layout, label, staging)
 
 
@@ -61,5 +65,6 @@ def check_room(layout: Layout, arguments: Arguments) -> None:
 
 
 def device_of(leaves: list[Tensor]) -> torch.device:
-    """Where mini-batches are: on the GPU, if a leaf is."""
-    return next((leaf.device for leaf in leaves if leaf.is_cuda), torch.device("cpu"))
+    """Where mini-batches are: on the accelerator, if a leaf is."""
+    cpu = torch.device("cpu")
+    return next((leaf.device for leaf in leaves if leaf.device != cpu), cpu)

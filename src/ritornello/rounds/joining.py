@@ -69,7 +69,7 @@ class Joiner:
         field = layout.fields[position]
         num_samples = len(leaf) + len(records)
         num_bytes = num_samples * field.num_bytes
-        samples = None if leaf.requires_grad or records.is_cuda else bytes_of(leaf)
+        samples = None if leaf.requires_grad or records.device.type != "cpu" else bytes_of(leaf)
         if samples is None:
             return torch.cat((leaf, layout.view(records, position).to(leaf.device)))
         if num_bytes < WORTH_BYTES:

@@ -138,8 +138,8 @@ class Rounds:
                 self._enter("exchange")
                 received = self._staging.receive(plan.num_drawn)
                 self.transport.exchange(shard, plan, received)
-                self._enter("stage")
-                self._staging.deliver(plan.num_drawn, plan.order)
+            self._enter("stage")
+            self._staging.deliver(plan.num_drawn, plan.order)
         self._enter(None)
         kept = int(plan.send_counts[self.transport.rank])
         self.bytes_sent += (int(plan.send_counts.sum()) - kept) * self._layout.record_bytes
@@ -175,15 +175,13 @@ class Rounds:
         """
         assert self.shard is not None
         slots = np.arange(first, first + num_rows)
-        device = self.shard.rows.device
-        on_device = {position: each.detach().to(device) for position, each in values.items()}
+        placed = {position: self._staging.placed(each) for position, each in values.items()}
         self.transport.await_readers()
         if self.before_write is not None:
             self.before_write(slots)
-        self._staging.await_trainer()
         with self._staging.worker_stream():
             records = self.shard.rows[first : first + num_rows].clone()
-            for position, each in on_device.items():
+            for position, each in placed.items():
                 self._layout.view(records, position).copy_(each)
             self.shard.write(slots, records, np.arange(num_rows))
         self._staging.finish_writes()
@@ -258,7 +256,6 @@ class Rounds:
                     rows = torch.from_numpy(found)
                     self.check_records(rows)
                     shard.write(slots, rows.to(shard.rows.device), np.arange(len(found)))
-            self._staging.finish_writes()
 
         together(self.transport, write, "load")
         self.is_torn = False

@@ -1,26 +1,31 @@
 """Staging: between the trainer's tensors and the worker's records.
 
 The trainer's thread copies candidates out of the mini-batch and reads representatives; the
-worker moves both between the trainer's device and the shard's. On CUDA the worker's copies
-run on a stream of their own, through pinned memory, and events order them with the trainer's
-stream; with mini-batches on the GPU, nothing here makes the trainer's thread wait for it.
+worker moves both between the trainer's device and the shard's. On an accelerator the worker's
+copies run on a stream of their own, through pinned memory; with mini-batches on it, nothing here
+makes the trainer's thread wait for it.
 
-At most one round is under way; it starts only after the representatives of the round before
-were taken, and its own are taken before the next candidates come: that is why one buffer for
-each direction is enough.
+Trainer and worker use this memory in turns: at most one round is under way; it starts only after
+the representatives of the round before were taken, and its own are taken before the next candidates
+come. That is why one buffer for each direction is enough, and one event: each turn begins behind
+the end of the last one, on whatever streams the two are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ritornello.arrays import Ints
+from ritornello.records import accelerators
 from ritornello.records.layout import Layout
+
+WorkerStreams = dict[torch.device, torch.Stream]
+"""The worker's streams: one for each accelerator that it uses, for as long as the buffer lives."""
 
 
 @dataclass(frozen=True)
@@ -29,11 +34,9 @@ class Candidates:
 
     Attributes:
         records: uint8 ``[m, record_bytes]`` on the trainer's device.
-        ready: on CUDA, when they are complete.
     """
 
     records: Tensor
-    ready: torch.cuda.Event | None = None
 
 
 class Staging:
@@ -44,6 +47,7 @@ class Staging:
         trainer_device: where the mini-batches are.
         shard_device: where the shard lies.
         num_representatives: per round, at most: ``r``, times the draws.
+        streams: of the buffer; those that are missing are made.
         reorders: whether representatives arrive in another order than they are taken in.
     """
 
@@ -53,31 +57,37 @@ class Staging:
         trainer_device: torch.device,
         shard_device: torch.device,
         num_representatives: int,
+        streams: WorkerStreams,
         reorders: bool = False,
     ) -> None:
         self._layout = layout
         self.trainer_device = trainer_device
         self._shard_device = shard_device
-        self._cuda = next((d for d in (trainer_device, shard_device) if d.type == "cuda"), None)
-        self._stream = torch.cuda.Stream(self._cuda) if self._cuda else None
-        self._collected = self._rows(0, trainer_device)
-        self._num_collected = 0
-        self._arrived = self._rows(0, shard_device)
-        self._received = self._rows(num_representatives, shard_device)
-        self._delivered = (
-            self._received
-            if trainer_device == shard_device and not reorders
-            else self._rows(num_representatives, trainer_device)
+        for device in (trainer_device, shard_device):
+            if accelerators.has_streams(device) and device not in streams:
+                streams[device] = accelerators.new_stream(device)
+        self._streams = tuple(
+            streams[d] for d in dict.fromkeys((trainer_device, shard_device)) if d in streams
         )
-        self._delivery: torch.cuda.Event | None = None
-        self._taken: torch.cuda.Event | None = None
-        if self._stream is not None:  # not before the zeros are there
-            self._stream.wait_stream(torch.cuda.current_stream(self._cuda))
+        # The one that what is delivered goes through; None: nothing runs late.
+        self._stream = streams.get(trainer_device) or streams.get(shard_device)
+        self._trainer_stream: torch.Stream | None = None
+        self._num_collected = 0
+        with self.worker_stream():
+            self._collected = self._rows(0, trainer_device)
+            self._arrived = self._rows(0, shard_device)
+            self._received = self._rows(num_representatives, shard_device)
+            self._delivered = (
+                self._received
+                if trainer_device == shard_device and not reorders
+                else self._rows(num_representatives, trainer_device)
+            )
+        self._turn_end = self._stream.record_event() if self._stream is not None else None
 
     @property
     def on_gpu(self) -> bool:
-        """Whether mini-batches are on a GPU."""
-        return self.trainer_device.type == "cuda"
+        """Whether mini-batches are on an accelerator."""
+        return self.trainer_device.type != "cpu"
 
     # On the trainer's thread.
 
@@ -89,12 +99,19 @@ class Staging:
             rows: int64 ``[m]``, the candidates; None: all samples.
         """
         num_rows = leaves[0].shape[0] if rows is None else len(rows)
+        if self._stream is not None:
+            self._begin_turn()
         if num_rows > len(self._collected):
             self._collected = self._rows(num_rows, self.trainer_device)
+            if accelerators.has_streams(self.trainer_device):
+                assert self._stream is not None
+                self._collected.record_stream(self._stream)
         self._layout.pack(
             [leaf.to(self.trainer_device) for leaf in leaves], rows, self._collected[:num_rows]
         )
         self._num_collected = num_rows
+        if self._stream is not None:
+            self._end_turn()
 
     def drop_collected(self) -> None:
         """Drops them again."""
@@ -104,20 +121,18 @@ class Staging:
         """What was collected since the last call; must be used up before the next."""
         records = self._collected[: self._num_collected]
         self._num_collected = 0
-        return Candidates(records, self._mark(self.trainer_device))
+        return Candidates(records)
 
     def take(self, num_rows: int) -> Tensor:
-        """The first staged representatives as records, valid until ``release``."""
-        if self._delivery is not None:
-            if self.trainer_device.type == "cuda":
-                torch.cuda.current_stream(self._cuda).wait_event(self._delivery)
-            else:
-                self._delivery.synchronize()
+        """The first staged representatives as records, valid until ``release`` or ``collect``."""
+        if self._stream is not None:
+            self._begin_turn()
         return self._delivered[:num_rows]
 
     def release(self) -> None:
         """Says that all use of the views from ``take`` has been issued."""
-        self._taken = self._mark(self.trainer_device)
+        if self._stream is not None:
+            self._end_turn()
 
     def copy_for_trainer(self, rows: Tensor) -> Tensor:
         """A copy of records of the shard, on the trainer's device; blocks until it is there."""
@@ -125,7 +140,7 @@ class Staging:
         copied = torch.empty_like(rows, device=self.trainer_device)
         if self._stream is None:
             return copied.copy_(rows)
-        ready = self._mark(self.trainer_device)
+        ready = accelerators.mark(self.trainer_device)
         with self.worker_stream():  # after the last round's writes
             if ready is not None:
                 self._stream.wait_event(ready)
@@ -133,57 +148,60 @@ class Staging:
             self._stream.synchronize()
         return copied
 
-    # On the trainer's thread while no round runs, to save and restore.
+    # On the trainer's thread while no round runs, to save, restore and rewrite.
+
+    def placed(self, values: Tensor) -> Tensor:
+        """The trainer's values on the shard's device; blocks until they are there."""
+        placed = values.detach().to(self._shard_device)
+        if accelerators.has_streams(self._shard_device):
+            accelerators.current_stream(self._shard_device).synchronize()
+        return placed
+
+    def finish_writes(self) -> None:
+        """Blocks until the worker's streams have done what they were given."""
+        for stream in self._streams:
+            stream.synchronize()
 
     def staged(self, num_rows: int) -> Tensor:
         """A copy of the first representatives that were delivered, in CPU memory."""
-        return self.take(num_rows).cpu().clone()
+        self._await_turn_end()  # `rehearse` may be at its turn on another stream: both only read
+        return self._delivered[:num_rows].cpu().clone()
 
     def put_back(self, staged: Tensor) -> None:
         """Places what ``staged`` gave where it was."""
+        if self._stream is not None:
+            self._begin_turn()
         self._delivered[: len(staged)] = staged.to(self.trainer_device)
-
-    def await_trainer(self) -> None:
-        """Orders the worker's stream behind what the trainer has issued so far."""
         if self._stream is not None:
-            self._stream.wait_stream(torch.cuda.current_stream(self._cuda))
-
-    def finish_writes(self) -> None:
-        """Waits for what was issued on the worker's stream: other streams may read it then."""
-        if self._stream is not None:
-            self._stream.synchronize()
+            self._end_turn()
 
     # On the worker's thread, inside `worker_stream`.
 
     def worker_stream(self) -> AbstractContextManager[object]:
-        """A context in which the worker's work goes to its own CUDA stream."""
-        return torch.cuda.stream(self._stream) if self._stream is not None else nullcontext()
+        """A context in which the worker's work goes to its own streams, where it has any."""
+        return accelerators.on_streams(self._streams)
 
     def arrive(self, candidates: Candidates) -> Tensor:
-        """The candidates' records on the shard's device; blocks until they are there."""
-        if self._stream is not None and candidates.ready is not None:
-            self._stream.wait_event(candidates.ready)
+        """The candidates' records on the shard's device; if that is the CPU, they are there."""
+        if self._stream is not None and self._turn_end is not None:
+            self._stream.wait_event(self._turn_end)
         if self.trainer_device == self._shard_device:
             return candidates.records
         num_rows = len(candidates.records)
         if num_rows > len(self._arrived):
             self._arrived = self._rows(num_rows, self._shard_device)
         arrived = self._arrived[:num_rows]
-        arrived.copy_(candidates.records, non_blocking=True)
-        if self._stream is not None:
-            self._stream.synchronize()
+        arrived.copy_(candidates.records, non_blocking=self._stream is not None)
+        if self._stream is not None and self._shard_device.type == "cpu":
+            self._stream.synchronize()  # also with what was received last, and is overwritten now
         return arrived
 
     def receive(self, num_rows: int) -> Tensor:
         """Where the exchange puts this round's records: ``[num_rows, record_bytes]``."""
-        if self._delivery is not None:
-            self._delivery.synchronize()  # the copy out of it is done
-        if self._stream is not None and self._taken is not None:
-            self._stream.wait_event(self._taken)
         return self._received[:num_rows]
 
     def deliver(self, num_rows: int, order: Ints | None) -> None:
-        """Starts the copy of the received records to where the trainer takes them.
+        """Starts the copy of the received records to where the trainer takes them; ends the round.
 
         Args:
             num_rows: how many.
@@ -192,29 +210,45 @@ class Staging:
         received = self._received[:num_rows]
         if order is not None:
             places = order.argsort()
-            if received.is_cuda:
+            if received.device.type != "cpu":
                 words = received.view(torch.int64)
-                on_gpu = torch.from_numpy(places).to(self._shard_device)
-                received = words.index_select(0, on_gpu).view(torch.uint8)
+                on_device = torch.from_numpy(places).to(self._shard_device)
+                received = words.index_select(0, on_device).view(torch.uint8)
             else:
                 received = torch.from_numpy(received.numpy()[places])
         if self._delivered is not self._received:
-            self._delivered[:num_rows].copy_(received, non_blocking=True)
+            # What was put in order lies in memory that is given away when this returns.
+            non_blocking = self._stream is not None and order is None
+            self._delivered[:num_rows].copy_(received, non_blocking=non_blocking)
         if self._stream is not None:
-            self._delivery = self._stream.record_event()
+            self._turn_end = self._stream.record_event()
 
-    def _mark(self, device: torch.device) -> torch.cuda.Event | None:
-        if device.type != "cuda":
-            return None
-        event = torch.cuda.Event()
-        event.record(torch.cuda.current_stream(device))
-        return event
+    # Turns, where something runs late.
+
+    def _begin_turn(self) -> None:
+        """Orders what the trainer asks for next behind the last turn, on whatever stream it is."""
+        self._await_turn_end()
+        if not accelerators.has_streams(self.trainer_device):
+            return
+        stream = accelerators.current_stream(self.trainer_device)
+        if stream != self._trainer_stream:
+            # Freed, this memory is not given away before all who use it are done.
+            for rows in (self._collected, self._delivered):
+                rows.record_stream(stream)
+            self._trainer_stream = stream
+
+    def _await_turn_end(self) -> None:
+        if self._turn_end is None:
+            return
+        if accelerators.has_streams(self.trainer_device):
+            accelerators.current_stream(self.trainer_device).wait_event(self._turn_end)
+        else:
+            self._turn_end.synchronize()
+
+    def _end_turn(self) -> None:
+        self._turn_end = accelerators.mark(self.trainer_device)
 
     def _rows(self, num_rows: int, device: torch.device) -> Tensor:
-        pinned = device.type == "cpu" and self._cuda is not None
+        pinned = device.type == "cpu" and self._stream is not None
         shape = (num_rows, self._layout.record_bytes)
-        rows = torch.zeros(shape, dtype=torch.uint8, device=device, pin_memory=pinned)
-        if self._stream is not None and device == self._cuda:
-            # The worker's stream uses them, too: freed, they are not given away before it is done.
-            rows.record_stream(self._stream)
-        return rows
+        return torch.zeros(shape, dtype=torch.uint8, device=device, pin_memory=pinned)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ritornello.errors import CheckpointError, PeerLostError, RoundError, round_error
 from ritornello.policies.selection import check_labels
+from ritornello.records import accelerators
 from ritornello.records.layout import Layout
 from ritornello.records.nesting import Batch
 from ritornello.records.storage import Storage
@@ -29,7 +30,7 @@ from ritornello.rounds.joining import Joiner
 from ritornello.rounds.random_streams import Purpose, Streams
 from ritornello.rounds.rewriting import FieldsMadeAnew
 from ritornello.rounds.round import Rounds
-from ritornello.rounds.staging import Staging
+from ritornello.rounds.staging import Staging, WorkerStreams
 from ritornello.rounds.stats import BufferStats
 from ritornello.rounds.worker import Worker
 from ritornello.transports.agreement import check_in_step
@@ -74,6 +75,7 @@ class Steps:
         self._candidate_streams = Streams(arguments.seed, Purpose.CANDIDATES, rounds.transport.rank)
         # `rehearse` prepares on a thread of its own while the trainer may ask for stats.
         self._settling = threading.Lock()
+        self._worker_streams: WorkerStreams = {}
         self.begun: Begun | None = None
         self._joiner = Joiner()
         self.num_offers = 0
@@ -100,7 +102,6 @@ class Steps:
         if staged is not None:
             began = time.perf_counter()
             augmented = begun.layout.rebuild(self._joiner.join(begun.layout, leaves, staged))
-            begun.staging.release()
             self.seconds_joining += time.perf_counter() - began
         self._copy_candidates(begun.staging, leaves)
         return augmented
@@ -198,12 +199,17 @@ class Steps:
                     begun = self._meet(batch, begun, leaves)
             if self.rounds.needs_labels and begun.label is not None:
                 labels = leaves[begun.label]
-                # On a GPU, reading the labels would make the trainer wait: the worker does it.
-                if not (labels.is_cuda and begun.staging.on_gpu):
+                # On a device, reading the labels would make the trainer wait: the worker does it.
+                if labels.device.type == "cpu" or not begun.staging.on_gpu:
                     check_labels(labels.cpu().numpy(), self.rounds.selection.num_classes)
         except (TypeError, ValueError) as error:
             raise type(error)(self.here(str(error))) from None
         return begun, leaves
+
+    @property
+    def trainer_device(self) -> torch.device:
+        """Where mini-batches are; the CPU before the first one."""
+        return torch.device("cpu") if self.begun is None else self.begun.staging.trainer_device
 
     @property
     def _known(self) -> Begun:
@@ -211,7 +217,9 @@ class Steps:
         return self.begun
 
     def _begin(self, device: torch.device, layout: Layout, label: int | None) -> Begun:
-        begun = Begun.on(device, layout, label, self._arguments, self._storage)
+        begun = Begun.on(
+            device, layout, label, self._arguments, self._storage, self._worker_streams
+        )
         self.rounds.open(layout, label, begun.staging)
         self.begun = begun
         return begun
@@ -395,8 +403,8 @@ class Steps:
             return
         check_room(layout, self._arguments)
         device = torch.device("cpu")
-        if on_gpu and torch.cuda.is_available():  # the first draw may come before any mini-batch
-            device = torch.device("cuda", torch.cuda.current_device())
+        if on_gpu and accelerators.is_available():  # the first draw may come before any mini-batch
+            device = accelerators.current_device()
         self._begin(device, layout, label)
         self._is_restored = True
 

@@ -109,7 +109,7 @@ class Checkpointing:
         """See ``RehearsalBuffer.state_dict``."""
         self._steps.settle()
         try:
-            entry = entry_of(self._snapshot())
+            entry = entry_of(self._snapshot(), self._rounds.to_host)
         except TypeError as error:
             raise CheckpointError(self._steps.here(str(error))) from error
         if not whole:
@@ -222,7 +222,7 @@ class Checkpointing:
         manifest, own, steps = saved.manifest, self._manifest(), self._steps
         has_same_shards = manifest.num_ranks == own.num_ranks and manifest.capacity == own.capacity
         draws_alike = all(manifest.arguments.get(name) == own.arguments[name] for name in DRAWN_BY)
-        rate, rate_again = self._rates(manifest, draws_alike)
+        rate, rate_again = self._rates(manifest)
         goes_on = (
             has_same_shards
             and draws_alike
@@ -258,25 +258,25 @@ class Checkpointing:
             steps.draw_again(rate_again)
 
     def _has_same_rate(self, manifest: Manifest) -> bool:
-        """Whether a saved buffer drew as many as this one would, or there is memory for them."""
-        if manifest.rate is None or not self._arguments.rate_may_change:
-            name = "num_representatives"
-            return manifest.rate is None and manifest.arguments.get(name) == self._as_text[name]
-        return manifest.num_staged <= self._arguments.most_per_draw * self._arguments.num_draws
+        """Whether what a saved buffer drew is as much as this one would, or may be."""
+        if manifest.rate is not None and self._arguments.rate_may_change:
+            return manifest.num_staged <= self._arguments.most_per_draw * self._arguments.num_draws
+        name = "num_representatives"
+        return manifest.rate is None and manifest.arguments.get(name) == self._as_text[name]
 
-    def _rates(self, manifest: Manifest, draws_alike: bool) -> tuple[float, float]:
-        """The rate with which a saved buffer goes on here, and that for what is drawn again.
+    def _rates(self, manifest: Manifest) -> tuple[float, float]:
+        """The rate with which a saved buffer goes on here, and that of what is drawn again.
 
-        The last one is of the last round: another may have been set since.
+        The latter is of the saved buffer's last round, as another may have been set since.
         """
-        own = self._steps.rate
+        rate = self._steps.rate
         if manifest.rate is None or not self._arguments.rate_may_change:
-            return own, own
-        most = self._arguments.most_per_draw
-        rate = min(manifest.rate, most)
-        if manifest.num_drawn is None or not draws_alike:
             return rate, rate
-        return rate, min(manifest.num_drawn // self._arguments.num_draws, most)
+        most, num_draws = self._arguments.most_per_draw, self._arguments.num_draws
+        rate = min(manifest.rate, most)
+        if manifest.num_drawn is None or manifest.arguments.get("num_draws") != str(num_draws):
+            return rate, rate
+        return rate, min(manifest.num_drawn // num_draws, most)
 
     def _staged_in(self, saved: SavedBuffer) -> Tensor:
         """What this rank had staged for the next step, checked.

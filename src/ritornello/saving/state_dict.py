@@ -34,10 +34,15 @@ Entry = tuple[str, dict[str, Tensor]]
 """A manifest, and tensors."""
 
 
-def entry_of(snapshot: Snapshot) -> Entry:
-    """A rank's entry: copies, in CPU memory."""
+def entry_of(snapshot: Snapshot, to_host: Callable[[Tensor], Bytes]) -> Entry:
+    """A rank's entry: copies, in CPU memory.
+
+    Args:
+        snapshot: of this rank.
+        to_host: gives rows of the shard in CPU memory.
+    """
     tensors = {name: torch.from_numpy(array) for name, array in snapshot.arrays.items()}
-    rows = snapshot.rows.to("cpu", copy=True)
+    rows = torch.from_numpy(to_host(snapshot.rows).copy())
     return snapshot.manifest.as_json(), {**tensors, ROWS: rows}
 
 

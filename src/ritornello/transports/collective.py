@@ -1,4 +1,4 @@
-"""Ranks of a ``torch.distributed`` group: gloo for records in CPU memory, NCCL on GPUs."""
+"""Ranks of a ``torch.distributed`` group: gloo for records in CPU memory, NCCL or the like."""
 
 from __future__ import annotations
 
@@ -30,13 +30,14 @@ GATHERING, EXCHANGING = "gathering sizes", "exchanging records"
 class CollectiveTransport(Transport):
     """Sends each peer at most one message a round, and only if there are records for it.
 
-    Records in CPU memory go by gloo's send and receive, those on a GPU by one NCCL
-    all-to-all that skips empty pairs. Sizes go from everybody to everybody at once: gloo's ring
-    would take the network's latency once for each rank, and not tell who is silent.
+    Records in CPU memory go by gloo's send and receive, those on an accelerator by one all-to-all
+    of its own backend, such as NCCL, that skips empty pairs. Sizes go from everybody to everybody
+    at once: gloo's ring would take the network's latency once for each rank, and not tell who is
+    silent.
 
     Args:
         group: a process group that nobody else uses (collectives of two threads on one group
-            silently mix), with a gloo backend, and an NCCL one if shards lie on GPUs.
+            silently mix), with a gloo backend, and the accelerator's if shards lie on one.
         rank: this rank in the group.
         num_ranks: its size.
         timeout_seconds: the group's timeout.
@@ -77,13 +78,13 @@ class CollectiveTransport(Transport):
         rank = dist.get_rank(group)
         timeout = timedelta(seconds=timeout_seconds)
         with _lost_peers("making the buffer's private process group", timeout_seconds):
-            if device.type != "cuda":
+            if device.type == "cpu":
                 return cls(_gloo_group(ranks, rank, timeout), rank, len(ranks), timeout_seconds)
             # NCCL's communicators need the rest that PyTorch keeps of its groups.
             private: Any = dist.new_group(
                 ranks,
                 timeout=timeout,
-                backend="cpu:gloo,cuda:nccl",
+                backend=backends_for(device),
                 use_local_synchronization=len(ranks) < dist.get_world_size(),
             )
 
@@ -119,7 +120,7 @@ class CollectiveTransport(Transport):
         )
         shard.gather(send_slots, outgoing)
         send_counts, receive_counts = counts_to_send.tolist(), plan.receive_counts.tolist()
-        if out.device.type == "cuda":
+        if out.device.type != "cpu":
             assert peers is None
             with _lost_peers(EXCHANGING, self.timeout_seconds):
                 self._group.alltoall_base(out, outgoing, receive_counts, send_counts).wait()
@@ -165,6 +166,15 @@ class CollectiveTransport(Transport):
             with _lost_peers(doing, self.timeout_seconds, (peer,)):
                 # Gloo takes 0 for "no limit of its own".
                 work.wait(timedelta(seconds=max(0.001, deadline - time.monotonic())))
+
+
+def backends_for(device: torch.device) -> str:
+    """A group's backends for tensors on an accelerator, and for those in CPU memory.
+
+    Raises:
+        ValueError: PyTorch has none for the device.
+    """
+    return f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device)}"
 
 
 def _gloo_group(ranks: list[int], rank: int, timeout: timedelta) -> dist.ProcessGroupGloo:

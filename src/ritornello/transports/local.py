@@ -12,16 +12,20 @@ from torch import Tensor
 
 from ritornello.arrays import Ints
 from ritornello.errors import PeerLostError
+from ritornello.records import accelerators
 from ritornello.records.shard import Shard
 from ritornello.transports.base import Transport
 from ritornello.transports.plan import Plan
+
+_Payload = tuple[Tensor, torch.Event | None]
+"""A tensor, and on an accelerator when it is complete on the sender's stream."""
 
 
 class _Room:
     """What the ranks of one process share: a mailbox for each ordered pair of ranks."""
 
     def __init__(self, num_ranks: int) -> None:
-        self.mailboxes: dict[tuple[int, int], queue.SimpleQueue[Tensor | None]] = {
+        self.mailboxes: dict[tuple[int, int], queue.SimpleQueue[_Payload | None]] = {
             (sender, receiver): queue.SimpleQueue()
             for sender in range(num_ranks)
             for receiver in range(num_ranks)
@@ -71,9 +75,10 @@ class LocalTransport(Transport):
         blocks = outgoing.split(plan.send_counts.tolist())
         places = out.split(plan.receive_counts.tolist())
         peers = range(self.num_ranks) if peers is None else peers
+        ready = accelerators.mark(out.device)
         for peer in peers:
             if len(blocks[peer]):
-                self._send(peer, blocks[peer])
+                self._send(peer, blocks[peer], ready)
         for peer in peers:
             if len(places[peer]):
                 places[peer].copy_(self._receive(peer))
@@ -90,17 +95,22 @@ class LocalTransport(Transport):
             for peer in range(self.num_ranks):
                 self._room.mailboxes[self.rank, peer].put(None)
 
-    def _send(self, peer: int, payload: Tensor) -> None:
-        self._room.mailboxes[self.rank, peer].put(payload)
+    def _send(self, peer: int, payload: Tensor, ready: torch.Event | None = None) -> None:
+        self._room.mailboxes[self.rank, peer].put((payload, ready))
 
     def _receive(self, peer: int) -> Tensor:
         try:
-            payload = self._room.mailboxes[peer, self.rank].get(timeout=self.timeout_seconds)
+            sent = self._room.mailboxes[peer, self.rank].get(timeout=self.timeout_seconds)
         except queue.Empty:
             raise PeerLostError(
                 f"rank {peer} sent nothing for {self.timeout_seconds:g} s (timeout_seconds)",
                 (peer,),
             ) from None
-        if payload is None:
+        if sent is None:
             raise PeerLostError(f"rank {peer} has closed its buffer", (peer,))
+        payload, ready = sent
+        if ready is not None:
+            stream = accelerators.current_stream(payload.device)
+            stream.wait_event(ready)
+            payload.record_stream(stream)  # the sender may let it go before it was read
         return payload

@@ -187,7 +187,10 @@ def test_one_recipe(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (("run", "minst"), "there is no recipe 'minst' (did you mean 'mnist'?)"),
         (("run", "digits", "--strategy", "magic"), "strategy='magic': there are incremental"),
-        (("run", "digits", "--device", "gpu"), "device='gpu': there are auto, cpu, cuda"),
+        (
+            ("run", "digits", "--device", "gpu"),
+            "device='gpu': there are auto, cpu, and accelerators such as cuda",
+        ),
         (("compare", "digits", "--strategies", "x"), "strategy='x': there are incremental"),
         (("run", "digits", "--ranks", "3"), "does not divide evenly over 3 ranks"),
         (("run", "mnist", "--data", "nowhere.npz"), "data: there is no file nowhere.npz"),

@@ -131,12 +131,14 @@ def test_what_cannot_be() -> None:
             Pixels((1, 10, 8), "crop-flip", crop_size)
 
 
-@pytest.mark.cuda
+@pytest.mark.accelerator
+@pytest.mark.parametrize("accelerator", ["random-1"], indirect=True)
 @pytest.mark.parametrize("augmentation", AUGMENTATIONS)
-def test_on_a_gpu(augmentation: str) -> None:
+def test_on_a_device(accelerator: str, augmentation: str) -> None:
     pixels = Pixels((3, 40, 40), augmentation, 32, (0.5,) * 3, (0.2,) * 3)
     stored = images(8, 3, 40, 40)
+    torch.manual_seed(0)
     expected = pixels.for_training(stored)
     torch.manual_seed(0)
-    seen = pixels.to("cuda").for_training(stored.to("cuda"))
+    seen = pixels.to(accelerator).for_training(stored.to(accelerator))
     assert torch.allclose(seen.cpu(), expected, atol=1e-3)

@@ -61,18 +61,20 @@ def test_all_ranks_end_and_the_launcher_says_why() -> None:
         launch(2, _train_on_a_rank)
 
 
-@pytest.mark.cuda
+@pytest.mark.accelerator
 @pytest.mark.parametrize("kind", [DER, DERPlusPlus])
-def test_on_a_gpu_it_is_noticed_soon(kind: type[DER]) -> None:
+@pytest.mark.parametrize("accelerator", ["eager"], indirect=True)
+def test_on_a_device_it_is_noticed_soon(accelerator: str, kind: type[DER]) -> None:
     with pytest.raises(FloatingPointError, match=r"task 3, step [2-9] of this run: the logits of"):
-        train(kind, float("nan"), "cuda", num_steps=10)
+        train(kind, float("nan"), accelerator, num_steps=10)
 
 
-@pytest.mark.cuda
-def test_on_a_gpu_nothing_wrong_is_saved() -> None:
+@pytest.mark.accelerator
+def test_on_a_device_nothing_wrong_is_saved(accelerator: str) -> None:
     with RehearsalBuffer(40, num_representatives=4) as buffer:
         strategy = DER(buffer, alpha=0.1)
-        images, labels = torch.randn(8, 4, device="cuda"), torch.arange(8, device="cuda")
-        strategy.offer_with_logits(images, labels, torch.full((8, 6), torch.nan, device="cuda"))
+        images, labels = torch.randn(8, 4, device=accelerator), torch.arange(8, device=accelerator)
+        logits = torch.full((8, 6), torch.nan, device=accelerator)
+        strategy.offer_with_logits(images, labels, logits)
         with pytest.raises(FloatingPointError):
             strategy.state_dict()

@@ -72,7 +72,7 @@ class TaskChanges:
 
     # The machine.
     device: str | None = None
-    """auto, cpu or cuda."""
+    """auto, cpu or an accelerator such as cuda."""
     workers: int | None = None
     """Loader processes per rank."""
 

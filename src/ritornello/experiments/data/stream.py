@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from ritornello.experiments.data.data_set import LabelledBatch, LabelledImages
 from ritornello.experiments.data.scenarios import Task
+from ritornello.records import accelerators
 
 
 class TaskImages(LabelledImages):
@@ -133,7 +134,7 @@ def load_batches(
         batch_sampler=(each.tolist() for each in positions),
         collate_fn=_as_it_is,
         num_workers=num_workers,
-        pin_memory=device.type == "cuda",
+        pin_memory=accelerators.has_streams(device),
         generator=torch.Generator(),
         worker_init_fn=_ignore_signals,
     )

@@ -55,7 +55,7 @@ class Network(nn.Module):
         parallel: nn.Module = self.model
         if place.num_ranks > 1:
             parallel = DistributedDataParallel(
-                self.model, device_ids=[device] if device.type == "cuda" else None
+                self.model, device_ids=None if device.type == "cpu" else [device]
             )
         if recipe.compile:
             parallel.compile()

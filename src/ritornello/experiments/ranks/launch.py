@@ -15,12 +15,13 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any, NoReturn
 
-import torch
 import torch.distributed as dist
 
 from ritornello.errors import PeerLostError
 from ritornello.experiments.ranks.interruption import SIGNALS, RunInterruptedError
 from ritornello.experiments.ranks.progress import say
+from ritornello.records import accelerators
+from ritornello.transports.collective import backends_for
 
 OTHERS_FIRST_SECONDS = 2.0
 """How long a rank that has lost another waits before it fails: the launcher shows the first error,
@@ -178,10 +179,8 @@ def _join(place: PlaceInJob, target: Callable[..., Any], *arguments: Any) -> Any
         MASTER_ADDR=place.address,
         MASTER_PORT=str(place.port),
     )
-    on_gpus = torch.cuda.is_available()
-    if on_gpus:
-        torch.cuda.set_device(place.local_rank % torch.cuda.device_count())
-    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpus else "gloo")
+    device = accelerators.use_number(place.local_rank) if accelerators.is_available() else None
+    dist.init_process_group("gloo" if device is None else backends_for(device))
     try:
         return target(*arguments)
     finally:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ritornello.records import accelerators
+
 
 @dataclass(frozen=True)
 class Place:
@@ -24,10 +26,24 @@ def device_named(name: str) -> torch.device:
     Raises:
         ValueError: it is not there.
     """
+    cpu = torch.device("cpu")
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda"):
-        if not torch.cuda.is_available():
-            raise ValueError(f"device={name!r}: this machine has no CUDA device; use 'cpu'")
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device(name)
+        return accelerators.current_device() if accelerators.is_available() else cpu
+    if name == "cpu":
+        return cpu
+    return accelerators.with_index(accelerator_named(name))
+
+
+def accelerator_named(name: str) -> torch.device:
+    """The accelerator that a setting names, by its kind: which one, the launcher has said.
+
+    Raises:
+        ValueError: there is none.
+    """
+    try:
+        device = accelerators.named(name.partition(":")[0])
+    except ValueError as error:
+        raise ValueError(f"device={name!r}: {error}; use 'cpu'") from None
+    if device is None:
+        raise ValueError(f"device={name!r}: there are auto, cpu, and accelerators such as cuda")
+    return device

@@ -21,6 +21,7 @@ from ritornello.experiments.ranks.place import Place
 from ritornello.experiments.recipes.recipe import Recipe
 from ritornello.experiments.results import anytime, metrics
 from ritornello.experiments.results.anytime import Probe
+from ritornello.records import accelerators
 
 Results = Mapping[str, Any]
 """What ``results.json`` holds, of one run."""
@@ -85,7 +86,7 @@ def setting_of(recipe: Recipe, data: DataSet, tasks: Sequence[Task], place: Plac
         "machine": {
             "processor": platform.processor() or platform.machine(),
             "cores": os.cpu_count(),
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+            "device": accelerators.name_of(device),
         },
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "data": {

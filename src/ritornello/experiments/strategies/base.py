@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ritornello.buffer import RehearsalBuffer
 from ritornello.experiments.recipes.recipe import Recipe
+from ritornello.records import accelerators
 from ritornello.records.shard import rows_of_rank
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
@@ -342,6 +343,6 @@ class RehearsalStrategy(Strategy):
         num_kept = self.sizes.own_past(num_drawn)
         if num_kept == num_drawn:
             return past
-        kept = torch.from_numpy(self._dice.permutation(num_drawn)[:num_kept])
-        kept = kept.to(past.labels.device, non_blocking=True)
+        chosen = torch.from_numpy(self._dice.permutation(num_drawn)[:num_kept])
+        kept = accelerators.copied_to(past.labels.device, chosen)
         return Past(*(None if leaf is None else leaf[kept] for leaf in past))  # type: ignore[arg-type]

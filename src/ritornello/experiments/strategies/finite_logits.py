@@ -5,18 +5,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ritornello.records import accelerators
+
 
 class FiniteLogits:
     """Looks at what shall be stored as logits.
 
-    On a GPU nothing waits for it: what was found is read when it is there, about a step later.
+    On an accelerator nothing waits for it: what was found is read when it is there, about a step
+    later.
     """
 
     def __init__(self) -> None:
         self._num_steps = 0
-        self._num_wrong: Tensor | None = None  # on the GPU, of all steps
+        self._num_wrong: Tensor | None = None  # on the device, of all steps
         self._copy: Tensor | None = None
-        self._copied: torch.cuda.Event | None = None
+        self._copied: torch.Event | None = None
 
     def look(self, logits: Tensor, task: int) -> None:
         """Looks at the logits ``[b, num_classes]`` of one step.
@@ -30,7 +33,7 @@ class FiniteLogits:
         """
         self._num_steps += 1
         num_wrong = logits.isfinite().all(dim=1).logical_not().sum()
-        if not logits.is_cuda:
+        if not accelerators.has_streams(logits.device):
             self._judge(int(num_wrong), task)
             return
         if self._num_wrong is None or self._copy is None:
@@ -39,11 +42,10 @@ class FiniteLogits:
         self._num_wrong += num_wrong
         if self._copied is None or self._copied.query():
             self._copy.copy_(self._num_wrong, non_blocking=True)
-            self._copied = torch.cuda.Event()
-            self._copied.record()
+            self._copied = accelerators.mark(logits.device)
 
     def check(self, task: int, wait: bool = False) -> None:
-        """Reads what ``look`` has found on a GPU.
+        """Reads what ``look`` has found on an accelerator.
 
         Args:
             task: its number, for the error.

@@ -51,6 +51,7 @@ from ritornello.experiments.training.extension_plan import (
 from ritornello.experiments.training.saver import CheckpointSettings, Saver
 from ritornello.experiments.training.tracking import PLACES, Tracking, telling
 from ritornello.experiments.training.trainer import Trainer
+from ritornello.records import accelerators
 from ritornello.saving.files import LOCK
 
 
@@ -122,7 +123,7 @@ def extend(
             stack.enter_context(_made(work))
         signals = stack.enter_context(NotedSignals()) if saving.is_on else None
         device = device_named(extension.recipe.device)
-        stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
+        stack.enter_context(accelerators.forked_random_state(device))
         arrived, tasks = _stream(extension, [Path(each) for each in tests], ranks)
         trainer = stack.enter_context(
             Trainer(extension.recipe, arrived, Place(ranks.rank, ranks.num_ranks, device), tasks)

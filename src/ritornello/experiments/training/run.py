@@ -25,7 +25,7 @@ from ritornello.experiments.models.augmentation import AUGMENTATIONS
 from ritornello.experiments.ranks.group import Ranks
 from ritornello.experiments.ranks.interruption import NotedSignals, RunInterruptedError
 from ritornello.experiments.ranks.launch import restarted
-from ritornello.experiments.ranks.place import Place, device_named
+from ritornello.experiments.ranks.place import Place, accelerator_named, device_named
 from ritornello.experiments.ranks.progress import say
 from ritornello.experiments.recipes.recipe import DESCRIPTIONS, Recipe
 from ritornello.experiments.results.reading import runs_in
@@ -39,6 +39,7 @@ from ritornello.experiments.training.tracking import Tracking, telling
 from ritornello.experiments.training.trainer import Trainer
 from ritornello.experiments.training.variants import folder_name
 from ritornello.policies.names import SAMPLING_POLICIES, SELECTION_POLICIES
+from ritornello.records import accelerators
 from ritornello.saving.files import new_file
 
 OFF = CheckpointSettings()
@@ -174,7 +175,7 @@ def _run(
         if number := ranks.start_maximum([signals.number if signals else 0])()[0]:
             raise RunInterruptedError(number, "between two runs; goes on with --resume")
         device = device_named(recipe.device)
-        stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
+        stack.enter_context(accelerators.forked_random_state(device))
         data = data() if callable(data) else data
         data = data or load(recipe.data, recipe.data_path, recipe.image_size)
         data = held_out(data, recipe.holdout)
@@ -248,8 +249,8 @@ def check(recipe: Recipe, num_ranks: int) -> None:
     """
     kind = strategy_named(recipe.strategy)
     recipe.check(num_ranks)
-    if recipe.device not in ("auto", "cpu") and not recipe.device.startswith("cuda"):
-        raise ValueError(f"device={recipe.device!r}: there are auto, cpu, cuda")
+    if recipe.device not in ("auto", "cpu"):
+        accelerator_named(recipe.device)
     for name, allowed in (
         ("scenario", SCENARIOS),
         ("augmentation", AUGMENTATIONS),

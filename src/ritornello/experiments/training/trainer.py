@@ -37,6 +37,7 @@ from ritornello.experiments.training.evaluation import Evaluation
 from ritornello.experiments.training.probe import probe_of
 from ritornello.experiments.training.saver import Saver
 from ritornello.experiments.training.schedule import Schedule
+from ritornello.records import accelerators
 
 
 class Watcher(Protocol):
@@ -216,8 +217,7 @@ class Trainer:
             self.seconds.step += exemplars.remember(
                 buffer, self.recipe, self.data, tasks, embed, self.place
             )
-        if self.place.device.type == "cuda":
-            torch.cuda.synchronize()
+        accelerators.synchronize(self.place.device)
         self.log.seconds.append(time.perf_counter() - self._task_began)
         self.log.steps.append(num_steps)
 
@@ -276,13 +276,18 @@ class Trainer:
         """Training and test samples of each task: by them other data are recognised."""
         return [[len(task.train_indices), len(task.test_indices)] for task in self.tasks]
 
+    @property
+    def _random_state_name(self) -> str:
+        return f"{self.place.device.type}_random_state"
+
     def snapshot(self) -> RunSnapshot:
         """All that ``go_on`` needs. Waits for the buffer's round."""
         self._count_buffer_seconds()
         buffer, average = self.strategy.buffer, self.network.average
         of_rank = {"random_state": torch.get_rng_state(), "strategy": self.strategy.state_dict()}
-        if self.place.device.type == "cuda":
-            of_rank["cuda_random_state"] = torch.cuda.get_rng_state(self.place.device)
+        device = self.place.device
+        if device.type != "cpu":
+            of_rank[self._random_state_name] = accelerators.random_state(device)
         return RunSnapshot(
             count=self.position.count,
             where=self.where,
@@ -342,8 +347,9 @@ class Trainer:
             own = checkpoint.of_ranks[self.place.rank]
             self.strategy.load_state_dict(own["strategy"])
             torch.set_rng_state(own["random_state"])
-            if self.place.device.type == "cuda" and "cuda_random_state" in own:
-                torch.cuda.set_rng_state(own["cuda_random_state"], self.place.device)
+            if self._random_state_name in own:
+                name = self._random_state_name
+                accelerators.set_random_state(self.place.device, own[name])
         else:
             self._seed_this_rank()
 
