@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -37,16 +39,21 @@ def test_it_gives_what_the_plain_loop_gives() -> None:
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
-def test_how_many_are_past_is_of_the_mini_batch_that_the_loop_has() -> None:
+def test_how_many_are_past_is_of_the_mini_batch_that_the_loop_has(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     rates = [1, 0, 2.5, 3, 0.25, 2]
     batches = [*loader(5), (torch.arange(2), torch.arange(2))]  # the last one is short
+    prepared = threading.Semaphore(0)  # counts mini-batches but the first
 
     def run(steps: Iterator[tuple[torch.Tensor, torch.Tensor]], buffer: RehearsalBuffer) -> Any:
         found = []
         for step, (numbers, _) in enumerate(steps):
+            buffer.num_representatives = rates[step]  # of the next mini-batch but one
+            if step + 1 < len(batches):
+                assert prepared.acquire(timeout=30.0)  # the next one is joined
             assert buffer.num_past == len(numbers) - len(batches[step][0])
             found.append(numbers)
-            buffer.num_representatives = rates[step]  # of the next mini-batch but one
         assert buffer.num_past == len(numbers) - 2
         return found
 
@@ -54,8 +61,18 @@ def test_how_many_are_past_is_of_the_mini_batch_that_the_loop_has() -> None:
         return RehearsalBuffer(12, num_representatives=2, most_representatives=3)
 
     with make() as plain, make() as ahead:
-        ours = run((plain.update(batch) for batch in batches), plain)
+        prepare, calls = ahead._steps.prepare, count()
+
+        def prepare_and_tell(*arguments: Any) -> Any:
+            joined = prepare(*arguments)
+            if next(calls):
+                prepared.release()
+            return joined
+
+        monkeypatch.setattr(ahead._steps, "prepare", prepare_and_tell)
         theirs = run(ritornello.rehearse(batches, ahead), ahead)
+        prepared.release(len(batches))
+        ours = run((plain.update(batch) for batch in batches), plain)
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
     assert [len(numbers) - 6 for numbers in ours[:4]] == [0, 2, 1, 0]
 
