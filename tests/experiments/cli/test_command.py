@@ -130,6 +130,22 @@ def test_several_seeds_of_one_strategy(capsys: pytest.CaptureFixture[str]) -> No
             [f"der, selection {selection}, sampling {sampling}"
              for selection in ("fifo", "reservoir") for sampling in ("uniform", "grasp")],
         ),
+        (
+            ["compare", "cifar10-frontier"],
+            ["incremental"]
+            + [f"rehearsal, append, r {r}" for r in (8, 16, 32, 64)]
+            + [f"rehearsal, proportional, r {r}" for r in (0, 8, 16, 32, 64)]
+            + ["from-scratch"],
+        ),
+        (
+            ["compare", "frontier", "--strategy", "rehearsal", "--compositions", "proportional"],
+            ["rehearsal, r 0", "rehearsal, r 8"],
+        ),
+        (
+            ["compare", "mnist", "--strategy", "rehearsal", "--first-share", "0.7",
+             "--compositions", "append", "proportional"],
+            ["rehearsal, append", "rehearsal, proportional"],
+        ),
         (["run", "buzzega-mnist-er-500"], ["rehearsal"]),
         (["run", "mnist", "--strategy", "joint", "--seeds", "1", "2"],
          ["joint, seed 1", "joint, seed 2"]),

@@ -35,6 +35,9 @@ REHEARSAL_SETTINGS = (
 )
 """Settings that change nothing where the strategy has no buffer."""
 
+PROPORTIONAL_SETTINGS = ("samples_per_step", "first_share", "share_floor")
+"""Settings that change nothing where steps are not composed in proportion."""
+
 SHORT_NAMES = {"global_num_representatives": "r", "global_num_candidates": "c"}
 
 
@@ -43,6 +46,8 @@ def settings_of(run: Results) -> dict[str, Any]:
     left_out = {*DESCRIPTIONS, "strategy", "seed"}
     if run["strategy"] in WITHOUT_BUFFER:
         left_out.update(REHEARSAL_SETTINGS)
+    if run["config"].get("composition") != "proportional":
+        left_out.update(PROPORTIONAL_SETTINGS)
     return {
         "recipe": run["recipe"],
         "strategy": run["strategy"],
