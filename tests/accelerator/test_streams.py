@@ -303,6 +303,28 @@ def test_a_trainer_that_ends_on_another_stream(accelerator: str, place: str) -> 
 
 
 @pytest.mark.parametrize("place", PLACES)
+def test_memory_that_was_used_in_vain(accelerator: str, place: str) -> None:
+    """No round follows a preparation that is dropped: its stream's use must be known all the same."""
+    storage = accelerator if place == "accelerator" else place
+    first, second = streams_of(accelerator)
+    stream = batches(accelerator, 4)
+    torch.accelerator.synchronize()
+    with RehearsalBuffer(60, num_representatives=7, storage=storage) as buffer:
+        with on_stream(first):
+            for batch in stream:
+                buffer.update(batch)
+        with on_stream(second):
+            rehearsed(pinned(batches("cpu", 4)), accelerator, buffer, num_steps=1)
+    del buffer
+    made = []
+    with on_stream(first):  # is given what was freed
+        for _ in range(8):
+            made.append(torch.full((16, 208), 1, dtype=torch.uint8, device=accelerator))
+    torch.accelerator.synchronize()
+    assert all((each == 1).all() for each in made)
+
+
+@pytest.mark.parametrize("place", PLACES)
 def test_saves_inside_rehearse(accelerator: str, place: str, tmp_path: Path) -> None:
     def run(device: str, storage: str) -> list[Tensor]:
         out, stream = [], batches("cpu")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 
@@ -105,23 +103,3 @@ def test_mps_has_one_device_and_no_streams(monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_copy_for_a_device_without_streams_blocks() -> None:
     values = torch.arange(3)
     assert torch.equal(accelerators.copied_to(torch.device("cpu"), values), values)
-
-
-@WITHOUT
-def test_a_run_on_one_that_is_not_there() -> None:
-    from ritornello.experiments.ranks.place import device_named
-
-    assert device_named("auto") == torch.device("cpu")
-    for name in ("cuda", "xpu:1"):
-        kind = name.partition(":")[0].upper()
-        message: Any = f"device='{name}': this machine has no {kind} device; use 'cpu'"
-        with pytest.raises(ValueError, match=message):
-            device_named(name)
-
-
-@pytest.mark.accelerator
-@pytest.mark.parametrize("accelerator", ["lazy"], indirect=True)
-def test_a_run_on_one_that_is_there(accelerator: str) -> None:
-    from ritornello.experiments.ranks.place import device_named
-
-    assert device_named("auto") == device_named(accelerator) == torch.device(accelerator, 0)

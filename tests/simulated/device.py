@@ -161,6 +161,9 @@ class _Module(types.ModuleType):
     def set_rng_state(self, state: torch.Tensor, device: Any = None) -> None:
         torch.set_rng_state(state)
 
+    def _lazy_init(self) -> None:
+        """PyTorch 2.6 does not wait for a device that has none."""
+
     def _is_in_bad_fork(self) -> bool:
         return False
 

@@ -283,10 +283,19 @@ def test_a_task_smaller_than_a_mini_batch() -> None:
         train.run(quick(global_batch_size=1600))
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_a_gpu_that_is_not_there() -> None:
-    with pytest.raises(ValueError, match="device='cuda': this machine has no CUDA device"):
-        train.run(quick(device="cuda"))
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="there is an accelerator")
+@pytest.mark.parametrize(("name", "kind"), [("cuda", "CUDA"), ("xpu:1", "XPU")])
+def test_a_device_that_is_not_there(name: str, kind: str) -> None:
+    message = f"device='{name}': this machine has no {kind} device; use 'cpu'"
+    with pytest.raises(ValueError, match=message):
+        train.run(quick(device=name))
+
+
+@pytest.mark.accelerator
+@pytest.mark.parametrize("accelerator", ["lazy"], indirect=True)
+def test_a_device_that_is_there(accelerator: str) -> None:
+    expected = torch.device(accelerator, 0)
+    assert train.device_named("auto") == train.device_named(accelerator) == expected
 
 
 @pytest.mark.slow
