@@ -25,7 +25,7 @@ from pathlib import Path
 from ritornello.experiments.ranks.launch import launch
 from ritornello.experiments.recipes.named import recipe_named
 from ritornello.experiments.training import run as train
-from ritornello.experiments.training.saver import Saving
+from ritornello.experiments.training.saver import CheckpointSettings
 
 RITORNELLO = (sys.executable, "-m", "ritornello.experiments.cli")
 
@@ -134,7 +134,7 @@ def measure_cost(epochs: int, folder: str, num_pairs: int = 5) -> list[tuple[flo
     pairs = []
     for pair in range(num_pairs):
         seconds = []
-        for saving in (Saving(), Saving(save_minutes=1e6)):
+        for saving in (CheckpointSettings(), CheckpointSettings(save_minutes=1e6)):
             output = f"{folder}/{pair}-{saving.is_on}"
             results = train.run(recipe, output, saving=saving)
             total = results["seconds"] + results["seconds_saving"]

@@ -18,6 +18,7 @@ from ritornello import (
     Assignment,
     BufferClosedError,
     ClassBalanced,
+    Fifo,
     RehearsalBuffer,
     RoundError,
     SelectionPolicy,
@@ -60,6 +61,25 @@ def test_the_lag_is_one_step() -> None:
         for step in range(1, 5):
             images, _ = buffer.update(batch_of(step, 4))
             assert set((images[4:, 0] // 1000).tolist()) == {step - 1}
+
+
+def test_the_trainer_trains_while_a_round_runs() -> None:
+    goes_on = threading.Event()
+
+    class Slow(Fifo):
+        def admit(self, labels: Any, generator: Any) -> Any:
+            assert goes_on.wait(30), "update has waited for its own round"
+            return super().admit(labels, generator)
+
+    with RehearsalBuffer(8, num_representatives=4, selection=Slow()) as buffer:
+        buffer.update(batch_of(0))  # comes back, and its round is held up
+        assert buffer._steps.rounds.num_rounds == 0
+        waking = threading.Timer(0.2, goes_on.set)
+        waking.start()
+        images, _ = buffer.update(batch_of(1))  # needs what that round draws
+        assert len(images) == 8 + 4
+        waking.join()
+        assert buffer.stats().seconds_waited > 0.1
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -200,7 +220,20 @@ def test_leaves_that_require_gradients() -> None:
     [
         ({"capacity": 0}, ValueError, "capacity=0: it must be at least 1"),
         ({"capacity": 2.5}, TypeError, "capacity=2.5: it must be an integer"),
-        ({"num_representatives": -1}, ValueError, "num_representatives=-1: it must be at least 1"),
+        ({"num_representatives": -1}, ValueError, "num_representatives=-1: it must be a finite"),
+        ({"num_representatives": float("nan")}, ValueError, "num_representatives=nan: it must be"),
+        ({"num_representatives": float("inf")}, ValueError, "=inf: it must be a finite number of"),
+        ({"num_representatives": True}, TypeError, "num_representatives=True: it must be a number"),
+        ({"num_representatives": "7"}, TypeError, "num_representatives='7': it must be a number"),
+        ({"num_representatives": 10.5}, ValueError, r"num_representatives=10.5: .* capacity \(10"),
+        ({"most_representatives": 0}, ValueError, "most_representatives=0: it must be at least 1"),
+        ({"most_representatives": 2.5}, TypeError, "most_representatives=2.5: it must be an int"),
+        ({"most_representatives": 11}, ValueError, r"most_representatives=11: .* capacity \(10\)"),
+        (
+            {"num_representatives": 2.5, "most_representatives": 2},
+            ValueError,
+            r"num_representatives=2.5: it must be at most most_representatives \(2\), for which",
+        ),
         ({"num_representatives": 11}, ValueError, r"num_representatives=11: .* capacity \(10\)"),
         ({"num_candidates": 0}, ValueError, "num_candidates=0: it must be at least 1"),
         ({"seed": -1}, ValueError, "seed=-1: it must be at least 0"),
@@ -210,7 +243,6 @@ def test_leaves_that_require_gradients() -> None:
         ({"transport": "best"}, ValueError, "transport='best': there are"),
         ({"storage": "tape"}, ValueError, "storage='tape': it must be 'auto', 'cpu'"),
         ({"storage": "file:/no/folder"}, ValueError, "/no/folder must be a folder that can be"),
-        ({"rounds_per_exchange": 0}, ValueError, "rounds_per_exchange=0: it must be at least 1"),
         ({"timeout_seconds": 0}, ValueError, "timeout_seconds=0: it must be above 0"),
         ({"label": None}, ValueError, "label=None: the policy class-balanced needs the class"),
     ],
@@ -220,6 +252,53 @@ def test_arguments_out_of_range(
 ) -> None:
     with pytest.raises(error, match=message):
         RehearsalBuffer(**{"capacity": 10, "num_representatives": 1, **arguments})
+
+
+@pytest.mark.parametrize(
+    ("rate", "error", "message"),
+    [
+        (4.25, ValueError, r"=4.25: it must be at most most_representatives \(4\), for which the"),
+        (-0.5, ValueError, "num_representatives=-0.5: it must be a finite number of at least 0"),
+        (float("nan"), ValueError, "num_representatives=nan: it must be a finite number"),
+        (False, TypeError, "num_representatives=False: it must be a number"),
+        ("2", TypeError, "num_representatives='2': it must be a number"),
+        (None, TypeError, "num_representatives=None: it must be a number"),
+    ],
+)
+def test_rates_that_cannot_be_set(rate: Any, error: type[Exception], message: str) -> None:
+    with RehearsalBuffer(10, num_representatives=1.5, most_representatives=4) as buffer:
+        with pytest.raises(error, match=message):
+            buffer.num_representatives = rate
+        assert buffer.num_representatives == 1.5
+        buffer.num_representatives = np.float64(-0.0)
+        assert repr(buffer.num_representatives) == "0"
+    with pytest.raises(BufferClosedError, match="num_representatives after close"):
+        buffer.num_representatives = 1
+
+
+def test_a_rate_that_is_fixed() -> None:
+    with RehearsalBuffer(10, num_representatives=1.5) as buffer:
+        with pytest.raises(ValueError, match=r"=2: it is 1.5 once and for all, .* most_repres"):
+            buffer.num_representatives = 2
+        assert buffer.num_representatives == 1.5
+
+
+def test_how_many_samples_are_past() -> None:
+    with RehearsalBuffer(40, num_representatives=3, num_draws=2) as buffer:
+        assert buffer.num_past == 0
+        assert buffer.draw() is None
+        buffer.offer(batch_of(0, 2))
+        assert buffer.num_past == 0
+        buffer.draw()
+        assert buffer.num_past == 4  # all there are, twice
+        buffer.offer(batch_of(1))
+        assert buffer.num_past == 4
+        buffer.update(batch_of(2))
+        assert buffer.num_past == 6
+        with pytest.raises(ValueError, match="the nesting is fixed"):
+            buffer.update((torch.zeros(2),))
+        assert buffer.num_past == 6
+        assert len(buffer.update(batch_of(3, 1))[1]) == 1 + buffer.num_past
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

@@ -18,20 +18,11 @@ def batch_of(step: int, num_samples: int = 8, rank: int = 0) -> tuple[torch.Tens
     return numbers, numbers % 10
 
 
-@pytest.mark.parametrize("rounds_per_exchange", [1, 3])
 @pytest.mark.parametrize("num_ranks", [1, 3])
-def test_two_draws_are_each_without_repetition_over_the_ranks(
-    num_ranks: int, rounds_per_exchange: int
-) -> None:
+def test_two_draws_are_each_without_repetition_over_the_ranks(num_ranks: int) -> None:
     def rank_main(transport: Transport) -> list[list[list[int]]]:
         drawn = []
-        with RehearsalBuffer(
-            40,
-            num_representatives=5,
-            num_draws=2,
-            rounds_per_exchange=rounds_per_exchange,
-            transport=transport,
-        ) as buffer:
+        with RehearsalBuffer(40, num_representatives=5, num_draws=2, transport=transport) as buffer:
             for step in range(60):
                 draws = buffer.draw()
                 buffer.offer(batch_of(step, rank=transport.rank))
@@ -139,10 +130,13 @@ def test_distances_steer_what_grasp_draws() -> None:
         assert is_prototype(numbers).double().mean() >= 0.8
 
 
-def test_distances_without_a_policy_that_looks_at_them() -> None:
+@pytest.mark.parametrize("sampling", ["uniform", "class-balanced"])
+def test_distances_without_a_policy_that_looks_at_them(sampling: str) -> None:
     with (
-        RehearsalBuffer(20, num_representatives=2) as buffer,
-        pytest.raises(ValueError, match="use sampling='grasp'"),
+        RehearsalBuffer(20, num_representatives=2, sampling=sampling) as buffer,
+        pytest.raises(
+            ValueError, match="Sampling does not look at distances; use sampling='grasp'"
+        ),
     ):
         buffer.measure_distances(lambda batch: batch[0])
 

@@ -268,56 +268,6 @@ def test_a_rank_that_pauses_for_longer_than_the_timeout() -> None:
     run_ranks(connect_collective(2, timeout_seconds=1.0), rank_main)
 
 
-@pytest.mark.parametrize("connect", [connect_collective, connect_shared_memory])
-def test_one_exchange_for_several_steps(connect: Connect) -> None:
-    """Draws stay uniform and without repetition over ranks; only the lag grows."""
-    num_draws, num_representatives, num_held = 3, 2, 24
-    counts = np.zeros((num_draws, num_held))
-
-    def rank_main(end: Transport) -> list[list[int]]:
-        drawn = []
-        with RehearsalBuffer(
-            num_held,
-            num_representatives=num_representatives,
-            transport=end,
-            selection="fifo",
-            label=None,
-            rounds_per_exchange=num_draws,
-        ) as buffer:
-            first = end.rank * num_held // 2
-            buffer.update(torch.arange(first, first + num_held // 2))
-            for _ in range(900):
-                drawn.append(buffer.update(torch.zeros(0, dtype=torch.int64)).tolist())
-            assert buffer.stats().num_rounds == 901 // num_draws
-        return drawn
-
-    everyone = run_ranks(connect(2), rank_main)
-    # The first group of steps comes before the first round.
-    assert [len(drawn) for drawn in everyone[0][:4]] == [0, 0, 2, 2]
-    for step, joint in enumerate(zip(everyone[0][2:], everyone[1][2:], strict=True)):
-        numbers = [number for drawn in joint for number in drawn]
-        assert len(set(numbers)) == 2 * num_representatives
-        counts[step % num_draws, numbers] += 1
-    for row in counts:
-        assert chi_square_p_value(row, row.sum() / num_held) > 0.001
-
-
-def test_one_exchange_for_several_steps_is_the_same_over_every_transport() -> None:
-    def rank_main(end: Transport) -> list[torch.Tensor]:
-        out = []
-        with RehearsalBuffer(
-            40, num_representatives=3, num_candidates=2, transport=end, rounds_per_exchange=4
-        ) as buffer:
-            for step in range(70):
-                out += buffer.update(labelled(end.rank, step, 5, 3))
-        return out
-
-    reference = run_ranks(LocalTransport.connect(3), rank_main)
-    for connect in (connect_collective, connect_shared_memory):
-        for ours, theirs in zip(reference, run_ranks(connect(3), rank_main), strict=True):
-            assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
-
-
 def _train_in_a_process(rank: int, num_steps: int, victim: int | None, transport: str) -> Any:
     """What a user's training script does; one rank may be killed on the way."""
     buffer = RehearsalBuffer(40, num_representatives=6, timeout_seconds=20.0, transport=transport)

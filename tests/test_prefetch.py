@@ -1,13 +1,17 @@
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.utils.data import DataLoader, TensorDataset
 
 import ritornello
-from ritornello import RehearsalBuffer, RoundError
+from ritornello import ComposedSteps, RehearsalBuffer, RoundError
 from ritornello.testing import connect_shared_memory, run_ranks
 from ritornello.transports import Transport
 
@@ -35,12 +39,47 @@ def test_it_gives_what_the_plain_loop_gives() -> None:
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
-@pytest.mark.parametrize("rounds_per_exchange", [1, 3])
-def test_a_loop_left_early_has_offered_what_it_trained_on(rounds_per_exchange: int) -> None:
+def test_how_many_are_past_is_of_the_mini_batch_that_the_loop_has(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rates = [1, 0, 2.5, 3, 0.25, 2]
+    batches = [*loader(5), (torch.arange(2), torch.arange(2))]  # the last one is short
+    prepared = threading.Semaphore(0)  # counts mini-batches but the first
+
+    def run(steps: Iterator[tuple[torch.Tensor, torch.Tensor]], buffer: RehearsalBuffer) -> Any:
+        found = []
+        for step, (numbers, _) in enumerate(steps):
+            buffer.num_representatives = rates[step]  # of the next mini-batch but one
+            if step + 1 < len(batches):
+                assert prepared.acquire(timeout=30.0)  # the next one is joined
+            assert buffer.num_past == len(numbers) - len(batches[step][0])
+            found.append(numbers)
+        assert buffer.num_past == len(numbers) - 2
+        return found
+
     def make() -> RehearsalBuffer:
-        return RehearsalBuffer(
-            12, num_representatives=2, rounds_per_exchange=rounds_per_exchange, num_candidates=3
-        )
+        return RehearsalBuffer(12, num_representatives=2, most_representatives=3)
+
+    with make() as plain, make() as ahead:
+        prepare, calls = ahead._steps.prepare, count()
+
+        def prepare_and_tell(*arguments: Any) -> Any:
+            joined = prepare(*arguments)
+            if next(calls):
+                prepared.release()
+            return joined
+
+        monkeypatch.setattr(ahead._steps, "prepare", prepare_and_tell)
+        theirs = run(ritornello.rehearse(batches, ahead), ahead)
+        prepared.release(len(batches))
+        ours = run((plain.update(batch) for batch in batches), plain)
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    assert [len(numbers) - 6 for numbers in ours[:4]] == [0, 2, 1, 0]
+
+
+def test_a_loop_left_early_has_offered_what_it_trained_on() -> None:
+    def make() -> RehearsalBuffer:
+        return RehearsalBuffer(12, num_representatives=2, num_candidates=3)
 
     batches = list(loader())
     with make() as plain, make() as buffer:
@@ -55,14 +94,14 @@ def test_a_loop_left_early_has_offered_what_it_trained_on(rounds_per_exchange: i
 
 def test_what_is_saved_inside_the_loop_is_what_the_trainer_has_got(tmp_path: Path) -> None:
     batches = list(loader())
-    with RehearsalBuffer(12, num_representatives=2, rounds_per_exchange=2) as buffer:
+    with RehearsalBuffer(12, num_representatives=2) as buffer:
         rest = []
         for step, batch in enumerate(ritornello.rehearse(batches, buffer)):
             if step == 6:
                 buffer.save(tmp_path)
             if step > 6:
                 rest.append(batch[0])
-    with RehearsalBuffer(12, num_representatives=2, rounds_per_exchange=2) as buffer:
+    with RehearsalBuffer(12, num_representatives=2) as buffer:
         buffer.load(tmp_path)
         again = [numbers for numbers, _ in ritornello.rehearse(batches[7:], buffer)]
     assert all(torch.equal(a, b) for a, b in zip(rest, again, strict=True))
@@ -101,3 +140,44 @@ def test_what_is_no_tensor_is_refused_by_name() -> None:
         batch = (torch.zeros(2), torch.arange(2), ["a.png", "b.png"])
         with pytest.raises(TypeError, match=r"batch\[2\]\[0\] is a str"):
             next(ritornello.rehearse([batch], buffer, device="cpu"))
+
+
+def test_how_many_are_drawn_follows_the_composition() -> None:
+    def composed() -> DataLoader[Any]:
+        data = TensorDataset(torch.arange(60), torch.arange(60) % 3)
+        steps = ComposedSteps(60, 180, samples_per_step=6, num_epochs=2, first_share=0.9)
+        return DataLoader(data, batch_sampler=steps)
+
+    def make() -> RehearsalBuffer:
+        buffer = RehearsalBuffer(40, num_representatives=0, most_representatives=6)
+        buffer.update((torch.arange(60, 100), torch.arange(40) % 3))
+        return buffer
+
+    def plain() -> list[torch.Tensor]:
+        loader, found = composed(), []
+        assert isinstance(loader.batch_sampler, ComposedSteps)
+        with make() as buffer:
+            for _ in range(2):
+                for step, batch in enumerate(loader):
+                    buffer.num_representatives = loader.batch_sampler.num_past(step + 1)
+                    found.append(buffer.update(batch)[0])
+        return found
+
+    loader, ours = composed(), []
+    with make() as buffer:
+        for _ in range(2):
+            for numbers, _ in ritornello.rehearse(loader, buffer):
+                ours.append(numbers)
+                assert len(numbers) == 6 or len(ours) == 1
+    assert len(ours) == 20
+    assert all(torch.equal(a, b) for a, b in zip(ours, plain(), strict=True))
+
+
+def test_a_rate_that_cannot_follow_the_composition() -> None:
+    data = TensorDataset(torch.arange(60), torch.arange(60) % 3)
+    loader = DataLoader(data, batch_sampler=ComposedSteps(60, 180, samples_per_step=6))
+    with (
+        RehearsalBuffer(40, num_representatives=2) as buffer,
+        pytest.raises(ValueError, match="the buffer was made without most_representatives"),
+    ):
+        next(ritornello.rehearse(loader, buffer))

@@ -4,6 +4,7 @@ Start with ``RehearsalBuffer``.
 """
 
 from ritornello.buffer import RehearsalBuffer
+from ritornello.composition import ComposedSteps, share_of_new
 from ritornello.errors import BufferClosedError, CheckpointError, PeerLostError, RoundError
 from ritornello.policies.class_shares import (
     ClassBalanced,
@@ -12,12 +13,13 @@ from ritornello.policies.class_shares import (
     PerClassRandom,
 )
 from ritornello.policies.contents import Contents
+from ritornello.policies.earlier_tasks import EarlierTasks
 from ritornello.policies.exemplars import at_random, closest_to_mean, herding
+from ritornello.policies.grasp import GraspSampling
 from ritornello.policies.largest_class import ClassBalancedReservoir, GraspEviction
 from ritornello.policies.reservoir import Fifo, Reservoir
 from ritornello.policies.sampling import (
     ClassBalancedSampling,
-    GraspSampling,
     SamplingPolicy,
     UniformSampling,
 )
@@ -39,7 +41,9 @@ __all__ = [
     "ClassBalanced",
     "ClassBalancedReservoir",
     "ClassBalancedSampling",
+    "ComposedSteps",
     "Contents",
+    "EarlierTasks",
     "Fifo",
     "FirstOffered",
     "Forgotten",
@@ -65,4 +69,5 @@ __all__ = [
     "herding",
     "rank_of_exemplar",
     "rehearse",
+    "share_of_new",
 ]

@@ -13,6 +13,5 @@ Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 Bytes = NDArray[np.uint8]
 
-
 Arrays = Mapping[str, NDArray[Any]]
 """By their names."""

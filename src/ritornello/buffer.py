@@ -50,6 +50,9 @@ if TYPE_CHECKING:
     import torch.distributed as dist
     from torch.distributed.device_mesh import DeviceMesh
 
+FieldName = int | str | tuple[int | str, ...]
+Fields = FieldName | list[FieldName]
+
 
 class RehearsalBuffer:
     """A rehearsal buffer over all ranks of a process group.
@@ -73,8 +76,11 @@ class RehearsalBuffer:
     Args:
         capacity: representatives in the whole buffer, over all ranks; split over them to the
             last one.
-        num_representatives: ``r``, drawn per rank and step. While the buffer holds fewer, a
-            rank gets all there are.
+        num_representatives: ``r``, drawn per rank and step: any number from 0 on. Of a fraction
+            each step draws the number below or above, the same on all ranks, and ``r`` in
+            expectation. While the buffer holds fewer, a rank gets all there are.
+        most_representatives: None: ``r`` is fixed. A number: ``num_representatives`` may be set
+            between two steps, up to this; there is memory for as many.
         num_candidates: ``c``, expected per rank and step: each sample of a mini-batch of ``b``
             is a candidate with probability ``min(1, c / b)``. None: every sample is.
         selection: who is admitted and replaced: "class-balanced", "per-class-random",
@@ -88,7 +94,8 @@ class RehearsalBuffer:
         seed: of everything random, from 0 to 2**64 - 1.
         sampling: what is drawn: "uniform" (every representative equally likely),
             "class-balanced" (every class), "grasp" (from prototypical to atypical; see
-            ``measure_distances``), or a ``SamplingPolicy``.
+            ``measure_distances``), "earlier-tasks" (those of before the running task; see
+            ``begin_task``), or a ``SamplingPolicy``.
         num_draws: draws of ``r`` per step, independent of each other, as DER++ takes two.
         transport: "auto" (shared memory inside each host, "collective" between hosts),
             "shared_memory", "collective" (torch.distributed), "mpi", "local" (one process), or
@@ -113,7 +120,8 @@ class RehearsalBuffer:
         self,
         capacity: int,
         *,
-        num_representatives: int,
+        num_representatives: float,
+        most_representatives: int | None = None,
         num_candidates: int | None = None,
         selection: str | SelectionPolicy = "class-balanced",
         label: int | str | tuple[int | str, ...] | None = 1,
@@ -134,6 +142,7 @@ class RehearsalBuffer:
             arguments = Arguments(
                 capacity=capacity,
                 num_representatives=num_representatives,
+                most_representatives=most_representatives,
                 num_candidates=num_candidates,
                 selection=selection,
                 label=label,
@@ -154,6 +163,7 @@ class RehearsalBuffer:
                 seed=seed,
                 storage=place,
                 num_draws=num_draws,
+                rate_may_change=arguments.rate_may_change,
             )
         except BaseException:
             channel.close()
@@ -180,6 +190,39 @@ class RehearsalBuffer:
         """Draws per step."""
         return self._num_draws
 
+    @property
+    def num_representatives(self) -> float:
+        """``r``, drawn per rank and step.
+
+        With ``most_representatives`` it may be set between two steps, by all ranks alike. The next
+        ``update`` or ``offer`` starts a round that draws as many, for the step after it::
+
+            buffer.num_representatives = 16
+            buffer.update(batch)  # with what was drawn before
+            buffer.update(batch)  # with 16
+
+        If ranks set different numbers, that round fails on all of them, and names them.
+
+        Raises:
+            ValueError: set to less than 0 or more than ``most_representatives``, or there is none.
+            TypeError: set to what is no number.
+        """
+        return self._steps.rate
+
+    @num_representatives.setter
+    def num_representatives(self, rate: float) -> None:
+        self._check_open("num_representatives")
+        self._steps.change_rate(rate)
+
+    @property
+    def num_past(self) -> int:
+        """How many samples of the last augmented mini-batch are past: its last ones.
+
+        Of all draws together; 0 before the first. After ``draw`` what it gave, and inside a loop of
+        ``rehearse`` of the mini-batch that the loop has.
+        """
+        return self._steps.num_past
+
     @outside_graphs
     def update(self, batch: Batch) -> Batch:
         """Adds representatives to a mini-batch, and offers the mini-batch to the buffer.
@@ -193,8 +236,8 @@ class RehearsalBuffer:
 
         Returns:
             The augmented mini-batch: nested alike, ``b + r`` samples, representatives last (with
-            several draws, all of them), on the devices of the mini-batch. The mini-batch itself
-            while the buffer is empty.
+            several draws, all of them), on the devices of the mini-batch; ``num_past`` says how
+            many are past. The mini-batch itself where none are, as while the buffer is empty.
 
         Raises:
             TypeError, ValueError: the mini-batch is not like the first one, or a label is out
@@ -217,8 +260,8 @@ class RehearsalBuffer:
 
         Returns:
             ``r`` samples nested like a mini-batch, the caller's own; with ``num_draws`` of 2 or
-            more, a list of as many such batches. None while the buffer is empty. While it holds
-            fewer than ``r``, all that it holds.
+            more, a list of as many such batches. While the buffer holds fewer than ``r``, all that
+            it holds. None where nothing was drawn, as while it is empty.
 
         Raises:
             RuntimeError: no offer since the last draw.
@@ -264,6 +307,48 @@ class RehearsalBuffer:
         self._steps.settle()
         return self._steps.read(batch_size)
 
+    def rewrite(
+        self, function: Callable[[Batch], Any], fields: Fields, batch_size: int = 256
+    ) -> None:
+        """Makes fields of this rank's representatives anew, in place.
+
+        Such as targets from the model as it is at a task's end::
+
+            @torch.no_grad()
+            def soft_targets(batch):
+                images, labels, _ = batch
+                return model(images)  # for field 2
+
+            buffer.rewrite(soft_targets, fields=2)
+
+        Waits for the running round, and for ranks of this host that still read this shard.
+        Involves no other rank: each one rewrites its own shard, at most ``timeout_seconds`` longer
+        than the others; for the same results in each run all call it after as many updates. What
+        was drawn for the next step stays as it was drawn. A save in the background writes
+        what was there before; what it has not yet written is set aside in memory.
+
+        Args:
+            function: gives the new values of a batch of copies, nested as samples were offered: for
+                one field a tensor ``[n, *shape]``, for a list of them a tuple in its order, or a
+                dict with its names; on any device. It does not use the buffer. If it raises,
+                batches before are rewritten, and all others are as they were. An interrupt, too,
+                leaves each record whole.
+            fields: which leaf of a sample, named as by ``label``, or a list of such. The class
+                label cannot be rewritten.
+            batch_size: representatives at a time.
+
+        Raises:
+            ValueError, TypeError: ``fields`` names no leaf, or the label; or values have another
+                dtype or shape than the field (nothing is converted); names it. Or ``batch_size``
+                is below 1.
+            RuntimeError: the function has used the buffer.
+            PeerLostError, RoundError, BufferClosedError: see ``update``.
+        """
+        self._check_open("rewrite")
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size}: it must be at least 1")
+        self._steps.rewrite(function, fields, batch_size)
+
     def measure_distances(self, embed: Callable[[Batch], Tensor], batch_size: int = 256) -> None:
         """Measures how far every representative is from the mean of its class, for "grasp".
 
@@ -283,11 +368,12 @@ class RehearsalBuffer:
             PeerLostError, RoundError, BufferClosedError: see ``update``.
         """
         self._check_open("measure_distances")
-        if not self._steps.rounds.sampling.needs_labels:
+        sampling = self._steps.rounds.sampling
+        if not sampling.needs_distances:
             raise ValueError(
                 self._steps.here(
-                    "measure_distances: sampling='uniform' and other policies without labels do "
-                    "not look at distances; use sampling='grasp'"
+                    f"measure_distances: {type(sampling).__name__} does not look at distances; use "
+                    "sampling='grasp', or a policy of your own with needs_distances = True"
                 )
             )
         features = [embed(batch) for batch in self.representatives(batch_size)]
@@ -300,12 +386,14 @@ class RehearsalBuffer:
         """Says that a task begins: what is offered from now on is of it.
 
         What is saved then tells of every representative which task it is of, and how old it is.
-        Waits for the running round. All ranks call it alike.
+        With ``sampling="earlier-tasks"`` all that is stored can be drawn from the next round on.
+        Waits for the running round. All ranks call it alike, after as many updates.
 
         Args:
             name: such as a date, or what is new.
 
         Raises:
+            CheckpointError: with "earlier-tasks": on every rank, if they are not in step.
             PeerLostError, RoundError, BufferClosedError: see ``update``.
         """
         self._check_open("begin_task")
@@ -367,6 +455,8 @@ class RehearsalBuffer:
         dealt out anew, every class evenly over the ranks; none is lost as long as the capacity
         allows, and of a smaller one the policy says who stays. What was drawn for the next step
         is then drawn again. Other arguments may differ, too, but for ``selection`` and ``label``.
+        ``num_representatives`` becomes what it was, up to ``most_representatives``, if both
+        buffers have that.
 
         All ranks call it; blocks until all have loaded. Nothing in the folder is executed, and no
         memory is taken for what is not there.

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from itertools import count
 
 import torch
 
 from ritornello.buffer import RehearsalBuffer
+from ritornello.composition import composed_steps_of
 from ritornello.records import accelerators
 from ritornello.records.nesting import Batch, leaves_of, rebuild, template_of
 from ritornello.rounds.steps import Steps
@@ -34,7 +36,8 @@ def rehearse(
 
     Args:
         loader: any iterable of mini-batches; ``pin_memory=True`` in a ``DataLoader`` lets the
-            copy to a GPU overlap too.
+            copy to a GPU overlap too. Where its ``batch_sampler`` is a ``ComposedSteps``, the
+            buffer's ``num_representatives`` follows it.
         buffer: the rehearsal buffer.
         device: where the mini-batches shall be. None: where the loader puts them, on the trainer's
             stream.
@@ -46,7 +49,7 @@ def rehearse(
     stream = None
     if target is not None and accelerators.has_streams(target):
         stream = accelerators.new_stream(target)
-    batches, steps = iter(loader), buffer._steps
+    batches, steps, composed = iter(loader), buffer._steps, composed_steps_of(loader)
 
     def prepare(stream: torch.Stream | None) -> tuple[Batch, torch.Event | None] | None:
         with accelerators.on_streams(() if stream is None else (stream,)):
@@ -65,12 +68,14 @@ def rehearse(
         return ahead.submit(prepare, stream)
 
     with ThreadPoolExecutor(1, thread_name_prefix="ritornello-rehearse") as ahead:
-        coming = submit()
+        coming, numbers = submit(), count(1)
         try:
             while (prepared := coming.result()) is not None:
                 batch, ready = prepared
                 if ready is not None:
                     _hand_over(batch, ready, steps.trainer_device)
+                if composed is not None:
+                    buffer.num_representatives = composed.num_past(next(numbers))
                 steps.start_round()
                 coming = submit()
                 yield batch

@@ -207,6 +207,32 @@ def test_a_background_save_in_small_pieces(
     assert same(*seen)
 
 
+@pytest.mark.parametrize("values_from", ["cpu", "accelerator"])
+@pytest.mark.parametrize("trainer", ["cpu", "accelerator"])
+@pytest.mark.parametrize("place", PLACES)
+def test_rewriting(accelerator: str, place: str, trainer: str, values_from: str) -> None:
+    """Also where what the function has asked the device for runs late, and a save writes."""
+    seen = []
+    for device, storage, source in (
+        ("cpu", "cpu", "cpu"),
+        (named(trainer, accelerator), named(place, accelerator), named(values_from, accelerator)),
+    ):
+
+        def inverted(batch: tuple[torch.Tensor, torch.Tensor], source: str = source) -> Any:
+            simulated.lag(source)
+            return 255 - batch[0].to(source)
+
+        out = []
+        with RehearsalBuffer(60, **ARGUMENTS, storage=storage) as buffer:
+            for step, batch in enumerate(batches(device, 24)):
+                out += [leaf.clone() for leaf in buffer.update(batch)]
+                if step % 6 == 5:
+                    buffer.rewrite(inverted, fields=0, batch_size=16)
+                    out += stored(buffer)
+        seen.append(out)
+    assert same(*seen)
+
+
 def test_labels_on_the_device_are_checked_by_the_worker(accelerator: str) -> None:
     images, labels = batches(accelerator, 1)[0]
     with RehearsalBuffer(60, num_representatives=7) as buffer:

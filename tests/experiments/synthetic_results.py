@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ritornello.experiments.recipes.recipe import Recipe
-from ritornello.experiments.results import metrics
+from ritornello.experiments.results import anytime, metrics
 
 REMEMBERED = {"incremental": 0.0, "rehearsal": 0.9, "der": 0.85, "from-scratch": 0.95, "joint": 1.0}
 RUNTIMES = {"incremental": 10.0, "from-scratch": 35.0, "joint": 11.0}
@@ -58,3 +58,19 @@ def results_of_variant(recipe: Recipe, **changes: Any) -> dict[str, Any]:
             **changes,
         },
     )
+
+
+def probed(results: dict[str, Any]) -> dict[str, Any]:
+    """The same results with probes: what is old falls to a half at the beginning of each task."""
+    probes: list[anytime.Probe] = []
+    for task, row in enumerate(results["top1"]):
+        for number, share in enumerate((0.5, 0.75, 1.0), start=1):
+            top1 = [share * accuracy for accuracy in row[: task + 1]]
+            probes.append({"step": 9 * task + 3 * number, "task": task, "top1": top1})
+    return {
+        **results,
+        "probes": probes,
+        **anytime.figures_of(probes),
+        "average_incremental_top1": 0.91,
+        "plasticity": 0.98,
+    }

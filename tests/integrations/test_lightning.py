@@ -34,7 +34,12 @@ from lightning.pytorch.loggers.logger import Logger  # noqa: E402
 from lightning.pytorch.utilities import CombinedLoader  # noqa: E402
 from lightning.pytorch.utilities.exceptions import SIGTERMException  # noqa: E402
 
-from ritornello import BufferClosedError, CheckpointError, RehearsalBuffer  # noqa: E402
+from ritornello import (  # noqa: E402
+    BufferClosedError,
+    CheckpointError,
+    ComposedSteps,
+    RehearsalBuffer,
+)
 from ritornello.integrations.lightning import HOOK, Rehearsal  # noqa: E402
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -129,6 +134,46 @@ def test_only_training_is_augmented(made: Callable[..., Rehearsal]) -> None:
     training.predict(module, loader())
     assert set(sizes(module.evaluated)) == {8}
     assert rehearsal.buffer.stats().num_rounds == 10
+
+
+def composed() -> ComposedSteps:
+    return ComposedSteps(40, 120, samples_per_step=8, num_epochs=3, first_share=0.9)
+
+
+def new_ones(batches: list[Any], epochs: range) -> list[list[int]]:
+    """The first samples of mini-batches, as many as are new in these epochs."""
+    counts = [len(each) for epoch in epochs for each in composed().positions(epoch)]
+    return [images[:count, 0].tolist() for (images, _), count in zip(batches, counts, strict=True)]
+
+
+def test_how_many_are_drawn_follows_the_composition(made: Callable[..., Rehearsal]) -> None:
+    rehearsal = made(num_representatives=0, most_representatives=8)
+    before, module = Classifier(), Classifier()
+    trainer(rehearsal).fit(before, loader())
+    assert sizes(before.trained) == [8] * 5
+    trainer(rehearsal, max_epochs=3).fit(module, DataLoader(samples(), batch_sampler=composed()))
+    assert sizes(module.trained)[1:] == [8] * 14
+    wanted = [positions for epoch in range(3) for positions in composed().positions(epoch)]
+    assert new_ones(module.trained, range(3)) == wanted
+
+
+def test_a_composition_goes_on_from_a_checkpoint(
+    made: Callable[..., Rehearsal], tmp_path: Path
+) -> None:
+    """Lightning says which epoch begins."""
+    given = {"num_representatives": 0, "most_representatives": 8}
+    begun, module = trainer(made(**given)), Classifier()
+    begun.fit(Classifier(), DataLoader(samples(), batch_sampler=composed()))
+    begun.save_checkpoint(tmp_path / "last.ckpt")
+    trainer(made(**given), max_epochs=3).fit(
+        module,
+        DataLoader(samples(), batch_sampler=composed()),
+        ckpt_path=tmp_path / "last.ckpt",
+        weights_only=False,
+    )
+    assert sizes(module.trained) == [8] * 10
+    wanted = [positions for epoch in (1, 2) for positions in composed().positions(epoch)]
+    assert new_ones(module.trained, range(1, 3)) == wanted
 
 
 def test_representatives_are_those_of_the_plain_loop(made: Callable[..., Rehearsal]) -> None:
@@ -337,7 +382,7 @@ def test_checkpoints_hold_the_buffer(made: Callable[..., Rehearsal], tmp_path: P
     training.fit(halves, loader(), ckpt_path=tmp_path / "last.ckpt", weights_only=True)
     for ours, expected in zip(halves.trained, whole.trained[5:], strict=True):
         assert torch.equal(ours[0], expected[0])
-    assert len(second.buffer._checkpointing.tasks) == 1
+    assert len(second.buffer.tasks) == 1
     # Evaluating that checkpoint does not take the buffer back to it.
     training.validate(
         halves, loader(), ckpt_path=tmp_path / "last.ckpt", verbose=False, weights_only=True
@@ -566,7 +611,7 @@ def test_two_ranks_and_on_one(made: Callable[..., Rehearsal], tmp_path: Path) ->
     training.fit(module, DataLoader(floats(), batch_size=4), ckpt_path=path, weights_only=True)
     assert sizes(module.trained) == [7] * 8
     assert rehearsal.buffer.stats().held_per_rank == [24]
-    assert len(rehearsal.buffer._checkpointing.tasks) == 1
+    assert len(rehearsal.buffer.tasks) == 1
 
     fabric = Fabric(accelerator="cpu", devices=1)
     with RehearsalBuffer(24, num_representatives=3) as buffer:

@@ -21,7 +21,7 @@ from ritornello.experiments.ranks.launch import launch
 from ritornello.experiments.recipes.named import recipe_named
 from ritornello.experiments.training import run as train
 from ritornello.experiments.training.extension import extend
-from ritornello.experiments.training.saver import Saver, Saving
+from ritornello.experiments.training.saver import CheckpointSettings, Saver
 from ritornello.experiments.training.tracking import Tracking
 from ritornello.integrations import trackers
 from ritornello.testing import run_ranks
@@ -255,7 +255,7 @@ def check_curves(points: Points, results: dict[str, Any]) -> None:
 
 def test_a_run_on_two_ranks(tmp_path: Path) -> None:
     recipe = recipe_named("digits", epochs=1)
-    arguments = (recipe, str(tmp_path), None, "", train.OFF, None, TRACKED)
+    arguments = (recipe, str(tmp_path), None, "", train.OFF, TRACKED)
     results = launch(2, train.run, *arguments)
     check_curves(in_tensorboard(tmp_path / "tensorboard"), results)
 
@@ -278,7 +278,7 @@ def test_a_run_that_goes_on(
 
     monkeypatch.setattr(Saver, "between_steps", crashing)
     monkeypatch.setattr(Saver, "at_task_end", lambda *_: None)
-    saving = Saving(save_every=save_at, resume=True)
+    saving = CheckpointSettings(save_every=save_at, resume=True)
     with pytest.raises(CrashError):
         train.run(recipe, str(tmp_path), saving=saving, tracking=TRACKED)
     assert (
@@ -317,6 +317,20 @@ def test_the_curves_of_a_run_that_is_extended_go_on(tmp_path: Path) -> None:
     assert steps[-1] == sum(results["steps_per_task"]) > 80
     assert len(points["top1_percent/average"]) == 6
     assert points["top1_percent/task_6"][-1][1] == pytest.approx(100 * results["top1"][-1][-1])
+
+
+def test_probes_and_averaged_weights_have_curves(tmp_path: Path) -> None:
+    recipe = recipe_named("digits", num_tasks=2, epochs=1, averaged=0.9, probe_every=8)
+    results = train.run(recipe, str(tmp_path), tracking=TRACKED)
+    points = in_tensorboard(tmp_path / "tensorboard")
+    probes = results["probes"]
+    assert [step for step, _ in points["probe_percent/newest"]] == [each["step"] for each in probes]
+    assert points["probe_percent/newest"][-1][1] == pytest.approx(100 * probes[-1]["top1"][-1])
+    later = [each["step"] for each in probes if each["task"] == 1]
+    assert [step for step, _ in points["probe_percent/lowest_old"]] == later
+    assert points["averaged_top1_percent/average"][-1][1] == pytest.approx(
+        100 * results["average_averaged_top1"]
+    )
 
 
 def test_joint_training_has_figures_once_it_has_trained(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -44,13 +45,17 @@ def test_labels_members_and_indices(admissions: Admissions) -> None:
         assert sorted(indices.tolist()) == [i for i, each in enumerate(expected) if each == label]
 
 
-def test_what_is_admitted_anew_has_no_distance() -> None:
+def test_places_that_are_in_use() -> None:
     contents = Contents(np.array([2, 0, 1, 0]), ROWS)
     for rank, slots in ((0, [0, 1]), (2, [0])):
-        contents.admit(rank, np.array(slots), np.zeros(len(slots), dtype=np.int64))
-    assert np.isnan(contents.distances).all()
-    contents.set_rank_distances(0, np.array([0.25, 0.5]))
-    contents.set_rank_distances(2, np.array([0.75]))
-    assert contents.distances.tolist() == [0.25, 0.5, 0.75]
-    contents.admit(0, np.array([1]), np.zeros(1, dtype=np.int64))  # the same class again
-    assert np.isnan(contents.distances).tolist() == [False, True, False]
+        places = contents.admit(rank, np.array(slots), np.full(len(slots), rank))
+        assert places.tolist() == contents.places_of_slots(rank, np.array(slots)).tolist()
+    assert np.arange(12)[contents.used_places].tolist() == [0, 1, 5]
+    full = Contents(ROWS, ROWS)
+    assert np.arange(12)[full.used_places].tolist() == list(range(12))
+
+
+def test_places_of_contents_without_labels() -> None:
+    contents = Contents(np.array([2, 1]))
+    with pytest.raises(TypeError, match="give the class needs_labels = True"):
+        contents.places_of_slots(0, np.arange(2))

@@ -6,18 +6,16 @@ Statistical tests have fixed seeds and a false-alarm rate of 0.001.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import torch
+from labelled_contents import LABELS, draws
 
 from ritornello import RehearsalBuffer, SamplingPolicy
 from ritornello.policies.contents import Contents
 from ritornello.policies.names import sampling_policy
-from ritornello.policies.sampling import ClassBalancedSampling, GraspSampling, UniformSampling
-from ritornello.rounds.planner import draw_all
-from ritornello.rounds.random_streams import Purpose, Streams
+from ritornello.policies.sampling import ClassBalancedSampling, UniformSampling
 from ritornello.testing import (
     chi_square_p_value,
     connect_collective,
@@ -25,25 +23,6 @@ from ritornello.testing import (
     run_ranks,
 )
 from ritornello.transports import LocalTransport, Transport
-
-# Three unequal shards with room to spare; the classes 3, 5 and 8 hold 40, 8 and 24.
-SIZES = (30, 30, 12)
-ROWS = (40, 30, 25)
-LABELS = np.array([3] * 30 + [3] * 10 + [5] * 8 + [8] * 12 + [8] * 12)
-
-
-def contents() -> Contents:
-    made = Contents(np.array(SIZES), np.array(ROWS))
-    for rank, labels in enumerate(np.split(LABELS, np.cumsum(SIZES)[:-1])):
-        made.admit(rank, np.arange(len(labels)), labels)
-    return made
-
-
-def draws(policy: SamplingPolicy, num_drawn: int, num_steps: int) -> Iterator[np.ndarray]:
-    """Joint draws of three ranks."""
-    held, streams = contents(), Streams(3, Purpose.SAMPLING)
-    for step in range(num_steps):
-        yield draw_all(held, num_drawn, 1, policy, streams.at(step))[0]
 
 
 def test_class_balanced_draws_every_class_and_every_member_equally_often() -> None:
@@ -86,81 +65,6 @@ def test_a_class_that_holds_less_than_its_part_gives_all_of_it_in_turn() -> None
         times = Counter(drawn[LABELS[drawn] == 5].tolist())
         assert set(times.values()) == {2, 3}
         assert len(times) == 8
-
-
-def test_grasp_classes_take_turns_over_steps_and_ranks() -> None:
-    turns = np.concatenate([LABELS[drawn.ravel()] for drawn in draws(GraspSampling(), 4, 10)])
-    assert turns.tolist() == np.tile([3, 5, 8], 40).tolist()
-
-
-def test_grasp_draws_in_proportion_to_closeness() -> None:
-    distances = np.random.default_rng(0).permutation(np.linspace(0.1, 0.9, len(LABELS)))
-    counts = np.zeros(len(LABELS))
-    num_runs = 4000
-    for run in range(num_runs):
-        held = contents()
-        for rank, part in enumerate(np.split(distances, np.cumsum(SIZES)[:-1])):
-            held.set_rank_distances(rank, part)
-        generator = Streams(run, Purpose.SAMPLING).at(0)
-        first = draw_all(held, 1, 1, GraspSampling(), generator)[0].ravel()
-        counts[first] += 1
-        # What was drawn is now as far as it was, and the farthest of its class, together.
-        for index in first:
-            farthest = distances[LABELS[index] == LABELS].max()
-            assert held.distances[index] == pytest.approx(distances[index] + farthest)
-    for label in (3, 5, 8):
-        members = label == LABELS
-        chances = 1 / (distances[members] + 1e-7)
-        expected = num_runs * chances / chances.sum()
-        assert chi_square_p_value(counts[members], expected) > 0.001
-        assert chi_square_p_value(counts[members], expected.mean()) < 1e-9
-
-
-def test_grasp_runs_from_prototypes_to_the_atypical() -> None:
-    held = contents()
-    distances = np.where(np.arange(len(LABELS)) % 2, 0.001, 0.9)
-    for rank, part in enumerate(np.split(distances, np.cumsum(SIZES)[:-1])):
-        held.set_rank_distances(rank, part)
-    policy, streams = GraspSampling(), Streams(0, Purpose.SAMPLING)
-    joint = [draw_all(held, 3, 1, policy, streams.at(step))[0].ravel() for step in range(8)]
-    drawn = distances[np.concatenate(joint)]
-    assert (drawn[:12] == 0.001).mean() > 0.9  # 4 of each class; the smallest has 4 prototypes
-    assert (drawn[60:] == 0.001).mean() < 0.7
-
-
-def test_grasp_without_distances_is_uniform_inside_classes() -> None:
-    held, streams = contents(), Streams(1, Purpose.SAMPLING)
-    counts = np.zeros(len(LABELS))
-    for step in range(3000):
-        fresh = contents()
-        counts[draw_all(fresh, 1, 1, GraspSampling(), streams.at(step))[0].ravel()] += 1
-    for label in (3, 5, 8):
-        members = counts[label == LABELS]
-        assert chi_square_p_value(members, 3000 / len(members)) > 0.001
-    assert np.isnan(held.distances).all()
-
-
-def test_grasp_gives_new_ones_the_mean_distance_of_their_class() -> None:
-    held = contents()
-    held.set_rank_distances(0, np.linspace(0.2, 0.4, 30))  # of class 3; rank 1 holds 10 more
-    places = held.places(3)
-    draw_all(held, 1, 1, GraspSampling(), np.random.default_rng(0))
-    measured = held.distances_at(places)
-    assert not np.isnan(measured).any()
-    assert np.count_nonzero(np.isclose(measured, 0.3)) >= 9
-
-
-def test_grasp_goes_on_for_ever_without_a_new_measurement() -> None:
-    """Distances double each time round; they must not overflow."""
-    held, streams = contents(), Streams(0, Purpose.SAMPLING)
-    for rank, part in enumerate(np.split(np.linspace(0.1, 0.9, 72), np.cumsum(SIZES)[:-1])):
-        held.set_rank_distances(rank, part)
-    counts = np.zeros(len(LABELS))
-    for step in range(1500):  # 7 draws in each of three turns: 1,300 times through class 5
-        counts[draw_all(held, 7, 1, GraspSampling(), streams.at(step))[0].ravel()] += 1
-    assert np.isfinite(held.distances).all()
-    fives = counts[LABELS == 5]
-    assert fives.min() > 0.9 * fives.mean()
 
 
 def test_unknown_sampling() -> None:

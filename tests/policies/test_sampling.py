@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from ritornello.policies.contents import Contents
 from ritornello.policies.sampling import SamplingPolicy, UniformSampling
 from ritornello.rounds.planner import ROUNDS_AHEAD, Planner, plan_draw
-from ritornello.rounds.random_streams import Purpose, Streams, stream
+from ritornello.rounds.random_streams import Purpose, stream
 from ritornello.testing import chi_square_p_value
 from ritornello.transports.plan import Plan
 
@@ -103,9 +103,7 @@ def test_an_empty_buffer_gives_an_empty_plan() -> None:
 def test_rounds_planned_ahead_are_those_planned_one_by_one(num_draws: int) -> None:
     sizes = np.array([9, 0, 14])
     for rank in range(3):
-        planner = Planner(
-            rank, 4, UniformSampling(), Streams(8, Purpose.SAMPLING), num_draws=num_draws
-        )
+        planner = Planner(rank, 4, UniformSampling(), seed=8, num_draws=num_draws)
         for step in range(2 * ROUNDS_AHEAD + 3):
             ours = planner.plan(step, Contents(sizes), sizes_are_final=step > 5)
             generator = stream(8, Purpose.SAMPLING, step)

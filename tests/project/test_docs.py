@@ -13,6 +13,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import inspect
+import pkgutil
 import re
 import shlex
 import socket
@@ -28,14 +29,15 @@ import torch.distributed as dist
 from torch import nn
 
 import ritornello
-from ritornello.experiments import cli
+from ritornello.experiments.cli import command as cli
 from ritornello.experiments.training import run as train
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
+SOURCES = ROOT / "src" / "ritornello"
 PAGES = {
     str(page.relative_to(ROOT)): page.read_text()
-    for page in (ROOT / "README.md", *sorted(DOCS.rglob("*.md")))
+    for page in (*sorted(ROOT.glob("*.md")), *sorted(DOCS.rglob("*.md")))
     if "_build" not in page.parts
 }
 
@@ -238,7 +240,7 @@ def test_commands_parse(monkeypatch: pytest.MonkeyPatch) -> None:
 
         return parsed
 
-    monkeypatch.setattr("ritornello.experiments.cli.training._train", check)
+    monkeypatch.setattr("ritornello.experiments.cli.runs.train", check)
     for name in ("extend", "report", "results", "inspect", "forget", "bench", "simulate"):
         monkeypatch.setattr(cli, name, stopped(getattr(cli, name)))
     failed = []
@@ -260,21 +262,59 @@ def test_a_wrong_command_would_be_found(capsys: pytest.CaptureFixture[str]) -> N
     assert "no-such-recipe" in capsys.readouterr().err
 
 
-# Files and links.
+# Files, modules and links.
 
 NAMED_FILE = re.compile(
     r"\b(?:benchmarks|examples|tests|docs|src)/[\w./-]*\w\.(?:py|sh|md|svg|json|sbatch|yaml|toml)\b"
 )
+NAMED_FOLDER = re.compile(r"`((?:benchmarks|examples|tests|docs|src)(?:/\w+)*)/?`")
+NAMED_SOURCE = re.compile(r"`((?:\w+/)*(?:\w+\.py|\w+/))`")
+"""As the pages name files that are for readers of the sources: by their room."""
+NAMED_OBJECT = re.compile(r"\britornello(?:\.\w+)+")
 
 
 def test_files_that_are_named_exist() -> None:
-    missing = {
+    named = [
         (page, name)
         for page, text in PAGES.items()
-        for name in NAMED_FILE.findall(text)
-        if not (ROOT / name).exists()
+        for pattern in (NAMED_FILE, NAMED_FOLDER)
+        for name in pattern.findall(text)
+    ]
+    assert len(named) > 100
+    assert not {(page, name) for page, name in named if not (ROOT / name).exists()}
+
+
+def test_sources_that_are_named_exist() -> None:
+    pages = ("docs/how_it_works.md", "CONTRIBUTING.md")
+    named = [(page, name) for page in pages for name in NAMED_SOURCE.findall(PAGES[page])]
+    assert len(named) > 40
+    missing = {
+        (page, name)
+        for page, name in named
+        if not any((root / name).exists() for root in (SOURCES, ROOT))
     }
     assert not missing
+
+
+@pytest.mark.filterwarnings(*FRAMEWORKS_WARN)
+def test_modules_and_names_that_are_named_exist() -> None:
+    """All that is written with a dot behind ``ritornello``, in text, code and directives."""
+    named = {
+        (page, name) for page, text in PAGES.items() for name in NAMED_OBJECT.findall(text)
+    } - {("CHANGELOG.md", "ritornello.sampling")}  # says that it is no longer there
+    assert len(named) > 80
+    missing = {(page, name) for page, name in named if not is_importable(name)}
+    assert not missing
+    assert not is_importable("ritornello.sampling")
+
+
+def is_importable(name: str) -> bool:
+    """Whether it is a module, or something in one."""
+    try:
+        pkgutil.resolve_name(name)
+    except (ImportError, AttributeError):
+        return False
+    return True
 
 
 def test_tests_that_are_named_exist() -> None:
@@ -319,7 +359,7 @@ def test_links_within_the_repository() -> None:
 def messages() -> str:
     """Every text in the library's sources, a line each; what is filled in is shown as a gap."""
     lines = []
-    for path in (ROOT / "src" / "ritornello").rglob("*.py"):
+    for path in SOURCES.rglob("*.py"):
         if "experiments" not in path.parts:
             lines += [text_of(each) for each in ast.walk(ast.parse(path.read_text()))]
     return "\n".join(lines)

@@ -36,6 +36,10 @@ def test_rehearsal_undoes_forgetting_under_torchrun(loop: str) -> None:
     assert average_of(f"train_{loop}_rehearsal.py") > 80.0
 
 
+def test_composed_steps_do_so_with_no_sample_more_under_torchrun() -> None:
+    assert average_of("train_ddp_composed.py") > 85.0
+
+
 @pytest.mark.parametrize(
     "path", sorted(EXAMPLES.glob("train_*_rehearsal.py")), ids=lambda p: p.stem
 )

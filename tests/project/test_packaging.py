@@ -116,8 +116,12 @@ def test_the_wheel_is_the_sources_and_nothing_else(wheel: dict[str, bytes]) -> N
         for name in ("METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE")
     }
     assert {name: data for name, data in wheel.items() if not name.startswith(about)} == sources()
-    for needed in ("ritornello/py.typed", "ritornello/experiments/templates/report.html.j2"):
-        assert needed in wheel
+    for needed in (
+        "py.typed",
+        "experiments/data/load.py",  # folders of data that lie in a checkout are ignored
+        "experiments/reporting/templates/report.html.j2",
+    ):
+        assert f"ritornello/{needed}" in wheel
 
 
 def test_the_source_distribution_is_the_checkout_without_what_lies_in_it(

@@ -5,12 +5,12 @@ import gc
 import torch
 
 from ritornello.records.layout import Layout
-from ritornello.rounds.joining import NUM_KEPT, Outputs
+from ritornello.rounds.joining import NUM_KEPT, Joiner
 
 LARGE = torch.arange(100_000.0).view(100, 1000)
 
 
-def join(outputs: Outputs, leaf: torch.Tensor, past: torch.Tensor) -> torch.Tensor:
+def join(outputs: Joiner, leaf: torch.Tensor, past: torch.Tensor) -> torch.Tensor:
     layout = Layout.of((leaf,))
     records = torch.zeros(len(past), layout.record_bytes, dtype=torch.uint8)
     layout.pack([past], None, records)
@@ -18,14 +18,14 @@ def join(outputs: Outputs, leaf: torch.Tensor, past: torch.Tensor) -> torch.Tens
 
 
 def test_a_joined_tensor_is_what_cat_gives() -> None:
-    outputs = Outputs()
+    outputs = Joiner()
     for leaf in (LARGE, LARGE.half(), LARGE.t(), LARGE[::2], torch.zeros(3, 2), LARGE[:0]):
         past = leaf[:5] if len(leaf) else torch.ones(400, *leaf.shape[1:])
         assert torch.equal(join(outputs, leaf, past), torch.cat((leaf, past)))
 
 
 def test_memory_is_used_again_once_nobody_holds_it() -> None:
-    outputs = Outputs()
+    outputs = Joiner()
     joined = join(outputs, LARGE, LARGE)
     first = joined.data_ptr()
     del joined
@@ -33,7 +33,7 @@ def test_memory_is_used_again_once_nobody_holds_it() -> None:
 
 
 def test_what_is_held_in_any_way_is_never_overwritten() -> None:
-    outputs = Outputs()
+    outputs = Joiner()
     weight = torch.ones(1000, requires_grad=True)
 
     def kept(number: int) -> object:
@@ -60,19 +60,19 @@ def test_what_is_held_in_any_way_is_never_overwritten() -> None:
 
 
 def test_a_hoarder_gets_memory_of_its_own() -> None:
-    outputs = Outputs()
+    outputs = Joiner()
     hoard = [join(outputs, LARGE, LARGE[:1]) for _ in range(3 * NUM_KEPT)]
     assert len({joined.data_ptr() for joined in hoard}) == len(hoard)
 
 
 def test_gradients_flow_through_a_batch_that_needs_them() -> None:
     leaf = LARGE.clone().requires_grad_()
-    join(Outputs(), leaf, LARGE).sum().backward()
+    join(Joiner(), leaf, LARGE).sum().backward()
     assert torch.equal(leaf.grad, torch.ones_like(leaf))
 
 
 def test_tensors_on_other_devices_take_the_usual_way() -> None:
     layout = Layout.of((torch.zeros(2, 3),))
     records = torch.zeros(1, layout.record_bytes, dtype=torch.uint8)
-    joined = Outputs().join(layout, [torch.zeros(2, 3, device="meta")], records)
+    joined = Joiner().join(layout, [torch.zeros(2, 3, device="meta")], records)
     assert joined[0].shape == (3, 3)

@@ -390,7 +390,7 @@ def hostile_labels(folder: Path, dice: Dice) -> None:
     """Records with other labels than the policy believes, also impossible ones."""
     rank = int(dice.integers(len(read_manifest(folder)["files"])))
     arrays = read_shard(folder, rank)
-    name = str(dice.choice([ROWS, ROWS, "staged", "waiting"]))
+    name = str(dice.choice([ROWS, ROWS, "staged"]))
     records = arrays.get(name, np.zeros((0, 0), np.uint8))
     if records.size:
         labels = records[:, 16:24].copy().view(np.int64)  # three float32 and padding before
@@ -409,11 +409,10 @@ def hostile_staging(folder: Path, dice: Dice) -> None:
     for rank in range(len(content["files"])):
         arrays = read_shard(folder, rank)
         width = arrays[ROWS].shape[1]
-        for name in ("staged", "waiting"):
-            if name in arrays and (name == "staged" or dice.random() < 0.5):
-                arrays[name] = np.frombuffer(dice.bytes(many * width), np.uint8).reshape(
-                    many, width
-                )
+        if "staged" in arrays:
+            arrays["staged"] = np.frombuffer(dice.bytes(many * width), np.uint8).reshape(
+                many, width
+            )
         write_shard(folder, rank, arrays)
 
 

@@ -56,7 +56,7 @@ SETTINGS = {
     ),
     "grasp": Setting(selection=lambda: "grasp", between=True, arguments={"num_draws": 2}),
     "first offered": Setting(2, selection=lambda: "first-offered"),
-    "fifo": Setting(selection=lambda: "fifo", num_steps=8, arguments={"rounds_per_exchange": 3}),
+    "fifo": Setting(selection=lambda: "fifo", num_steps=8),
     "filling": Setting(2, num_steps=1, selection=lambda: "reservoir"),
     "filling fifo": Setting(num_steps=2, selection=lambda: "fifo"),
     "without labels": Setting(selection=lambda: "reservoir", arguments={"label": None}),

@@ -38,13 +38,13 @@ def widened(batch: Any) -> Any:
     return torch.cat((numbers, numbers + 0.5), dim=1), labels, numbers[:, 0].to(torch.int32)
 
 
-@pytest.fixture(params=[1, 3], ids=["every step", "every third"])
-def saved(request: pytest.FixtureRequest, make: Made, tmp_path: Path) -> tuple[Path, int]:
-    buffer = make(rounds_per_exchange=request.param)
+@pytest.fixture
+def saved(make: Made, tmp_path: Path) -> Path:
+    buffer = make()
     for step in range(8):
         buffer.update(batch(8 * step))
     buffer.save(tmp_path / "saved")
-    return tmp_path / "saved", request.param
+    return tmp_path / "saved"
 
 
 def contents(buffer: RehearsalBuffer) -> dict[float, tuple[Any, ...]]:
@@ -57,20 +57,14 @@ def contents(buffer: RehearsalBuffer) -> dict[float, tuple[Any, ...]]:
 
 
 @pytest.mark.parametrize("capacity", [30, 40, 12])
-def test_every_representative_is_converted(
-    saved: tuple[Path, int], capacity: int, make: Made
-) -> None:
-    folder, every = saved
-    plain, buffer = (make(capacity, rounds_per_exchange=every) for _ in range(2))
-    plain.load(folder)
-    buffer.load(folder, convert=widened)
+def test_every_representative_is_converted(saved: Path, capacity: int, make: Made) -> None:
+    plain, buffer = (make(capacity) for _ in range(2))
+    plain.load(saved)
+    buffer.load(saved, convert=widened)
     found = contents(buffer)
     assert found == {n: ([n, n + 0.5], int(n) % 3, int(n)) for n in found}
-    if every == 1:
-        assert set(found) == set(contents(plain))
-        assert len(found) == min(capacity, 30)
-    else:  # to draw again is a round, which admits what has waited for one
-        assert len(found) == min(capacity, 30)
+    assert set(found) == set(contents(plain))
+    assert len(found) == min(capacity, 30)
     past = buffer.draw()
     assert past is not None
     numbers, labels, further = past  # type: ignore[misc]
@@ -85,16 +79,13 @@ def test_every_representative_is_converted(
     assert len(buffer) == capacity
 
 
-def test_it_is_reproducible_and_can_be_saved_again(
-    saved: tuple[Path, int], make: Made, tmp_path: Path
-) -> None:
-    folder, every = saved
+def test_it_is_reproducible_and_can_be_saved_again(saved: Path, make: Made, tmp_path: Path) -> None:
     drawn = []
     for number in range(2):
-        buffer = make(rounds_per_exchange=every)
-        buffer.load(folder, convert=widened)
+        buffer = make()
+        buffer.load(saved, convert=widened)
         buffer.save(tmp_path / str(number))
-        again = make(rounds_per_exchange=every)
+        again = make()
         again.load(tmp_path / str(number))
         drawn += [each.update(widened(batch(100)))[0] for each in (buffer, again)]
     for each in drawn[1:]:
@@ -122,11 +113,10 @@ def test_a_buffer_that_had_not_begun(make: Made, tmp_path: Path) -> None:
     ids=["no label", "fewer", "fewer labels", "label is no integer", "other labels", "no tensors"],
 )
 def test_what_is_no_conversion(
-    convert: Callable[[Any], Any], message: str, saved: tuple[Path, int], make: Made
+    convert: Callable[[Any], Any], message: str, saved: Path, make: Made
 ) -> None:
-    folder, every = saved
-    buffer = make(rounds_per_exchange=every)
+    buffer = make()
     with pytest.raises(CheckpointError, match=message):
-        buffer.load(folder, convert=convert)
-    buffer.load(folder)
+        buffer.load(saved, convert=convert)
+    buffer.load(saved)
     assert len(buffer) == 30

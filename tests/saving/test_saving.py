@@ -44,7 +44,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "fixed shares": {"selection": lambda: ClassBalanced(9, shares="fixed")},
     "per-class-random": {"selection": "per-class-random"},
     "greedy-balanced": {"selection": "greedy-balanced"},
-    "first-offered": {"selection": "first-offered", "rounds_per_exchange": 3},
+    "first-offered": {"selection": "first-offered"},
     "reservoir": {"selection": "reservoir", "num_draws": 2},
     "fifo": {"selection": "fifo", "asynchronous": False},
     "cbrs": {"selection": "class-balanced-reservoir", "sampling": "class-balanced"},
@@ -338,7 +338,6 @@ def test_other_arguments_may_change(tmp_path: Path) -> None:
     for changes in (
         {"num_representatives": 9},
         {"num_draws": 2},
-        {"rounds_per_exchange": 2},
         {"sampling": "class-balanced"},
         {"seed": 99, "num_candidates": 2},
     ):
@@ -357,14 +356,14 @@ def test_other_arguments_may_change(tmp_path: Path) -> None:
 
 
 def test_a_draw_may_come_first_on_another_capacity(tmp_path: Path) -> None:
-    """Saved between draw and offer, with a round in two steps: the next offer starts one."""
-    with make(LocalTransport(), rounds_per_exchange=2) as buffer:
+    """Saved between draw and offer: the next offer starts a round."""
+    with make(LocalTransport()) as buffer:
         for step in range(6):
             buffer.draw()
             buffer.offer(batch_of(step, 0))
         buffer.draw()
         buffer.save(tmp_path)
-    with make(LocalTransport(), 60, rounds_per_exchange=2) as buffer:
+    with make(LocalTransport(), 60) as buffer:
         buffer.load(tmp_path)
         buffer.offer(batch_of(6, 0))
         assert buffer.draw() is not None

@@ -95,6 +95,31 @@ def test_gathering_never_mixes_turns() -> None:
     assert all(run_ranks(connect_shared_memory(4), rank_main))
 
 
+def test_after_an_interrupt_the_other_readers_are_still_awaited(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (end,) = connect_shared_memory(1)
+    assert isinstance(end, SharedMemoryTransport)
+    end._readers, awaited = [1, 2, 3], list[int]()
+
+    def wait(kind: int, senders: list[int], doing: str) -> None:
+        if not awaited:
+            awaited.append(0)
+            return
+        awaited.extend(senders)
+        if len(awaited) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(end, "_wait", wait)
+    with pytest.raises(KeyboardInterrupt):
+        end.await_readers()
+    end.await_readers()
+    assert awaited == [0, 2, 2, 1]  # the first one, 3, was there
+    end.await_readers()
+    assert awaited == [0, 2, 2, 1]
+    end.close()
+
+
 def test_a_neighbour_that_closes_is_reported_at_once() -> None:
     def rank_main(end: Transport) -> float:
         if end.rank == 1:

@@ -32,6 +32,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from ritornello.buffer import RehearsalBuffer
+from ritornello.composition import composed_steps_of
 from ritornello.integrations import missing
 from ritornello.records.nesting import Batch
 from ritornello.rounds.stats import BufferStats
@@ -66,6 +67,10 @@ class Rehearsal(Callback):
         for task in tasks:
             rehearsal.begin_task(task.name)
             Trainer(max_epochs=5, callbacks=[rehearsal]).fit(model, task.loader)
+
+    Where the ``batch_sampler`` of the training's loader is a ``ComposedSteps``, the buffer's
+    ``num_representatives`` follows it. On several ranks such a loader needs
+    ``Trainer(use_distributed_sampler=False)``.
 
     The buffer is made when the first ``fit`` starts, over the data-parallel ranks of the trainer's
     strategy, and lives on from one ``fit`` to the next, with the same trainer or others. It ends
@@ -112,6 +117,7 @@ class Rehearsal(Callback):
         self._last_stats: BufferStats | None = None  # where figures are logged
         self._hooked: list[tuple[LightningModule | LightningDataModule, Hook | None]] = []
         self._is_augmented = False  # this step's mini-batch
+        self._num_steps = 0  # of this epoch, augmented so far
 
     @property
     def buffer(self) -> RehearsalBuffer:
@@ -216,6 +222,7 @@ class Rehearsal(Callback):
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forgets a mini-batch that was skipped (``on_train_batch_start`` may return -1)."""
         self._is_augmented = False
+        self._num_steps = 0
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -301,6 +308,10 @@ class Rehearsal(Callback):
         def augment(owner: Any, batch: Batch, dataloader_idx: int) -> Batch:
             # Once a step: hooks may call each other, and a step may transfer other things.
             if trainer.training and not self._is_augmented:
+                self._num_steps += 1
+                composed = composed_steps_of(trainer.train_dataloader)
+                if composed is not None:
+                    self.buffer.num_representatives = composed.num_past(self._num_steps)
                 batch = self.buffer.update(batch)
                 self._is_augmented = True
             if own is not None:

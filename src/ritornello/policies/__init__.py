@@ -1,1 +1,1 @@
-"""Policies."""
+"""Policies: who is kept, and who is drawn; pure functions of counts, labels and a random stream."""

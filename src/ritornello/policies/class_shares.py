@@ -7,32 +7,19 @@ from abc import abstractmethod
 import numpy as np
 
 from ritornello.arrays import Bools, Floats, Ints
-from ritornello.policies.class_members import ClassMembers
 from ritornello.policies.reservoir import reservoir_positions
-from ritornello.policies.saved_classes import (
-    Choose,
-    SavedClasses,
-    at_random,
-    check_classes,
-    first_ones,
-    forget_slots,
-)
-from ritornello.policies.selection import (
-    Assignment,
-    SavedShards,
-    SelectionPolicy,
-    State,
-    checked_num_classes,
-)
-from ritornello.policies.share_scores import highest_scores, rank_of_lowest_score
+from ritornello.policies.saved_classes import Choose, first_ones
+from ritornello.policies.saved_shares import KeepsShares
+from ritornello.policies.selection import Assignment
+from ritornello.policies.share_scores import highest_scores
 
 
-class _ClassShares(SelectionPolicy):
+class _ClassShares(KeepsShares):
     """What the class-balanced policies have in common: the shares of the classes.
 
-    Every representative that a class may have on a rank has a fixed score (see ``scores``), and
-    a shard keeps the lowest scores that its classes can fill. So the shares are equal (up to what
-    a class has offered), adapt as classes appear, and leave no slot empty; remainders fall on
+    Every representative that a class may have on a rank has a fixed score (see ``share_scores``),
+    and a shard keeps the lowest scores that its classes can fill. So the shares are equal (up to
+    what a class has offered), adapt as classes appear, and leave no slot empty; remainders fall on
     different ranks for different classes, so that the global shares are equal too; and the ranks
     need not talk about it. As the scores are fixed, a class that once had to give up
     representatives never grows again: what it keeps can stay a uniform sample.
@@ -40,41 +27,7 @@ class _ClassShares(SelectionPolicy):
     Fixed shares are those that the labels below ``num_classes`` have when all of them have
     offered enough. They are kept free for their classes, and nobody ever has to give up a
     representative.
-
-    Attributes:
-        shares: "adaptive" or "fixed".
     """
-
-    needs_labels = True
-
-    def __init__(self, num_classes: int | None = None, shares: str = "adaptive") -> None:
-        self.num_classes = checked_num_classes(num_classes)
-        if shares not in ("adaptive", "fixed"):
-            raise ValueError(f"shares={shares!r}: there are 'adaptive' and 'fixed'")
-        if shares == "fixed" and num_classes is None:
-            raise ValueError(
-                "shares='fixed' needs num_classes: a class's share is the capacity divided by it"
-            )
-        self.shares = shares
-
-    def bind(self, num_slots: int, rank: int, num_ranks: int) -> None:
-        """See ``SelectionPolicy.bind``."""
-        super().bind(num_slots, rank, num_ranks)
-        self._labels = np.zeros(0, dtype=np.int64)  # class number -> label, as they appeared
-        self._known = np.zeros(0, dtype=np.int64)  # the labels, ascending
-        self._sorted = np.zeros(0, dtype=np.int64)  # their class numbers
-        self._offered = np.zeros(0, dtype=np.int64)
-        self._grows = np.zeros(0, dtype=np.bool_)  # whether all that a class offers is stored
-        self._offsets = np.zeros(0, dtype=np.int64)
-        self._members = ClassMembers()
-        self._num_used = 0
-        self._limits: Ints | None = None
-        if self.shares == "fixed":
-            assert self.num_classes is not None
-            self._add_classes(np.arange(self.num_classes))
-            wanted = np.full(self.num_classes, num_slots)
-            excess = int(wanted.sum()) - num_slots
-            self._limits = wanted - highest_scores(wanted, excess, self._offsets, num_ranks)
 
     @abstractmethod
     def _positions(self, ordinals: Ints, shares: Ints, u: Floats) -> Ints:
@@ -144,127 +97,23 @@ class _ClassShares(SelectionPolicy):
         self._members.append(classes[filling], np.concatenate([freed, fresh]))
         return filling
 
-    def _class_numbers(self, labels: Ints) -> Ints:
-        """Labels to class numbers; unknown labels get the next ones."""
-        places = self._known.searchsorted(labels)
-        if len(self._known) == 0 or (self._known.take(places, mode="clip") != labels).any():
-            self._add_classes(np.setdiff1d(labels, self._known))
-            places = self._known.searchsorted(labels)
-        classes: Ints = self._sorted[places]
-        return classes
-
-    def _add_classes(self, new: Ints) -> None:
-        self._labels = np.concatenate([self._labels, new])
-        self._offered = np.concatenate([self._offered, np.zeros_like(new)])
-        self._grows = np.concatenate([self._grows, np.ones(len(new), dtype=np.bool_)])
-        first_ranks = rank_of_lowest_score(self._labels, self.num_ranks)
-        self._offsets = (self.rank - first_ranks) % self.num_ranks
-        self._members.add_classes(len(new))
-        self._sorted = np.argsort(self._labels, kind="stable")
-        self._known = self._labels[self._sorted]
-
     def _shares_after(self, seen: Ints, counts: Ints) -> Ints:
-        """The share of every class once ``counts`` more of the classes ``seen`` are offered."""
+        """The share of every class once ``counts`` more of the classes ``seen`` are offered.
+
+        A full shard of 10 slots, on one rank: A has 6 and B has 4 when C first offers 3. That makes
+        (6, 4, 3), 3 too many. The highest scores give way, here A's 5, 4 and 3: (3, 4, 3).
+        """
         shares = self._members.counts.copy()
+        # A class that has lost some may not grow again: it would lack a part of its past.
         growth = np.where(self._grows[seen], counts, 0)
         shares[seen] += growth
         if self._limits is not None:
             return np.minimum(shares, self._limits)
+        # Only what does not fit into unused slots makes somebody give way: perhaps the new ones.
         excess = int(growth.sum()) - (self.num_slots - self._num_used)
         if excess > 0:
             shares -= highest_scores(shares, excess, self._offsets, self.num_ranks)
         return shares
-
-    def state(self) -> State:
-        """See ``SelectionPolicy.state``."""
-        counts = self._members.counts
-        owners = np.repeat(np.arange(len(counts)), counts)
-        positions = np.arange(len(owners)) - np.repeat(counts.cumsum() - counts, counts)
-        return {
-            "labels": self._labels.copy(),
-            "offered": self._offered.copy(),
-            "counts": counts.copy(),
-            "grows": self._grows.astype(np.int64),
-            "slots": self._members.slots(owners, positions),
-        } | ({} if self._limits is None else {"limits": self._limits.copy()})
-
-    def restore(self, state: State, size: int) -> None:
-        """See ``SelectionPolicy.restore``."""
-        check_classes(state, size)
-        labels, grows = state["labels"], state["grows"]
-        if len(grows) != len(labels):
-            raise ValueError(f"{len(labels)} labels, but {len(grows)} values of grows")
-        if self.shares == "fixed":
-            assert self.num_classes is not None
-            if not np.array_equal(labels, np.arange(self.num_classes)):
-                raise ValueError(f"labels must be those from 0 to {self.num_classes - 1}")
-        else:
-            self._add_classes(labels)
-        self._offered, self._grows = state["offered"].copy(), grows != 0
-        self._members.append(np.repeat(np.arange(len(labels)), state["counts"]), state["slots"])
-        self._num_used = size
-        if self._limits is None:
-            return
-        if "limits" not in state:  # dealt out anew
-            self._make_room(state["counts"])
-            return
-        limits = state["limits"]
-        if limits.shape != self._limits.shape or np.any(limits < state["counts"]):
-            raise ValueError("limits must be one for each class, and at least counts")
-        if limits.sum() > self.num_slots or limits.max() > self.num_slots:
-            raise ValueError(f"limits must add up to at most {self.num_slots}")
-        self._limits = limits.copy()
-
-    def adopt(
-        self, saved: SavedShards, capacity: int, generator: np.random.Generator
-    ) -> tuple[Ints, Ints]:
-        """See ``SelectionPolicy.adopt``.
-
-        Where there is room, every candidate enters until it is in use; nothing old goes for it,
-        but recent samples of a class that had lost some are then more likely stored.
-        """
-        whole = SavedClasses.merged(saved)
-        if capacity < saved.capacity:
-            shares = whole.shares(capacity)
-            if self.shares == "fixed":
-                assert self.num_classes is not None
-                wanted = np.full(self.num_classes, capacity)
-                excess = int(wanted.sum()) - capacity
-                shares = wanted - highest_scores(wanted, excess, np.zeros_like(wanted), 1)
-            whole = whole.cut(shares, self._choice(generator))
-        own = whole.of_rank(self.rank, self.num_ranks)
-        grows = ~whole.lost | (capacity > whole.counts.sum())
-        size = len(own.slots)
-        self.restore(
-            {
-                "labels": own.labels,
-                "offered": own.offered,
-                "counts": own.counts,
-                "grows": grows.astype(np.int64),
-                "slots": np.arange(size),
-            },
-            size,
-        )
-        return own.owners, own.slots
-
-    def forget(self, state: State, size: int, removed: Ints) -> tuple[State, Ints]:
-        """See ``SelectionPolicy.forget``. All classes may grow again, as in ``adopt``."""
-        forgotten, kept = forget_slots(state, size, removed)
-        return forgotten | {"grows": np.ones_like(state["labels"])}, kept
-
-    def _choice(self, generator: np.random.Generator) -> Choose:
-        """Who stays of a class that has more than its share, like ``_drop``."""
-        return at_random(generator)
-
-    def _make_room(self, counts: Ints) -> None:
-        """Shifts fixed shares between classes such that each has room for what it holds.
-
-        With another number of ranks the odd ones of a class belong to other ranks.
-        """
-        assert self._limits is not None
-        self._limits = np.maximum(self._limits, counts)
-        while self._limits.sum() > self.num_slots:
-            self._limits[np.argmax(self._limits - counts)] -= 1
 
 
 class ClassBalanced(_ClassShares):

@@ -12,10 +12,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from ritornello.arrays import Floats, Ints
-
-MOST_DISTANCE = 1e150
-"""Distances are far smaller; sums of smaller ones are finite."""
+from ritornello.arrays import Ints
 
 
 class Contents:
@@ -32,19 +29,19 @@ class Contents:
     Attributes:
         sizes: int64 ``[num_ranks]``, representatives in each shard.
         num_held: representatives in the whole buffer.
-        num_turns: what a policy that takes turns may count, as all ranks do.
     """
+
+    SAVED = ("labels", "counts", "places")
+    """What ``state`` consists of."""
 
     def __init__(self, sizes: Ints, rows_per_rank: Ints | None = None) -> None:
         self.sizes = sizes
         self.num_held = int(sizes.sum())
-        self.num_turns = 0
         if rows_per_rank is not None:
             num_places = int(rows_per_rank.sum())
             self._ends = rows_per_rank.cumsum()
             self._starts = self._ends - rows_per_rank
             self._labels = np.full(num_places, -1, dtype=np.int64)
-            self._distances = np.full(num_places, np.nan)
             # Of each class the places of its representatives, in no particular order, and of
             # each place where in that list it stands: so that taking one out is one swap.
             self._members: dict[int, array[int]] = {}
@@ -58,18 +55,25 @@ class Contents:
         Raises:
             TypeError: the sampling policy has not said that it needs labels.
         """
-        used = self._used_places()
+        used = self.used_places
         return self._labels[used]
 
     @property
-    def distances(self) -> Floats:
-        """float64 ``[num_held]``, by global index: how far each is from its class's mean.
+    def used_places(self) -> slice | Ints:
+        """The place of each representative, by global index: what picks them out of all places.
 
-        NaN where not measured since the representative was admitted; see
-        ``RehearsalBuffer.measure_distances``.
+        Raises:
+            TypeError: see ``labels``.
         """
-        used = self._used_places()
-        return self._distances[used]
+        self._check_knows_labels()
+        if self.num_held == len(self._labels):
+            return slice(None)
+        return np.concatenate(
+            [
+                np.arange(start, start + size)
+                for start, size in zip(self._starts, self.sizes, strict=True)
+            ]
+        )
 
     @property
     def class_labels(self) -> list[int]:
@@ -92,6 +96,16 @@ class Contents:
         pairs = zip(labels, positions.tolist(), strict=True)
         return np.array([members[label][position] for label, position in pairs], dtype=np.int64)
 
+    def places_of_slots(self, rank: int, slots: Ints) -> Ints:
+        """The places of some slots of a rank's shard.
+
+        Raises:
+            TypeError: see ``labels``.
+        """
+        self._check_knows_labels()
+        places: Ints = slots + self._starts[rank]
+        return places
+
     def indices(self, places: Ints) -> Ints:
         """The global indices of what lies at some places."""
         if self.num_held == len(self._labels):
@@ -105,10 +119,13 @@ class Contents:
         self.sizes = sizes
         self.num_held = int(sizes.sum())
 
-    def admit(self, rank: int, slots: Ints, labels: Ints) -> None:
-        """Says what a rank has admitted, in that order; both int64 ``[n]``."""
-        places = slots + self._starts[rank]
-        self._distances[places] = np.nan
+    def admit(self, rank: int, slots: Ints, labels: Ints) -> Ints:
+        """Says what a rank has admitted, in that order; both int64 ``[n]``.
+
+        Returns:
+            int64 ``[n]``, the places where it is now.
+        """
+        places = self.places_of_slots(rank, slots)
         # Most replace one of their own class. Of those for one place the last one stays.
         for place, label in zip(places.tolist(), labels.tolist(), strict=True):
             before = int(self._labels[place])
@@ -122,62 +139,40 @@ class Contents:
             self._positions[place] = len(members)
             members.append(place)
             self._labels[place] = label
-
-    def distances_at(self, places: Ints) -> Floats:
-        """The distances of what lies at some places."""
-        return self._distances[places]
-
-    def set_distances(self, places: Ints, distances: Floats) -> None:
-        """Sets the distances of what lies at some places."""
-        self._distances[places] = distances
-
-    def set_rank_distances(self, rank: int, distances: Floats) -> None:
-        """Sets the distances of all that a rank holds, in the order of its slots."""
-        first = int(self._starts[rank])
-        self._distances[first : first + len(distances)] = distances
+        return places
 
     @property
     def knows_labels(self) -> bool:
-        """Whether labels and distances are known, not sizes alone."""
+        """Whether labels are known, not sizes alone."""
         return hasattr(self, "_labels")
 
-    def state(self) -> dict[str, Ints | Floats]:
+    def state(self) -> dict[str, Ints]:
         """All that it knows beside the sizes, to be saved: copies.
 
-        The places of the first class, of the second, and so on, and how many each has; a distance
-        for each place, in the order of shards and slots; the turns.
+        The places of the first class, of the second, and so on, and how many each has.
         """
-        if not self.knows_labels:
-            return {}
         lists = [members for members in self._members.values() if members]
         return {
             "labels": np.array([label for label, held in self._members.items() if held], np.int64),
             "counts": np.array([len(members) for members in lists], np.int64),
             "places": np.array([place for members in lists for place in members], np.int64),
-            "distances": self._distances.copy(),
-            "turns": np.array([self.num_turns]),
         }
 
-    def restore(self, state: Mapping[str, Ints | Floats]) -> None:
+    def restore(self, state: Mapping[str, Ints]) -> None:
         """Goes on from ``state``; sizes and room must be those of the contents that gave it.
 
         Raises:
             ValueError, KeyError: it contradicts itself or the sizes.
         """
-        labels, counts, places, distances, turns = (
-            state[name] for name in ("labels", "counts", "places", "distances", "turns")
-        )
+        labels, counts, places = (state[name] for name in self.SAVED)
         used = np.zeros(len(self._labels), dtype=np.bool_)
-        used[self._used_places()] = True
+        used[self.used_places] = True
         if len(labels) != len(counts) or counts.min(initial=1) < 1 or counts.sum() != len(places):
             raise ValueError("counts must be those of the labels, and add up to the places")
         if not np.array_equal(np.sort(places), np.flatnonzero(used)):
             raise ValueError("places must be those of all representatives, once each")
         if len(np.unique(labels)) < len(labels) or labels.min(initial=0) < 0:
             raise ValueError("labels must differ and be at least 0")
-        if distances.shape != self._distances.shape or turns.shape != (1,) or turns[0] < 0:
-            raise ValueError("distances must be as many as there is room, and turns one number")
-        check_distances(distances.astype(np.float64))
         ends = counts.cumsum()
         self._members = {
             label: array("q", places[end - count : end].tolist())
@@ -190,35 +185,29 @@ class Contents:
                 self._positions[place] = position
                 self._labels[place] = label
         self._class_labels = None
-        self._distances[:] = distances
-        self.num_turns = int(turns[0])
 
     @staticmethod
     def moved(
-        state: Mapping[str, Ints | Floats], before: Ints, after: Ints
-    ) -> dict[str, Ints | Floats]:
+        state: Mapping[str, Ints], before: Ints, after: Ints, num_places: int
+    ) -> dict[str, Ints]:
         """A ``state`` when representatives have moved, and others are gone.
 
         Args:
             state: from ``state``.
             before: int64 ``[n]``, the places of those that are left.
             after: int64 ``[n]``, where they are now.
+            num_places: how many places there are.
 
         Raises:
             ValueError, KeyError: it contradicts itself or the places.
         """
-        labels, counts, places = (
-            state[name].astype(np.int64) for name in ("labels", "counts", "places")
-        )
-        num_places = len(state["distances"])
+        labels, counts, places = (state[name] for name in Contents.SAVED)
         if len(labels) != len(counts) or counts.min(initial=0) < 0 or counts.sum() != len(places):
             raise ValueError("counts must be those of the labels, and add up to the places")
         if places.min(initial=0) < 0 or places.max(initial=-1) >= num_places:
             raise ValueError(f"places must be from 0 to {num_places - 1}")
         place_after = np.full(num_places, -1)
         place_after[before] = after
-        distances = np.full(num_places, np.nan)
-        distances[after] = state["distances"][before]
         stays = place_after[places] >= 0
         if stays.sum() != len(before):
             raise ValueError("places must be those of all representatives, once each")
@@ -228,8 +217,6 @@ class Contents:
             "labels": labels[left > 0],
             "counts": left[left > 0],
             "places": place_after[places[stays]],
-            "distances": distances,
-            "turns": state["turns"],
         }
 
     def _take_out(self, place: int, label: int) -> None:
@@ -241,27 +228,9 @@ class Contents:
             members[position] = last
             self._positions[last] = position
 
-    def _used_places(self) -> slice | Ints:
+    def _check_knows_labels(self) -> None:
         if not self.knows_labels:
             raise TypeError(
-                "labels and distances are only known to sampling policies that say so: give the "
-                "class needs_labels = True"
+                "labels are only known to sampling policies that say so: give the class "
+                "needs_labels = True"
             )
-        if self.num_held == len(self._labels):
-            return slice(None)
-        return np.concatenate(
-            [
-                np.arange(start, start + size)
-                for start, size in zip(self._starts, self.sizes, strict=True)
-            ]
-        )
-
-
-def check_distances(distances: Floats) -> None:
-    """Checks what was saved as distances, which ``GraspSampling`` may have raised.
-
-    Raises:
-        ValueError: some cannot be.
-    """
-    if not (np.isnan(distances) | ((distances >= 0) & (distances < MOST_DISTANCE))).all():
-        raise ValueError("distances must be at least 0, or not measured")

@@ -14,7 +14,7 @@ import torch
 from ritornello.arrays import Floats, Ints
 
 _DECIMALS = 12
-"""Of distances between vectors of unit length. What is equal up to rounding errors counts as
+"""Digits of distances between vectors of unit length. What is equal up to rounding errors counts as
 equal, so that the choice depends neither on the machine nor on the order of its additions."""
 
 

@@ -10,45 +10,20 @@ each rank for itself. So on many ranks the global sizes are less equal than with
 from __future__ import annotations
 
 from abc import abstractmethod
-from array import array
 
 import numpy as np
 
 from ritornello.arrays import Ints
-from ritornello.policies.saved_classes import SavedClasses, at_random, check_classes, forget_slots
-from ritornello.policies.selection import (
-    Assignment,
-    SavedShards,
-    SelectionPolicy,
-    State,
-    checked_num_classes,
-)
+from ritornello.policies.saved_largest import KeepsLargest
+from ritornello.policies.selection import Assignment
 
 
-class _LargestClassGivesWay(SelectionPolicy):
+class _LargestClassGivesWay(KeepsLargest):
     """What these policies have in common: who is where, and which classes are the largest.
 
     A candidate changes the size of two classes by one, so the set of largest classes is kept up
     to date in constant time. Only when it has become empty are all classes looked at.
     """
-
-    needs_labels = True
-
-    def __init__(self, num_classes: int | None = None) -> None:
-        self.num_classes = checked_num_classes(num_classes)
-
-    def bind(self, num_slots: int, rank: int, num_ranks: int) -> None:
-        """See ``SelectionPolicy.bind``."""
-        super().bind(num_slots, rank, num_ranks)
-        self._numbers: dict[int, int] = {}  # label -> class number, as they appeared
-        self._members: list[array[int]] = []  # class number -> its slots
-        self._sizes = np.zeros(0, dtype=np.int64)
-        self._offered: list[int] = []
-        self._num_used = 0
-        # The following say something once the shard is full.
-        self._largest: list[int] = []
-        self._largest_size = 0
-        self._has_been_largest: list[bool] = []
 
     @abstractmethod
     def _replace(self, number: int, u: float, v: float) -> int | None:
@@ -86,81 +61,6 @@ class _LargestClassGivesWay(SelectionPolicy):
                 rows.append(row)
                 slots.append(slot)
         return Assignment(np.array(rows, dtype=np.int64), np.array(slots, dtype=np.int64))
-
-    def state(self) -> State:
-        """See ``SelectionPolicy.state``."""
-        return {
-            "labels": np.array(list(self._numbers), dtype=np.int64),
-            "offered": np.array(self._offered, dtype=np.int64),
-            "counts": self._sizes.copy(),
-            "slots": np.array([slot for of_class in self._members for slot in of_class], np.int64),
-            "largest": np.array(self._largest, dtype=np.int64),
-            "has_been_largest": np.array(self._has_been_largest, dtype=np.int64),
-        }
-
-    def restore(self, state: State, size: int) -> None:
-        """See ``SelectionPolicy.restore``."""
-        check_classes(state, size)
-        sizes, largest = state["counts"], state["largest"]
-        flags = state["has_been_largest"]
-        if len(flags) != len(sizes) or len(np.unique(largest)) < len(largest):
-            raise ValueError("has_been_largest must be of the length of labels, largest differ")
-        if len(largest) and (
-            size < self.num_slots
-            or largest.min() < 0
-            or largest.max() >= len(sizes)
-            or np.any(sizes[largest] != sizes.max())
-        ):
-            raise ValueError("largest must be numbers of the largest classes of a full shard")
-        self._numbers = {label: i for i, label in enumerate(state["labels"].tolist())}
-        ends = sizes.cumsum()
-        self._members = [
-            array("q", state["slots"][end - count : end].tolist())
-            for end, count in zip(ends.tolist(), sizes.tolist(), strict=True)
-        ]
-        self._sizes, self._offered = sizes.copy(), state["offered"].tolist()
-        self._num_used = size
-        self._largest, self._largest_size = largest.tolist(), int(sizes.max(initial=0))
-        self._has_been_largest = (flags != 0).tolist()
-
-    def adopt(
-        self, saved: SavedShards, capacity: int, generator: np.random.Generator
-    ) -> tuple[Ints, Ints]:
-        """See ``SelectionPolicy.adopt``. Of the largest classes random ones leave."""
-        whole = SavedClasses.merged(saved)
-        whole = whole.cut(whole.shares(capacity), at_random(generator))
-        were_largest = np.concatenate(
-            [state["labels"][state["has_been_largest"] != 0] for state in saved.states]
-        )
-        own = whole.of_rank(self.rank, self.num_ranks)
-        size = len(own.slots)
-        self.restore(
-            {
-                "labels": own.labels,
-                "offered": own.offered,
-                "counts": own.counts,
-                "slots": np.arange(size),
-                "largest": np.zeros(0, dtype=np.int64),
-                "has_been_largest": (own.lost | np.isin(own.labels, were_largest)).astype(np.int64),
-            },
-            size,
-        )
-        return own.owners, own.slots
-
-    def forget(self, state: State, size: int, removed: Ints) -> tuple[State, Ints]:
-        """See ``SelectionPolicy.forget``. Until the shard is full again, no class gives way."""
-        forgotten, kept = forget_slots(state, size, removed)
-        forgotten["largest"] = np.zeros(0, dtype=np.int64)
-        forgotten["has_been_largest"] = state["has_been_largest"]
-        return forgotten, kept
-
-    def _add_class(self, label: int) -> int:
-        number = self._numbers[label] = len(self._members)
-        self._members.append(array("q"))
-        self._sizes = np.append(self._sizes, 0)
-        self._offered.append(0)
-        self._has_been_largest.append(False)
-        return number
 
     def _find_largest(self) -> None:
         self._largest_size = int(self._sizes.max())

@@ -11,11 +11,12 @@ from ritornello.policies.class_shares import (
     GreedyBalanced,
     PerClassRandom,
 )
+from ritornello.policies.earlier_tasks import EarlierTasks
+from ritornello.policies.grasp import GraspSampling
 from ritornello.policies.largest_class import ClassBalancedReservoir, GraspEviction
 from ritornello.policies.reservoir import Fifo, Reservoir
 from ritornello.policies.sampling import (
     ClassBalancedSampling,
-    GraspSampling,
     SamplingPolicy,
     UniformSampling,
 )
@@ -38,6 +39,7 @@ SAMPLING_POLICIES: dict[str, type[SamplingPolicy]] = {
     "uniform": UniformSampling,
     "class-balanced": ClassBalancedSampling,
     "grasp": GraspSampling,
+    "earlier-tasks": EarlierTasks,
 }
 
 

@@ -1,8 +1,8 @@
-"""The plan of one global draw: which records of which shards go to which ranks.
+"""What a sampling policy is, and those that remember nothing: uniform and class-balanced.
 
 Every rank knows the sizes of all shards and shares a random stream keyed by (seed, step), so
 every rank computes the same draw. What follows from it, whom to send what and what to expect
-from whom, needs no request: only records cross the network.
+from whom, needs no request (see ``transports.plan``): only records cross the network.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 
 import numpy as np
 
-from ritornello.arrays import Floats, Ints
+from ritornello.arrays import Arrays, Floats, Ints
 from ritornello.policies.class_members import distinct_positions
 from ritornello.policies.contents import Contents
 
@@ -19,14 +19,31 @@ from ritornello.policies.contents import Contents
 class SamplingPolicy(ABC):
     """Which representatives the ranks draw in one step, as global indices.
 
-    A global index counts the representatives of all shards, shard after shard.
+    A global index counts the representatives of all shards, shard after shard. ``draw`` is all
+    that a policy needs; the other methods, which do nothing, are for one that remembers something
+    from draw to draw. Such a policy must set ``needs_labels``: others are asked for many rounds
+    ahead. Every buffer has a copy of the policy that it was given, and every rank must remember
+    the same. What is remembered of a representative is best kept by its place, see ``Contents``.
 
     Attributes:
-        needs_labels: whether ``draw`` looks at more of the contents than how many there are.
-            Rounds then tell every rank the labels of what was admitted on all.
+        needs_labels: whether ``draw`` looks at more of the contents than how many there are, or
+            remembers anything. Rounds then tell every rank what was admitted on all.
+        needs_distances: whether it wants to be told what ``RehearsalBuffer.measure_distances``
+            finds. Goes with ``needs_labels``.
+        needs_tasks: whether it wants to be told when ``RehearsalBuffer.begin_task`` is called. Goes
+            with ``needs_labels``.
     """
 
     needs_labels = False
+    needs_distances = False
+    needs_tasks = False
+
+    def bind(self, capacity: int) -> None:
+        """Ties the policy to one buffer, which is empty.
+
+        Args:
+            capacity: of the buffer; places are from 0 to ``capacity - 1``.
+        """
 
     @abstractmethod
     def draw(
@@ -35,7 +52,7 @@ class SamplingPolicy(ABC):
         """Draws for all ranks at once. Every rank computes it, and must get the same.
 
         Args:
-            contents: the whole buffer; holds at least ``num_drawn`` representatives.
+            contents: the whole buffer; ``num_drawable`` was at least ``num_drawn``.
             num_ranks: the ranks that draw.
             num_drawn: what each rank gets.
             generator: the same stream on every rank.
@@ -43,6 +60,87 @@ class SamplingPolicy(ABC):
         Returns:
             int64 ``[num_ranks, num_drawn]``, each below ``contents.num_held``.
         """
+
+    def num_drawable(self, contents: Contents) -> int:
+        """How many of the representatives may be drawn now. Every rank must get the same.
+
+        While there are fewer than ``r``, each rank gets as many.
+        """
+        return contents.num_held
+
+    def begin_task(self, contents: Contents) -> None:
+        """Says that what is admitted from now on is of another task; see ``needs_tasks``.
+
+        Args:
+            contents: the whole buffer, after the last round.
+        """
+
+    def overwritten(self, places: Ints) -> None:
+        """Says what other representatives lie at now, before the round's ``draw``.
+
+        Args:
+            places: int64 ``[n]``; may be empty, and a place may come twice.
+        """
+
+    def measured(self, places: Ints, distances: Floats) -> None:
+        """Says how far representatives are from their class's mean; see ``needs_distances``.
+
+        Args:
+            places: int64 ``[n]``, all that are in use.
+            distances: float64 ``[n]``, from 0 to 2.
+        """
+
+    def state(self) -> Arrays:
+        """What it remembers, to be saved: copies, int64 or float64, each ``[n]``.
+
+        Their names must not be those of ``Contents.SAVED``, beside which they are saved.
+        """
+        return {}
+
+    def restore(self, state: Arrays) -> None:
+        """Goes on from ``state``, exactly as the policy that gave it.
+
+        Called on a policy that was bound and not used, and only if something was saved.
+
+        Args:
+            state: from a policy with the same settings, of a buffer with the same shards.
+
+        Raises:
+            ValueError, KeyError: no policy of this type can have given it.
+        """
+
+    def adopt(self, state: Arrays, before: Ints, after: Ints) -> None:
+        """Takes over what still holds of a buffer with another number of ranks or capacity.
+
+        Called as ``restore`` is.
+
+        Args:
+            state: perhaps from a policy of another type.
+            before: int64 ``[n]``, the places, there, of all representatives that were taken over.
+            after: int64 ``[n]``, their places in this buffer.
+
+        Raises:
+            ValueError, KeyError: see ``restore``.
+        """
+
+    def forget(self, state: Arrays, before: Ints, after: Ints) -> Arrays:
+        """What ``state`` becomes when representatives are removed from a saved buffer.
+
+        Called on a policy that was not bound, and only on Ritornello's own: one's own begin anew.
+        Nothing of what was removed may be left in it.
+
+        Args:
+            state: from a policy of this type.
+            before: int64 ``[n]``, the places of those that stay.
+            after: int64 ``[n]``, where they are now.
+
+        Returns:
+            The new state; nothing: the policy then begins anew.
+
+        Raises:
+            ValueError, KeyError: see ``restore``.
+        """
+        return {}
 
 
 class UniformSampling(SamplingPolicy):
@@ -57,18 +155,28 @@ class UniformSampling(SamplingPolicy):
         self, contents: Contents, num_ranks: int, num_drawn: int, generator: np.random.Generator
     ) -> Ints:
         """See ``SamplingPolicy.draw``."""
-        num_held = contents.num_held
-        if num_held >= num_ranks * num_drawn:
-            everyone = generator.choice(num_held, num_ranks * num_drawn, replace=False)
-            return everyone.reshape(num_ranks, num_drawn)
-        ranks_per_draw = num_held // num_drawn
-        parts = [
-            generator.choice(
-                num_held, min(ranks_per_draw, num_ranks - first) * num_drawn, replace=False
-            )
-            for first in range(0, num_ranks, ranks_per_draw)
-        ]
-        return np.concatenate(parts).reshape(num_ranks, num_drawn)
+        return uniform_draw(contents.num_held, num_ranks, num_drawn, generator)
+
+
+def uniform_draw(
+    num_drawable: int, num_ranks: int, num_drawn: int, generator: np.random.Generator
+) -> Ints:
+    """Draws for all ranks out of so many, each equally likely; see ``UniformSampling``.
+
+    Returns:
+        int64 ``[num_ranks, num_drawn]``, each below ``num_drawable``.
+    """
+    if num_drawable >= num_ranks * num_drawn:
+        everyone = generator.choice(num_drawable, num_ranks * num_drawn, replace=False)
+        return everyone.reshape(num_ranks, num_drawn)
+    ranks_per_draw = num_drawable // num_drawn
+    parts = [
+        generator.choice(
+            num_drawable, min(ranks_per_draw, num_ranks - first) * num_drawn, replace=False
+        )
+        for first in range(0, num_ranks, ranks_per_draw)
+    ]
+    return np.concatenate(parts).reshape(num_ranks, num_drawn)
 
 
 class ClassBalancedSampling(SamplingPolicy):
@@ -98,60 +206,3 @@ class ClassBalancedSampling(SamplingPolicy):
             parts += [contents.places(labels[owner])] * int(num_passes[owner])
         everyone = generator.permutation(np.concatenate(parts))
         return contents.indices(everyone).reshape(num_ranks, num_drawn)
-
-
-class GraspSampling(SamplingPolicy):
-    """From prototypical representatives to atypical ones, class after class.
-
-    The classes take turns. In its turn a class gives one representative, with a probability
-    proportional to ``1 / (d + 1e-7)``, where ``d`` is its cosine distance to the mean of its
-    class; its ``d`` then grows by the largest one of the class. The ranks' draws follow one
-    another, so that all ranks together draw what one rank with ``N * r`` would.
-
-    The distances come from ``RehearsalBuffer.measure_distances``, which is to be called before
-    each period of rehearsal. A representative that was admitted since has the mean distance of
-    its class; in a class that was never measured all are equally likely, and then take turns.
-
-    Source: Harun et al., "GRASP: A Rehearsal Policy for Efficient Online Continual Learning"
-    (CoLLAs 2024).
-    """
-
-    needs_labels = True
-
-    EPSILON = 1e-7
-
-    LARGE = 1e100
-    """Distances double each time a class has been gone through. Only their ratios matter: from
-    here on they are divided by the largest."""
-
-    def draw(
-        self, contents: Contents, num_ranks: int, num_drawn: int, generator: np.random.Generator
-    ) -> Ints:
-        """See ``SamplingPolicy.draw``. Also raises the distances of what was drawn."""
-        labels = contents.class_labels
-        turns = (contents.num_turns + np.arange(num_ranks * num_drawn)) % len(labels)
-        contents.num_turns = int(turns[-1]) + 1
-        drawn = np.empty(len(turns), dtype=np.int64)
-        for number in np.unique(turns).tolist():
-            own = np.flatnonzero(turns == number)
-            drawn[own] = self._draw_of_class(contents, labels[number], generator.random(len(own)))
-        return contents.indices(drawn).reshape(num_ranks, num_drawn)
-
-    def _draw_of_class(self, contents: Contents, label: int, u: Floats) -> Ints:
-        """The places of what a class gives in ``len(u)`` turns, one random number for each."""
-        places = contents.places(label)
-        distances = contents.distances_at(places)
-        unknown = np.isnan(distances)
-        if unknown.any():
-            distances[unknown] = 1.0 if unknown.all() else distances[~unknown].mean()
-        chosen = np.empty(len(u), dtype=np.int64)
-        for turn, number in enumerate(u.tolist()):
-            chances = (1.0 / (distances + self.EPSILON)).cumsum()
-            position = min(
-                int(chances.searchsorted(number * chances[-1], side="right")), len(places) - 1
-            )
-            distances[position] += distances.max()
-            chosen[turn] = position
-        largest = distances.max()
-        contents.set_distances(places, distances / largest if largest > self.LARGE else distances)
-        return places[chosen]

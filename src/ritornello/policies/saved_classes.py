@@ -102,7 +102,7 @@ class SavedClasses:
 
     @classmethod
     def merged(cls, saved: SavedShards) -> SavedClasses:
-        """Of the shards of all ranks.
+        """The classes of the shards of all ranks.
 
         Raises:
             ValueError, KeyError: see ``check_classes``.
@@ -178,6 +178,15 @@ class SavedClasses:
         return replace(
             self, counts=counts, offered=offered, owners=self.owners[part], slots=self.slots[part]
         )
+
+    def state(self) -> State:
+        """What their policy knows once they are in the slots from 0 on; see ``check_classes``."""
+        return {
+            "labels": self.labels,
+            "offered": self.offered,
+            "counts": self.counts,
+            "slots": np.arange(len(self.slots)),
+        }
 
 
 def at_random(generator: np.random.Generator) -> Choose:

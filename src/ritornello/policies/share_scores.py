@@ -52,6 +52,10 @@ def spreading_stride(num_ranks: int) -> int:
 def highest_scores(shares: Ints, excess: int, offsets: Ints, num_ranks: int) -> Ints:
     """How many of each class's representatives are among the ``excess`` highest scores.
 
+    On one rank, where all offsets are 0, classes of 5, 3 and 1 have the scores 0 to 4, 0 to 2, and
+    0. The 2 highest are 4 and 3, both of the first class: ``[2, 0, 0]``. The third highest, 2, two
+    classes have; the later one gives way: ``[2, 1, 0]``.
+
     Args:
         shares: int64 ``[num_classes]``, representatives of each class, in the order in which the
             classes appeared.
@@ -59,8 +63,12 @@ def highest_scores(shares: Ints, excess: int, offsets: Ints, num_ranks: int) -> 
         offsets: int64 ``[num_classes]``, the lowest score of each class on this rank.
         num_ranks: the distance between scores of a class.
     """
+    # A class's scores are its offset and from there every `num_ranks`-th number, up to its top. So
+    # how many lie above a level takes no list of them, and the level is found by bisection, at a
+    # cost that hardly depends on how many representatives there are.
     tops = (shares - 1) * num_ranks + offsets
-    # The lowest level that no more than `excess` scores lie above.
+    # The lowest level that no more than `excess` scores lie above. The class with the highest top
+    # alone has more than `excess` above the level from which the search begins.
     high = int(tops.max())
     low = max(-1, high - excess * num_ranks - 1)
     while low < high:
@@ -77,6 +85,19 @@ def highest_scores(shares: Ints, excess: int, offsets: Ints, num_ranks: int) -> 
         at_level = at_level[::-1]
     above[at_level[: excess - int(above.sum())]] += 1
     return above
+
+
+def fixed_shares(num_slots: int, offsets: Ints, num_ranks: int) -> Ints:
+    """What each class has of a shard's slots once all have offered enough; int64.
+
+    Args:
+        num_slots: of the shard.
+        offsets: int64 ``[num_classes]``, the lowest score of each class on this rank.
+        num_ranks: the distance between scores of a class.
+    """
+    wanted = np.full_like(offsets, num_slots)
+    excess = int(wanted.sum()) - num_slots
+    return wanted - highest_scores(wanted, excess, offsets, num_ranks)
 
 
 def _num_above(tops: Ints, shares: Ints, level: int, num_ranks: int) -> Ints:

@@ -1,1 +1,1 @@
-"""Records."""
+"""Records: samples as rows of bytes, and where these lie."""

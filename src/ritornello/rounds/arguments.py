@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,8 @@ class Arguments:
     """What all ranks must give alike, unchecked as given."""
 
     capacity: int
-    num_representatives: int
+    num_representatives: float
+    most_representatives: int | None
     num_candidates: int | None
     selection: str | SelectionPolicy
     label: Any
@@ -32,12 +34,25 @@ class Arguments:
         """Where the class label is in a sample."""
         return self.label if isinstance(self.label, tuple) else (self.label,)
 
+    @property
+    def rate_may_change(self) -> bool:
+        """Whether ``num_representatives`` may be set between two steps."""
+        return self.most_representatives is not None
+
+    @property
+    def most_per_draw(self) -> int:
+        """The most representatives that a rank gets in one draw."""
+        if self.most_representatives is not None:
+            return int(self.most_representatives)
+        return math.ceil(self.num_representatives)
+
     def as_text(self) -> dict[str, str]:
         """Argument to text, equal for equal arguments, to compare over ranks.
 
         Ranks of other versions would draw other numbers, so the versions are part of it.
         """
         given = {name: _text(value) for name, value in vars(self).items()}
+        given["num_representatives"] = _text(plain(self.num_representatives))
         return given | {"ritornello's version": __version__, "NumPy's version": np.__version__}
 
     def check(self, num_ranks: int) -> None:
@@ -52,7 +67,15 @@ class Arguments:
                 f"capacity={self.capacity}: it must be at least the number of ranks "
                 f"({num_ranks}), so that every rank holds a representative"
             )
-        _check_count("num_representatives", self.num_representatives, minimum=1)
+        _check_rate(self.num_representatives)
+        if self.most_representatives is not None:
+            _check_count("most_representatives", self.most_representatives, minimum=1)
+            self._check_most(self.num_representatives)
+            if self.most_representatives > self.capacity:
+                raise ValueError(
+                    f"most_representatives={self.most_representatives}: it must be at most the "
+                    f"capacity ({self.capacity}), as num_representatives is"
+                )
         if self.num_representatives > self.capacity:
             raise ValueError(
                 f"num_representatives={self.num_representatives}: it must be at most the "
@@ -66,6 +89,30 @@ class Arguments:
             raise ValueError(f"seed={self.seed}: it must be below 2**64")
         if self.label is None:
             self._check_policies_without_labels()
+
+    def changed_rate(self, rate: Any) -> float:
+        """What ``num_representatives`` is when it is set to ``rate``.
+
+        Raises:
+            ValueError, TypeError: it cannot be; says why.
+        """
+        if self.most_representatives is None:
+            raise ValueError(
+                f"num_representatives={rate}: it is {self.num_representatives} once and for all, "
+                "as the buffer was made without most_representatives, the most that it may become"
+            )
+        _check_rate(rate)
+        self._check_most(rate)
+        changed: float = plain(rate)
+        return changed
+
+    def _check_most(self, rate: float) -> None:
+        assert self.most_representatives is not None
+        if rate > self.most_representatives:
+            raise ValueError(
+                f"num_representatives={rate}: it must be at most most_representatives "
+                f"({self.most_representatives}), for which the buffer has memory"
+            )
 
     def _check_policies_without_labels(self) -> None:
         for policy, given, others in (
@@ -84,6 +131,22 @@ def _check_count(name: str, value: Any, *, minimum: int) -> None:
         raise TypeError(f"{name}={value!r}: it must be an integer")
     if value < minimum:
         raise ValueError(f"{name}={value}: it must be at least {minimum}")
+
+
+def _check_rate(rate: Any) -> None:
+    if isinstance(rate, bool) or not isinstance(rate, (int, float, np.integer, np.floating)):
+        raise TypeError(f"num_representatives={rate!r}: it must be a number")
+    if not 0 <= rate < math.inf:  # which NaN is not either
+        raise ValueError(f"num_representatives={rate}: it must be a finite number of at least 0")
+
+
+def plain(value: Any) -> Any:
+    """A number as one of Python's own, whole ones as integers; all else as it is."""
+    if isinstance(value, np.integer):
+        return int(value)
+    if isinstance(value, (float, np.floating)):
+        return int(value) if float(value).is_integer() else float(value)
+    return value
 
 
 def _text(value: object) -> str:

@@ -43,7 +43,7 @@ class Begun:
             streams: of the worker; see ``Staging``.
         """
         num_draws = arguments.num_draws
-        num_per_step = arguments.num_representatives * num_draws
+        num_per_step = arguments.most_per_draw * num_draws
         staging = Staging(
             layout, device, storage.device, num_per_step, streams, reorders=num_draws > 1
         )
@@ -56,7 +56,7 @@ def check_room(layout: Layout, arguments: Arguments) -> None:
     Raises:
         MemoryError: it does not.
     """
-    num_per_step = arguments.num_representatives * arguments.num_draws
+    num_per_step = arguments.most_per_draw * arguments.num_draws
     free = free_memory_bytes()
     if free is not None and 2 * num_per_step * layout.record_bytes > free:
         raise MemoryError(

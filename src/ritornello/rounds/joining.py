@@ -49,7 +49,7 @@ class _Block:
         return torch.from_numpy(lent)
 
 
-class Outputs:
+class Joiner:
     """Joins mini-batches and representatives, in CPU memory that is used again where safe."""
 
     def __init__(self) -> None:

@@ -1,6 +1,9 @@
-"""Planner."""
+"""The plans of one rank's rounds, made several at a time where nothing changes between them."""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -8,12 +11,11 @@ from ritornello.arrays import Ints
 from ritornello.policies.contents import Contents
 from ritornello.policies.names import SAMPLING_POLICIES
 from ritornello.policies.sampling import SamplingPolicy
-from ritornello.rounds.random_streams import Streams
+from ritornello.rounds.random_streams import Purpose, Streams
 from ritornello.transports.plan import Plan, plans_of_draws
 
 ROUNDS_AHEAD = 16
 """How many rounds are planned at once when the shards are full."""
-
 
 NUMBERS_AHEAD = 2**16
 """How many indices are drawn ahead at most; at thousands of ranks one round has as many."""
@@ -24,34 +26,49 @@ class Planner:
 
     While shards fill, round by round; from then on several rounds with the same few calls, as
     calls, not numbers, are what a plan costs. Each round's draw has a stream of its own, so
-    the plans are the same either way. Policies that look at labels see other ones each round.
+    the plans are the same either way. Policies that look at labels see other ones each round, and
+    may remember what they drew: theirs are always planned one by one.
+
+    A rate that changes drops what was planned ahead. Then one round is planned, then two, and so
+    on: as many as the rate has lasted, so that no more is dropped than was of use.
 
     Args:
         rank: whose plans.
-        num_representatives: ``r``; each rank gets as many, or all if the buffer holds fewer.
+        rate: ``r``, expected: each rank gets as many, a fraction rounded up or down by chance, or
+            all if the buffer holds fewer.
         policy: what to draw.
-        streams: that all ranks share.
+        seed: of the streams, that all ranks share.
         num_draws: how many draws, each on its own, make one round's exchange.
     """
 
     def __init__(
         self,
         rank: int,
-        num_representatives: int,
+        rate: float,
         policy: SamplingPolicy,
-        streams: Streams,
+        seed: int,
         num_draws: int = 1,
     ) -> None:
         self._rank = rank
-        self._num_representatives = num_representatives
+        self._rate = rate
         self._policy = policy
-        self._streams = streams
+        self._streams = Streams(seed, Purpose.SAMPLING)
+        self._rate_streams = Streams(seed, Purpose.RATE)
         self._num_draws = num_draws
         self._ahead: dict[int, Plan] = {}
+        self._most_ahead = ROUNDS_AHEAD
 
-    def forget(self) -> None:
-        """Drops what was planned ahead: the shards are others now."""
+    def go_on(self, policy: SamplingPolicy) -> None:
+        """Goes on with another policy and other shards: drops what was planned ahead."""
+        self._policy = policy
         self._ahead.clear()
+
+    def change_rate(self, rate: float) -> None:
+        """Goes on with a rate, perhaps another one."""
+        if rate != self._rate:
+            self._rate = rate
+            self._ahead.clear()
+            self._most_ahead = 1
 
     def plan(self, step: int, contents: Contents, sizes_are_final: bool) -> Plan:
         """Plans one round.
@@ -65,15 +82,31 @@ class Planner:
             ValueError: the policy breaks its contract.
         """
         if step not in self._ahead:
-            num_numbers = len(contents.sizes) * self._num_representatives * self._num_draws
+            num_numbers = len(contents.sizes) * math.ceil(self._rate) * self._num_draws
             ahead = sizes_are_final and not self._policy.needs_labels
-            num_rounds = min(ROUNDS_AHEAD, NUMBERS_AHEAD // num_numbers) if ahead else 1
-            steps = range(step, step + max(1, num_rounds))
-            shape = (contents, self._num_representatives, self._num_draws)
-            draws = [draw_all(*shape, self._policy, self._streams.at(each)) for each in steps]
-            plans = plans_of_draws(np.stack(draws), contents.sizes, self._rank)
-            self._ahead = dict(zip(steps, plans, strict=True))
+            num_rounds = min(self._most_ahead, NUMBERS_AHEAD // max(1, num_numbers)) if ahead else 1
+            self._most_ahead = min(2 * self._most_ahead, ROUNDS_AHEAD)
+            for count, steps in self._by_count(range(step, step + max(1, num_rounds))).items():
+                shape = (contents, count, self._num_draws)
+                draws = [draw_all(*shape, self._policy, self._streams.at(each)) for each in steps]
+                plans = plans_of_draws(np.stack(draws), contents.sizes, self._rank)
+                self._ahead.update(zip(steps, plans, strict=True))
         return self._ahead.pop(step)
+
+    def _by_count(self, steps: Iterable[int]) -> dict[int, list[int]]:
+        """Rounds by how many each rank shall draw: the rate, rounded up as often as its part says.
+
+        A draw of fewer is no part of a draw of more, so each count is planned on its own.
+        """
+        whole = math.floor(self._rate)
+        part = self._rate - whole
+        if part == 0:
+            return {whole: list(steps)}
+        found: dict[int, list[int]] = {}
+        for step in steps:
+            count = whole + (self._rate_streams.at(step).random() < part)
+            found.setdefault(count, []).append(step)
+        return found
 
 
 def plan_draw(
@@ -106,7 +139,7 @@ def draw_all(
         ValueError: the policy breaks its contract.
     """
     num_ranks, num_held = len(contents.sizes), contents.num_held
-    num_drawn = min(num_representatives, num_held)
+    num_drawn = min(num_representatives, policy.num_drawable(contents))
     if num_drawn == 0:
         return np.zeros((num_draws, num_ranks, 0), dtype=np.int64)
     draws = [policy.draw(contents, num_ranks, num_drawn, generator) for _ in range(num_draws)]

@@ -22,6 +22,8 @@ class Purpose(IntEnum):
     SELECTION = 2
     SAMPLING = 3
     ADOPTION = 4
+    RATE = 5
+    COMPOSITION = 6
 
 
 class Streams:

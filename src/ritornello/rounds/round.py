@@ -9,23 +9,20 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 import torch
 
-from ritornello.arrays import Bytes, Floats, Ints
+from ritornello.arrays import Bytes, Ints
 from ritornello.policies.contents import Contents
 from ritornello.policies.names import SELECTION_POLICIES
 from ritornello.policies.sampling import SamplingPolicy
-from ritornello.policies.selection import (
-    SelectionPolicy,
-    check_labels,
-    size_after,
-)
+from ritornello.policies.selection import SelectionPolicy, check_labels, size_after
 from ritornello.records.layout import Layout
 from ritornello.records.shard import Shard, rows_per_rank
 from ritornello.records.storage import Storage
+from ritornello.rounds.arguments import plain
 from ritornello.rounds.distances import cosine_distances
 from ritornello.rounds.planner import Planner
 from ritornello.rounds.random_streams import Purpose, Streams
@@ -42,14 +39,16 @@ class Rounds:
     Args:
         transport: to the other ranks.
         selection: this rank's policy; is bound to the shard.
-        sampling: the policy of the draws.
+        sampling: the policy of the draws; a copy of it is bound to the buffer.
         capacity: of the whole buffer.
         num_representatives: ``r``.
         seed: of all streams.
         storage: where the shard lies.
         num_draws: draws of ``r``, each on its own, that a round makes for each rank.
+        rate_may_change: whether ``rate`` may be set between two rounds.
 
     Attributes:
+        rate: ``r`` of the next round.
         before_write: told the slots that are about to be overwritten, if anybody wants to know.
     """
 
@@ -60,10 +59,11 @@ class Rounds:
         sampling: SamplingPolicy,
         *,
         capacity: int,
-        num_representatives: int,
+        num_representatives: float,
         seed: int,
         storage: Storage,
         num_draws: int = 1,
+        rate_may_change: bool = False,
     ) -> None:
         self.transport = transport
         self.num_rounds = 0
@@ -75,22 +75,17 @@ class Rounds:
         self.before_write: Callable[[Ints], None] | None = None
         self.is_torn = False  # whether a load has failed when it had begun to overwrite
         self._full = False
-        self._unused_selection = copy.deepcopy(selection)
-        self.selection, self.sampling = selection, sampling
+        self.capacity = capacity
+        self.limits = rows_per_rank(capacity, transport.num_ranks)
+        self._unused_selection, self._unused_sampling = copy.deepcopy((selection, sampling))
+        self.selection, self.sampling = selection, self.new_sampling()
         self.needs_labels = selection.needs_labels or sampling.needs_labels
         self._is_builtin = type(selection) in SELECTION_POLICIES.values()
         self._selection_streams = Streams(seed, Purpose.SELECTION, transport.rank)
         self.adoption_streams = Streams(seed, Purpose.ADOPTION)
-        self._planner = Planner(
-            transport.rank,
-            num_representatives,
-            sampling,
-            Streams(seed, Purpose.SAMPLING),
-            num_draws,
-        )
+        self.rate, self._rate_may_change = num_representatives, rate_may_change
+        self._planner = Planner(transport.rank, num_representatives, self.sampling, seed, num_draws)
         self._storage = storage
-        self.capacity = capacity
-        self.limits = rows_per_rank(capacity, transport.num_ranks)
         self.contents = self.no_contents()
         self.admitted_in = np.zeros(0, dtype=np.int64)  # slot -> round, made with the shard
         selection.bind(self.num_rows, transport.rank, transport.num_ranks)
@@ -122,8 +117,8 @@ class Rounds:
             How many representatives are staged for the next mini-batch.
 
         Raises:
-            ValueError: a label out of range, samples of another layout on another rank, or an
-                assignment that breaks the policy's contract.
+            ValueError: a label out of range, samples of another layout or another rate on another
+                rank, or an assignment that breaks the policy's contract.
             MemoryError: the shard does not fit.
             PeerLostError: see ``Transport``.
         """
@@ -134,7 +129,10 @@ class Rounds:
             self._enter("plan")
             self._learn_sizes(size)
             if admitted is not None:
-                self._learn_labels(admitted)
+                self.sampling.overwritten(self._learn_labels(admitted))
+            if self._rate_may_change:
+                self._agree_on_rate()
+                self._planner.change_rate(self.rate)
             plan = self._planner.plan(self.num_rounds, self.contents, self._full)
             if plan.num_drawn:
                 self._enter("exchange")
@@ -162,6 +160,32 @@ class Rounds:
         rows = self._staging.copy_for_trainer(self.shard.rows[first : first + num_rows])
         return self._layout.views(rows)
 
+    def rewrite(self, first: int, num_rows: int, values: Mapping[int, torch.Tensor]) -> None:
+        """Replaces fields of this rank's representatives from a slot on.
+
+        Records are written as a whole, so that an interrupt leaves each as it was or shall be.
+
+        Args:
+            first: slot.
+            num_rows: how many.
+            values: ``[num_rows, *shape]`` by the position of the field, on any device.
+
+        Raises:
+            PeerLostError: another rank of this host does not end its round.
+        """
+        assert self.shard is not None
+        slots = np.arange(first, first + num_rows)
+        placed = {position: self._staging.placed(each) for position, each in values.items()}
+        self.transport.await_readers()
+        if self.before_write is not None:
+            self.before_write(slots)
+        with self._staging.worker_stream():
+            records = self.shard.rows[first : first + num_rows].clone()
+            for position, each in placed.items():
+                self._layout.view(records, position).copy_(each)
+            self.shard.write(slots, records, np.arange(num_rows))
+        self._staging.finish_writes()
+
     def measure_distances(self, features: torch.Tensor) -> None:
         """Tells all ranks how far each representative is from its class's mean.
 
@@ -174,8 +198,12 @@ class Rounds:
             ValueError: on every rank, if some rank's features cannot be used.
         """
         distances = cosine_distances(features, self.labels(), self.transport)
-        for rank, of_rank in enumerate(gather_padded(distances, self.transport)):
-            self.contents.set_rank_distances(rank, of_rank)
+        everyone = gather_padded(distances, self.transport)
+        places = [
+            self.contents.places_of_slots(rank, np.arange(len(of_rank)))
+            for rank, of_rank in enumerate(everyone)
+        ]
+        self.sampling.measured(np.concatenate(places), np.concatenate(everyone))
 
     # For who saves and restores it, on the trainer's thread while no round runs.
 
@@ -233,22 +261,24 @@ class Rounds:
         self.is_torn = False
 
     def go_on(
-        self, num_rounds: int, policy: SelectionPolicy, contents: Contents, admitted_in: Ints
+        self,
+        num_rounds: int,
+        selection: SelectionPolicy,
+        sampling: SamplingPolicy,
+        contents: Contents,
+        admitted_in: Ints,
     ) -> None:
         """Goes on from where another buffer was after as many rounds."""
         self.num_rounds = num_rounds
-        self.selection, self.contents = policy, contents
+        self.selection, self.sampling, self.contents = selection, sampling, contents
         self.admitted_in[: len(admitted_in)] = admitted_in
         self._full = np.array_equal(contents.sizes, self.limits)
-        self._planner.forget()
+        self._planner.go_on(sampling)
 
-    def tell_contents(self, distances: Floats | None) -> None:
-        """Tells all ranks which labels, and which distances if they are known, this one holds."""
+    def tell_labels(self) -> None:
+        """Tells all ranks which labels this one holds."""
         labels = self.labels()
         self._learn_labels(np.stack([np.arange(len(labels)), labels], axis=1))
-        if distances is not None:
-            for rank, of_rank in enumerate(gather_padded(distances, self.transport)):
-                self.contents.set_rank_distances(rank, of_rank)
 
     def no_contents(self) -> Contents:
         """The contents of an empty buffer."""
@@ -259,6 +289,12 @@ class Rounds:
         """This rank's policy as it was before the first candidate."""
         policy = copy.deepcopy(self._unused_selection)
         policy.bind(self.num_rows, self.transport.rank, self.transport.num_ranks)
+        return policy
+
+    def new_sampling(self) -> SamplingPolicy:
+        """The policy of the draws as it was before the first one."""
+        policy = copy.deepcopy(self._unused_sampling)
+        policy.bind(self.capacity)
         return policy
 
     # In a round.
@@ -325,10 +361,37 @@ class Rounds:
             self.contents.resize(gather_counts(self.transport, size))
             self._full = np.array_equal(self.contents.sizes, self.limits)
 
-    def _learn_labels(self, admitted: Ints) -> None:
-        """All-gathers what was admitted where, for policies that look at labels."""
-        for rank, of_rank in enumerate(gather_padded(admitted, self.transport)):
+    def _agree_on_rate(self) -> None:
+        """All-gathers the rates, as a rank that drew another number would take what is not its own.
+
+        Raises:
+            ValueError: on every rank, if they differ.
+        """
+        # The bits of a number from 0 on are those of an integer from 0 on: what is gathered in a
+        # round must not be negative.
+        bits = int(np.float64(self.rate).view(np.int64))
+        rates = gather_counts(self.transport, bits).view(np.float64)
+        if (rates != self.rate).any():
+            found = [
+                f"{plain(rate)} on rank(s) {np.flatnonzero(rates == rate).tolist()}"
+                for rate in np.unique(rates)
+            ]
+            raise ValueError(
+                f"num_representatives is {', '.join(found)}: all ranks must set the same, between "
+                "the same two steps"
+            )
+
+    def _learn_labels(self, admitted: Ints) -> Ints:
+        """All-gathers what was admitted where, for policies that look at labels.
+
+        Returns:
+            The places that hold others now.
+        """
+        places = [
             self.contents.admit(rank, of_rank[:, 0], of_rank[:, 1])
+            for rank, of_rank in enumerate(gather_padded(admitted, self.transport))
+        ]
+        return np.concatenate(places)
 
     def _enter(self, stage: str | None) -> None:
         """Notes the time at which a stage begins, and so the one before ends."""

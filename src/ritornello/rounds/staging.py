@@ -46,7 +46,7 @@ class Staging:
         layout: of the records.
         trainer_device: where the mini-batches are.
         shard_device: where the shard lies.
-        num_representatives: per round: ``r``, times the draws.
+        num_representatives: per round, at most: ``r``, times the draws.
         streams: of the buffer; those that are missing are made.
         reorders: whether representatives arrive in another order than they are taken in.
     """
@@ -146,7 +146,19 @@ class Staging:
             self._stream.synchronize()
         return copied
 
-    # On the trainer's thread while no round runs, to save and restore.
+    # On the trainer's thread while no round runs, to save, restore and rewrite.
+
+    def placed(self, values: Tensor) -> Tensor:
+        """The trainer's values on the shard's device; blocks until they are there."""
+        placed = values.detach().to(self._shard_device)
+        if accelerators.has_streams(self._shard_device):
+            accelerators.current_stream(self._shard_device).synchronize()
+        return placed
+
+    def finish_writes(self) -> None:
+        """Blocks until the worker's streams have done what they were given."""
+        for stream in self._streams:
+            stream.synchronize()
 
     def staged(self, num_rows: int) -> Tensor:
         """A copy of the first representatives that were delivered, in CPU memory."""

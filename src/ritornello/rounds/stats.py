@@ -20,7 +20,7 @@ class BufferStats:
     held_per_class: dict[int, int]
     """Label to representatives, in this rank's shard; empty without labels, or if not asked."""
     record_bytes: int
-    """Of one representative; 0 before the first mini-batch."""
+    """Bytes of one representative; 0 before the first mini-batch."""
     shard_bytes: int
     """Memory of this rank's shard."""
     num_rounds: int
@@ -34,7 +34,7 @@ class BufferStats:
     seconds_offering: float
     """What copying candidates (and with ``asynchronous=False`` the rounds) has taken there."""
     seconds_per_stage: dict[str, float]
-    """Of the worker: admit, plan, exchange, stage."""
+    """Seconds of the worker: admit, plan, exchange, stage."""
 
     @property
     def seconds_exposed(self) -> float:

@@ -10,8 +10,9 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,10 +24,11 @@ from ritornello.records import accelerators
 from ritornello.records.layout import Layout
 from ritornello.records.nesting import Batch
 from ritornello.records.storage import Storage
-from ritornello.rounds.arguments import Arguments
+from ritornello.rounds.arguments import Arguments, plain
 from ritornello.rounds.first_batch import Begun, check_room, device_of
-from ritornello.rounds.joining import Outputs
+from ritornello.rounds.joining import Joiner
 from ritornello.rounds.random_streams import Purpose, Streams
+from ritornello.rounds.rewriting import FieldsMadeAnew
 from ritornello.rounds.round import Rounds
 from ritornello.rounds.staging import Staging, WorkerStreams
 from ritornello.rounds.stats import BufferStats
@@ -54,6 +56,8 @@ class Steps:
         begun: what the first mini-batch has fixed; None before it.
         num_offers: mini-batches offered so far.
         is_offered: whether one was offered since the last draw.
+        num_past: representatives in what the trainer got last; see ``RehearsalBuffer.num_past``.
+        rate: ``r`` of the rounds to come.
     """
 
     def __init__(
@@ -73,11 +77,13 @@ class Steps:
         self._settling = threading.Lock()
         self._worker_streams: WorkerStreams = {}
         self.begun: Begun | None = None
-        self._outputs = Outputs()
+        self._joiner = Joiner()
         self.num_offers = 0
         self.is_offered = False
         self._round_runs = False
         self.num_staged = 0
+        self._num_joined = self.num_past = 0
+        self.rate: float = plain(arguments.num_representatives)
         self.failure: RoundError | None = None
         self._is_restored = False  # and no mini-batch has come since
         self.seconds_waited = self.seconds_joining = self.seconds_offering = 0.0
@@ -95,7 +101,7 @@ class Steps:
         augmented = batch
         if staged is not None:
             began = time.perf_counter()
-            augmented = begun.layout.rebuild(self._outputs.join(begun.layout, leaves, staged))
+            augmented = begun.layout.rebuild(self._joiner.join(begun.layout, leaves, staged))
             self.seconds_joining += time.perf_counter() - began
         self._copy_candidates(begun.staging, leaves)
         return augmented
@@ -104,6 +110,7 @@ class Steps:
         """Copies of one step's representatives, a batch for each draw; None if there are none."""
         staged = self._staged(call)
         self.is_offered = False
+        self.num_past = self._num_joined
         if staged is None:
             return None
         began = time.perf_counter()
@@ -141,6 +148,8 @@ class Steps:
         began = time.perf_counter()
         self.num_offers += 1
         self.is_offered = True
+        self.num_past = self._num_joined  # of a step that `rehearse` has prepared, only now
+        self.rounds.rate = self.rate
         self._round_runs = True
         self._worker.start(self._known.staging.candidates())
         self.seconds_offering += time.perf_counter() - began
@@ -160,6 +169,7 @@ class Steps:
                 )
             return None
         self.settle()
+        self._num_joined = self.num_staged
         return self._known.staging.take(self.num_staged) if self.num_staged else None
 
     def _copy_candidates(self, staging: Staging, leaves: list[Tensor]) -> None:
@@ -270,6 +280,17 @@ class Steps:
 
     # Between two rounds.
 
+    def change_rate(self, rate: float) -> None:
+        """Says how many are drawn from the next round on.
+
+        Raises:
+            ValueError, TypeError: they cannot be.
+        """
+        try:
+            self.rate = self._arguments.changed_rate(rate)
+        except (TypeError, ValueError) as error:
+            raise type(error)(self.here(str(error))) from None
+
     @contextmanager
     def with_peers(self, call: str) -> Iterator[None]:
         """Around what all ranks do together, after as many offers; waits for the running round.
@@ -277,14 +298,29 @@ class Steps:
         Without one of them nothing goes on.
         """
         self.settle()
-        try:
+        with self._explaining(call):
             check_in_step(self._transport, call, self.num_offers, self.is_offered)
+            yield
+
+    @contextmanager
+    def _explaining(self, call: str) -> Iterator[None]:
+        """Around what needs other ranks between two rounds."""
+        try:
             yield
         except CheckpointError as error:
             raise CheckpointError(self.here(str(error))) from error.__cause__
         except PeerLostError as error:
             self.failure = PeerLostError(self.here(f"{call} failed: {error}"), error.peers)
             raise self.failure from error
+
+    def begin_task(self) -> None:
+        """Tells the sampling policy that a task begins; waits for the running round."""
+        sampling = self.rounds.sampling
+        if not sampling.needs_tasks:
+            self.settle()
+            return
+        with self.with_peers("begin_task"):  # else ranks would draw differently, unnoticed
+            sampling.begin_task(self.rounds.contents)
 
     def here(self, message: str) -> str:
         """The message, with the rank where there are several."""
@@ -303,6 +339,31 @@ class Steps:
                 )
             num_rows = min(batch_size, rounds.num_held - first)
             yield self._known.layout.rebuild(rounds.representatives(first, num_rows))
+
+    def rewrite(self, function: Callable[[Batch], Any], fields: Any, batch_size: int) -> None:
+        """See ``RehearsalBuffer.rewrite``."""
+        self.settle()
+        if self.begun is None:
+            return
+        rounds, layout, num_offers = self.rounds, self._known.layout, self.num_offers
+        try:
+            anew = FieldsMadeAnew(layout, self._known.label, fields)
+        except ValueError as error:
+            raise ValueError(self.here(str(error))) from None
+        for first in range(0, rounds.num_held, batch_size):
+            num_rows = min(batch_size, rounds.num_held - first)
+            result = function(layout.rebuild(rounds.representatives(first, num_rows)))
+            if self.num_offers != num_offers:
+                raise RuntimeError(
+                    "rewrite: the function has called update, draw or offer: the buffer goes on "
+                    "when rewrite has returned"
+                )
+            try:
+                values = anew.values(result, num_rows)
+            except (TypeError, ValueError) as error:
+                raise type(error)(self.here(str(error))) from None
+            with self._explaining("rewrite"):
+                rounds.rewrite(first, num_rows, values)
 
     def stats(self, per_class: bool) -> BufferStats:
         """See ``RehearsalBuffer.stats``."""
@@ -351,15 +412,21 @@ class Steps:
         """As before ``begin_restored``."""
         self.begun, self.rounds.shard, self._is_restored = None, None, False
 
-    def go_on(self, num_rounds: int, is_offered: bool, staged: Tensor) -> None:
-        """Takes the place of a buffer after some rounds, with what it had staged."""
+    def go_on(self, num_rounds: int, is_offered: bool, staged: Tensor, rate: float) -> None:
+        """Takes the place of a buffer after some rounds, with what it had staged, and its rate."""
+        self.rate = rate
         self._known.staging.put_back(staged)
         self.num_staged = len(staged)
         self.num_offers, self.is_offered = num_rounds, is_offered
 
-    def draw_again(self) -> None:
-        """Runs a round without candidates, for what the next step draws."""
+    def draw_again(self, rate: float) -> None:
+        """Runs a round without candidates, for what the next step draws.
+
+        Args:
+            rate: of this round alone, where it may change.
+        """
         if self.is_offered:
+            self.rounds.rate = rate
             self.num_offers += 1
             self._round_runs = True
             self._worker.start(self._known.staging.candidates())

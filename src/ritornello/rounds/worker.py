@@ -23,6 +23,9 @@ IdleWork = Callable[[], float | None]
 POLL_SECONDS = 1.0
 """How often an idle worker looks whether it should end."""
 
+EXIT_SECONDS = 5.0
+"""How long a buffer that was never closed waits for its round when it is collected."""
+
 
 class Worker(ABC):
     """Runs one round at a time: each ``start`` is followed by one ``result``."""
@@ -165,10 +168,6 @@ def _unwrap(outcome: Outcome) -> int:
     if isinstance(outcome, BaseException):
         raise outcome
     return outcome
-
-
-EXIT_SECONDS = 5.0
-"""How long a buffer that was never closed waits for its round when it is collected."""
 
 
 def shut_down(

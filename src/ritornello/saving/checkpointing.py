@@ -23,15 +23,16 @@ from ritornello.rounds.steps import Steps
 from ritornello.rounds.worker import Worker
 from ritornello.saving.manifest import Manifest, Removal, TaskMark
 from ritornello.saving.restoring import adopt, restore
-from ritornello.saving.saved_buffer import CONTENTS, POLICY, SavedBuffer, records_of
+from ritornello.saving.saved_buffer import POLICY, SavedBuffer, contents_arrays, records_of
 from ritornello.saving.state_dict import PREFIX, entry_of, gathered
-from ritornello.saving.writing import Saving, Snapshot, new_save_id
+from ritornello.saving.writing import SaveUnderWay, Snapshot, new_save_id
 from ritornello.transports.agreement import together
 
-DRAWN_BY = ("num_representatives", "num_draws", "sampling")
-"""The arguments that say what is drawn, and how much is staged for a step."""
+DRAWN_BY = ("num_draws", "sampling")
+"""The arguments that, with the rate, say what is drawn, and how much is staged for a step."""
 
 MOST_FIELDS_NAMED = 8
+"""In an error that says which samples a buffer holds."""
 
 logger = logging.getLogger(__name__)
 
@@ -54,11 +55,11 @@ class Checkpointing:
         self._rounds, self._transport = steps.rounds, steps.rounds.transport
         self.tasks: tuple[TaskMark, ...] = ()
         self._removals: tuple[Removal, ...] = ()
-        self._saving: Saving | None = None
+        self._saving: SaveUnderWay | None = None
 
     def begin_task(self, name: str) -> None:
         """See ``RehearsalBuffer.begin_task``."""
-        self._steps.settle()
+        self._steps.begin_task()
         mark = TaskMark(str(name), self._rounds.num_rounds, time.time())
         self.tasks = (*self.tasks, mark)
 
@@ -69,7 +70,7 @@ class Checkpointing:
         with self._steps.with_peers("save"):
             self._end()
             snapshot = together(self._transport, self._snapshot, "save")
-            saving = Saving(
+            saving = SaveUnderWay(
                 Path(folder),
                 snapshot,
                 new_save_id(self._transport),
@@ -126,14 +127,15 @@ class Checkpointing:
         """What this rank saves, while no round runs.
 
         Raises:
-            TypeError: the selection policy cannot be saved.
+            TypeError: a policy cannot be saved.
         """
         rounds = self._rounds
         arrays: dict[str, NDArray[Any]] = {
             "admitted_in": rounds.admitted_in[: rounds.num_held].copy()
         }
         arrays |= {POLICY + name: each for name, each in rounds.selection.state().items()}
-        arrays |= {CONTENTS + name: each for name, each in rounds.contents.state().items()}
+        if rounds.contents.knows_labels:
+            arrays |= contents_arrays(rounds.contents.state(), rounds.sampling.state())
         if self._steps.begun is not None:
             arrays["staged"] = self._steps.staged_records().numpy()
         manifest = self._manifest()
@@ -154,6 +156,8 @@ class Checkpointing:
             layout=begun.layout if begun else None,
             label=begun.label if begun else None,
             on_gpu=begun is not None and begun.staging.on_gpu,
+            num_drawn=steps.num_staged,
+            rate=steps.rate if self._arguments.rate_may_change else None,
             tasks=self.tasks,
             removals=self._removals,
         )
@@ -208,37 +212,71 @@ class Checkpointing:
                 raise CheckpointError("the saved buffer has its label elsewhere")
 
     def _take_over(self, saved: SavedBuffer, call: str) -> None:
-        """Becomes a saved buffer that fits."""
+        """Becomes a saved buffer that fits.
+
+        What is the same decides how much goes on as it was. Ranks and capacity: all shards, slot
+        for slot; else representatives are dealt out anew. Also the rate, and what ``DRAWN_BY``
+        names: what was drawn for the next step; else that is drawn again, in a round without
+        candidates.
+        """
         manifest, own, steps = saved.manifest, self._manifest(), self._steps
         has_same_shards = manifest.num_ranks == own.num_ranks and manifest.capacity == own.capacity
+        draws_alike = all(manifest.arguments.get(name) == own.arguments[name] for name in DRAWN_BY)
+        rate, rate_again = self._rates(manifest)
         goes_on = (
             has_same_shards
-            and all(manifest.arguments.get(name) == own.arguments[name] for name in DRAWN_BY)
+            and draws_alike
+            and self._has_same_rate(manifest)
             and manifest.num_offers == manifest.num_rounds  # else see ``Manifest.num_offers``
         )
         layout = manifest.layout
         if layout is None:
+            # Nothing to take over; but a buffer that has begun cannot become one that has not.
             if own.num_rounds or own.num_offers:
                 raise CheckpointError(f"{call}: the saved buffer had not begun, but this one has")
-            self.tasks, self._removals = manifest.tasks, manifest.removals
+            self.tasks, self._removals, steps.rate = manifest.tasks, manifest.removals, rate
             return
         together(
             self._transport,
             lambda: steps.begin_restored(layout, manifest.label, manifest.on_gpu),
             call,
         )
+        # First all that may be refused, while this buffer is as it was: then its shard is written.
         staged = torch.zeros((0, manifest.record_bytes), dtype=torch.uint8)
         if goes_on:
             staged = together(self._transport, lambda: self._staged_in(saved), call)
         if has_same_shards:
             same_sampling = manifest.arguments.get("sampling") == own.arguments["sampling"]
+            # Another policy may have known no labels, or may remember something else.
             restore(self._rounds, saved, same_sampling and self._rounds.sampling.needs_labels)
         else:
             adopt(self._rounds, saved)
         self.tasks, self._removals = manifest.tasks, manifest.removals
-        steps.go_on(manifest.num_rounds, manifest.is_offered, staged)
+        steps.go_on(manifest.num_rounds, manifest.is_offered, staged, rate)
+        # After `forget` there is none either: what was drawn may have been what was to be removed.
         if manifest.lacks_draw or not goes_on:
-            steps.draw_again()
+            steps.draw_again(rate_again)
+
+    def _has_same_rate(self, manifest: Manifest) -> bool:
+        """Whether what a saved buffer drew is as much as this one would, or may be."""
+        if manifest.rate is not None and self._arguments.rate_may_change:
+            return manifest.num_staged <= self._arguments.most_per_draw * self._arguments.num_draws
+        name = "num_representatives"
+        return manifest.rate is None and manifest.arguments.get(name) == self._as_text[name]
+
+    def _rates(self, manifest: Manifest) -> tuple[float, float]:
+        """The rate with which a saved buffer goes on here, and that of what is drawn again.
+
+        The latter is of the saved buffer's last round, as another may have been set since.
+        """
+        rate = self._steps.rate
+        if manifest.rate is None or not self._arguments.rate_may_change:
+            return rate, rate
+        most, num_draws = self._arguments.most_per_draw, self._arguments.num_draws
+        rate = min(manifest.rate, most)
+        if manifest.num_drawn is None or manifest.arguments.get("num_draws") != str(num_draws):
+            return rate, rate
+        return rate, min(manifest.num_drawn // num_draws, most)
 
     def _staged_in(self, saved: SavedBuffer) -> Tensor:
         """What this rank had staged for the next step, checked.
@@ -250,12 +288,12 @@ class Checkpointing:
         with saved.shard(self._transport.rank) as shard:
             arrays = shard.arrays()
         staged = torch.from_numpy(records_of(arrays, "staged", manifest.record_bytes))
-        num_per_draw = min(self._arguments.num_representatives, manifest.num_held)
-        num_drawn = num_per_draw * self._arguments.num_draws
-        if len(staged) != manifest.num_staged or len(staged) not in (0, num_drawn):
+        num_draws = self._arguments.num_draws
+        most = min(self._arguments.most_per_draw, manifest.num_held) * num_draws
+        if len(staged) != manifest.num_staged or len(staged) > most or len(staged) % num_draws:
             raise ValueError(
                 f"{len(staged)} staged, but {manifest.num_staged} according to the manifest, "
-                f"and {num_drawn} were to be drawn"
+                f"and at most {most} can have been drawn"
             )
         return staged
 

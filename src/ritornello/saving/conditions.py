@@ -23,13 +23,15 @@ class Condition:
     """One condition: a sample's value is one of some."""
 
     name: str
+    """As it is written down: ``label``, ``task``, or the field's short name."""
     position: int | None
     """Among the layout's fields; None: the task."""
     is_private: bool
     """Whether the values may say who somebody is, and are not to be written down."""
     values: Ints
-    """Of tasks, their positions in the manifest."""
+    """Those that are meant; tasks by their positions in the manifest."""
     texts: tuple[str, ...]
+    """The same, as they were given."""
 
 
 class Where:

@@ -47,11 +47,6 @@ class Converted(SavedBuffer):
             label = positions[0]
         self.manifest = replace(saved.manifest, layout=self._new, label=label, num_staged=0)
 
-    @property
-    def saved_record_bytes(self) -> int:
-        """Of a record in its old form."""
-        return self._saved.manifest.record_bytes
-
     @contextmanager
     def shard(self, rank: int) -> Iterator[SavedShard]:
         """See ``SavedBuffer.shard``."""
@@ -82,12 +77,12 @@ class Converted(SavedBuffer):
         return records.numpy()
 
     def no_records(self) -> Bytes:
-        """In their new form, with strides, so that they can be viewed as words."""
+        """None in their new form, with strides, so that they can be viewed as words."""
         return np.zeros((1, self._new.record_bytes), dtype=np.uint8)[:0]
 
 
 class _ConvertedShard(SavedShard):
-    """A shard of it."""
+    """A shard of a ``Converted`` buffer."""
 
     def __init__(self, shard: SavedShard, buffer: Converted) -> None:
         self._shard, self._buffer = shard, buffer

@@ -1,4 +1,4 @@
-"""Saving and restoring a buffer: a folder with a manifest, and a file for each shard.
+"""The folder of a saved buffer: a manifest, and a file for each shard.
 
 Files of a save have names of their own, and the manifest, renamed into place when all of them
 are on disk, names those that count: so a crash at any moment leaves the last save as it was.
@@ -7,22 +7,20 @@ What a save no longer needs is removed after it, and what a crash left behind be
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 import secrets
 from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
 from ritornello.arrays import Bytes, Ints
 from ritornello.errors import CheckpointError
-from ritornello.saving.files import open_to_read, write_text
+from ritornello.saving.files import FolderInUseError, lock, open_to_read, unlock, write_text
 from ritornello.saving.manifest import MOST_BYTES, Manifest
 from ritornello.saving.saved_buffer import SavedBuffer, SavedRepresentatives, read
 from ritornello.saving.shard_file import ShardFile
-
-logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 
@@ -30,9 +28,6 @@ OURS = re.compile(
     r"shard-[0-9]{5,}-of-[0-9]{5,}-[0-9a-f]{16}\.(begun|(safetensors|json)(\.partial)?)"
 )
 """Files that a save makes beside the manifest."""
-
-
-# Writing.
 
 
 def shard_name(rank: int, num_ranks: int, save_id: str) -> str:
@@ -77,7 +72,29 @@ def leftovers(folder: Path) -> list[Path]:
     ]
 
 
-# Reading.
+def lock_to_save(folder: Path) -> int:
+    """Keeps other jobs out of a folder until ``unlock``, or the end of this process.
+
+    Raises:
+        CheckpointError: another one is in it.
+        OSError: it cannot be written.
+    """
+    try:
+        return lock(folder)
+    except FolderInUseError:
+        raise CheckpointError(
+            f"{folder}: another job is saving a buffer there; give each job a folder of its own"
+        ) from None
+
+
+@contextmanager
+def locked_to_save(folder: Path) -> Iterator[None]:
+    """Between ``lock_to_save`` and ``unlock``."""
+    descriptor = lock_to_save(folder)
+    try:
+        yield
+    finally:
+        unlock(descriptor)
 
 
 class SavedFolder(SavedBuffer):
@@ -125,15 +142,6 @@ class SavedFolder(SavedBuffer):
             file.close()
             raise
         return file
-
-    def check(self, rank: int) -> None:
-        """Reads a whole shard.
-
-        Raises:
-            CheckpointError: it is damaged.
-        """
-        with self.shard(rank) as file:
-            file.check(self.manifest.files[rank].sha256)
 
     def checked_rows(self, rank: int) -> Iterator[tuple[Ints, Bytes]]:
         """See ``SavedBuffer.checked_rows``."""

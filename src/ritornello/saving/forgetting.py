@@ -19,16 +19,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ritornello.arrays import Arrays, Bytes, Ints
+from ritornello.arrays import Arrays, Ints
 from ritornello.errors import CheckpointError
 from ritornello.policies.contents import Contents
-from ritornello.policies.names import SELECTION_POLICIES
+from ritornello.policies.names import SAMPLING_POLICIES, SELECTION_POLICIES, Policy
 from ritornello.policies.selection import SelectionPolicy, State
 from ritornello.records.shard import rows_per_rank
 from ritornello.saving.conditions import Values, Where
-from ritornello.saving.files import locked, sync_folder
+from ritornello.saving.files import sync_folder
 from ritornello.saving.folder import (
     SavedFolder,
+    locked_to_save,
     now,
     random_id,
     remove_leftovers,
@@ -36,8 +37,17 @@ from ritornello.saving.folder import (
     shard_name,
 )
 from ritornello.saving.manifest import Manifest, Removal, SavedFile
-from ritornello.saving.saved_buffer import CONTENTS, POLICY, admission_rounds, part_of, records_of
-from ritornello.saving.shard_file import PIECE_BYTES, NewShardFile
+from ritornello.saving.saved_buffer import (
+    CONTENTS,
+    POLICY,
+    admission_rounds,
+    contents_arrays,
+    contents_state,
+    records_of,
+    sampling_state,
+    selection_state,
+)
+from ritornello.saving.shard_file import PIECE_BYTES, new_shard_file
 
 
 @dataclass(frozen=True)
@@ -93,7 +103,7 @@ def forget(
     if dry_run:
         return _find(saved, Where(where, saved.manifest)).outcome()
     try:
-        with locked(path):
+        with locked_to_save(path):
             remove_leftovers(path)  # a crash may have left what was to be forgotten
             sync_folder(path)
             return _forget(SavedFolder(path), where, selection)
@@ -126,7 +136,7 @@ class _Found:
 
     manifest: Manifest
     slots: list[Ints] = field(default_factory=list)
-    """Of each shard, ascending."""
+    """For each shard, where they are, ascending."""
     num_per_class: Counter[int] = field(default_factory=Counter)
     num_per_task: Counter[str] = field(default_factory=Counter)
 
@@ -185,15 +195,18 @@ def _rewrite(
         with _understanding(folder):
             arrays |= {POLICY + name: each for name, each in states[rank].items()}
             arrays["admitted_in"] = arrays["admitted_in"][slots]
-            arrays["staged"] = _records(arrays, "staged", manifest)[:0]
-            if contents := part_of(arrays, CONTENTS):
-                moved = Contents.moved(contents, before, after)
-                arrays |= {CONTENTS + name: each for name, each in moved.items()}
+            arrays["staged"] = records_of(arrays, "staged", manifest.record_bytes)[:0]
+            moved = _moved(arrays, manifest, before, after)
+        arrays = {
+            name: moved.get(name, each)
+            for name, each in arrays.items()
+            if name in moved or not name.startswith(CONTENTS)
+        }
         name = f"{shard_name(rank, manifest.num_ranks, save_id)}.safetensors"
         size = manifest.record_bytes
         with (
             saved.shard(rank) as shard,
-            NewShardFile(folder / name, arrays, len(slots), size) as file,
+            new_shard_file(folder / name, arrays, len(slots), size) as file,
         ):
             num_at_once = max(1, PIECE_BYTES // max(1, size))
             for first in range(0, len(slots), num_at_once):
@@ -202,7 +215,7 @@ def _rewrite(
                 for positions, records in shard.rows(wanted):
                     piece[positions] = records
                 file.write(piece.reshape(-1))
-            files.append(SavedFile(name, file.num_bytes, file.finish()))
+        files.append(SavedFile(name, file.num_bytes, file.sha256))
     sync_folder(folder)
     left = replace(
         manifest,
@@ -221,7 +234,7 @@ def _without(
     for rank, size in enumerate(saved.manifest.held_per_rank):
         state, slots = State(), np.arange(size)
         if len(removed[rank]):
-            before = part_of(_arrays(saved, rank), POLICY)
+            before = selection_state(_arrays(saved, rank))
             state, slots = policy.forget(before, size, removed[rank])
         states.append(state)
         kept.append(slots)
@@ -237,17 +250,23 @@ def _places(manifest: Manifest, kept: list[Ints]) -> tuple[Ints, Ints]:
     return firsts + np.concatenate(kept), firsts + after
 
 
+def _moved(arrays: Arrays, manifest: Manifest, before: Ints, after: Ints) -> Arrays:
+    """What is to be saved of the contents, and what their sampling policy remembers, now."""
+    contents, remembered = contents_state(arrays), sampling_state(arrays)
+    if not contents:
+        return {}
+    policy = _named(manifest.arguments.get("sampling", ""), SAMPLING_POLICIES)
+    if policy is None or not remembered:  # of a policy of one's own nothing can be kept
+        remembered = {}
+    else:
+        remembered = policy.forget(remembered, before, after)
+    moved = Contents.moved(contents, before, after, manifest.capacity)
+    return contents_arrays(moved, remembered)
+
+
 def _arrays(saved: SavedFolder, rank: int) -> Arrays:
     with saved.shard(rank) as shard:
         return shard.arrays()
-
-
-def _records(arrays: Arrays, name: str, manifest: Manifest) -> Bytes:
-    """Records beside the shard's own; none before the first mini-batch."""
-    if manifest.layout is None:
-        return np.zeros((0, 0), np.uint8)
-    with _understanding(name):
-        return records_of(arrays, name, manifest.record_bytes)
 
 
 def _policy_of(manifest: Manifest) -> SelectionPolicy:
@@ -257,14 +276,22 @@ def _policy_of(manifest: Manifest) -> SelectionPolicy:
         CheckpointError: it is none of ours.
     """
     text = manifest.arguments.get("selection", "")
-    kind = text.partition("(")[0]
-    for name, policy in SELECTION_POLICIES.items():
-        if kind in (name, policy.__qualname__):
-            return policy()
+    policy = _named(text, SELECTION_POLICIES)
+    if policy is not None:
+        return policy
     raise CheckpointError(
         f"the saved buffer has the selection policy {text}, which is none of Ritornello's: call "
         "ritornello.forget from Python, with selection= one of its kind"
     )
+
+
+def _named(text: str, policies: Mapping[str, type[Policy]]) -> Policy | None:
+    """An unused policy of the kind that an argument's text says; None: it is none of ours."""
+    kind = text.partition("(")[0]
+    for name, policy in policies.items():
+        if kind in (name, policy.__qualname__):
+            return policy()
+    return None
 
 
 def _check_room(saved: SavedFolder) -> None:

@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import platform
 import re
 import reprlib
-from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -21,8 +19,16 @@ import torch
 from ritornello.arrays import Ints
 from ritornello.errors import CheckpointError
 from ritornello.records.layout import Layout
-from ritornello.records.nesting import Batch, Registered, Template, leaves_of
-from ritornello.saving.files import checked_count
+from ritornello.saving.checked_json import (
+    checked_bool,
+    checked_count,
+    checked_number,
+    checked_seconds,
+    checked_text,
+    checked_texts,
+    no_constant,
+)
+from ritornello.saving.saved_layout import layout_from_json, layout_to_json
 from ritornello.version import __version__
 
 FORMAT = "ritornello rehearsal buffer"
@@ -34,18 +40,6 @@ MOST_BYTES = 2**24
 
 MOST_ROUNDS = 2**48
 """Nobody has more steps; what is computed from fewer fits into 64 bits."""
-
-MOST_RECORD_BYTES = 2**40
-MOST_DIMENSIONS = 64
-MOST_FIELDS = 10_000
-MOST_LEVELS = 64
-"""Of a sample's nesting."""
-
-DTYPES = {
-    str(dtype).removeprefix("torch."): dtype
-    for dtype in vars(torch).values()
-    if isinstance(dtype, torch.dtype) and not str(dtype).startswith(("torch.q", "torch.bits"))
-}
 
 SHARD_FILE = re.compile(r"shard-[0-9]{5,}-of-[0-9]{5,}-[0-9a-f]{16}\.safetensors")
 """The only names of files that a manifest may give: none leads out of its folder."""
@@ -94,7 +88,7 @@ class Manifest:
     """A saved buffer, without its representatives."""
 
     arguments: dict[str, str]
-    """Of the ``RehearsalBuffer``, as text."""
+    """What the ``RehearsalBuffer`` was made with, as text."""
     capacity: int
     held_per_rank: tuple[int, ...]
     num_rounds: int
@@ -106,11 +100,15 @@ class Manifest:
     num_staged: int
     """Representatives that the last round has drawn for each rank."""
     layout: Layout | None
-    """Of the records; None before the first mini-batch."""
+    """How samples lie in records; None before the first mini-batch."""
     label: int | None
     """The position of the class label among the layout's fields."""
     on_gpu: bool = False
     """Whether mini-batches were on a GPU."""
+    num_drawn: int | None = None
+    """As ``num_staged``, also after what was staged is gone; None: of an earlier release."""
+    rate: float | None = None
+    """What ``num_representatives`` was set to; None: it was fixed."""
     tasks: tuple[TaskMark, ...] = ()
     removals: tuple[Removal, ...] = ()
     files: tuple[SavedFile, ...] = ()
@@ -139,7 +137,7 @@ class Manifest:
 
     @property
     def record_bytes(self) -> int:
-        """Of each representative."""
+        """The size of each representative; 0 before the first mini-batch."""
         return self.layout.record_bytes if self.layout else 0
 
     @property
@@ -150,7 +148,9 @@ class Manifest:
     @property
     def lacks_draw(self) -> bool:
         """Whether representatives must be drawn again for the next step: see ``forget``."""
-        return self.num_rounds > 0 and self.num_held > 0 and self.num_staged == 0
+        if self.num_drawn is None:  # earlier releases drew something wherever there was something
+            return self.num_rounds > 0 and self.num_held > 0 and self.num_staged == 0
+        return self.num_held > 0 and self.num_staged < self.num_drawn
 
     def task_numbers(self, admitted_in: Ints) -> Ints:
         """The position in ``tasks`` of what was admitted in some rounds; -1: before the first."""
@@ -167,7 +167,7 @@ class Manifest:
         content |= {name: value for name, value in vars(self).items() if name != "layout"}
         for name in ("tasks", "removals", "files"):
             content[name] = [asdict(each) for each in content[name]]
-        content["layout"] = None if self.layout is None else _layout_to_json(self.layout)
+        content["layout"] = None if self.layout is None else layout_to_json(self.layout)
         return json.dumps(with_checksum(content), indent=1)
 
     @classmethod
@@ -182,7 +182,7 @@ class Manifest:
             CheckpointError: it is none, or of another version.
         """
         try:
-            content = json.loads(text, parse_constant=_no_number)
+            content = json.loads(text, parse_constant=no_constant)
             if not isinstance(content, dict) or content.get("format") != FORMAT:
                 raise CheckpointError(f"{where} is no manifest of a rehearsal buffer")
             version = content.get("format_version")
@@ -201,47 +201,52 @@ class Manifest:
 
     @classmethod
     def _checked(cls, content: dict[str, Any]) -> Manifest:
-        layout = None if content["layout"] is None else _layout_from_json(content["layout"])
+        layout = None if content["layout"] is None else layout_from_json(content["layout"])
         label = content["label"]
         if label is not None and (layout is None or checked_count(label) >= len(layout.fields)):
             raise ValueError(f"label={reprlib.repr(label)} is no field of the layout")
+        num_drawn, rate = content.get("num_drawn"), content.get("rate")
         manifest = cls(
-            arguments=_texts(content["arguments"]),
+            arguments=checked_texts(content["arguments"]),
             capacity=checked_count(content["capacity"]),
             held_per_rank=tuple(map(checked_count, content["held_per_rank"])),
             num_rounds=checked_count(content["num_rounds"], MOST_ROUNDS),
             num_offers=checked_count(content["num_offers"], MOST_ROUNDS),
-            is_offered=_yes_or_no(content["is_offered"]),
+            is_offered=checked_bool(content["is_offered"]),
             num_staged=checked_count(content["num_staged"]),
             layout=layout,
             label=label,
-            on_gpu=_yes_or_no(content.get("on_gpu", False)),
+            on_gpu=checked_bool(content.get("on_gpu", False)),
+            num_drawn=None if num_drawn is None else checked_count(num_drawn),
+            rate=None if rate is None else checked_number(rate),
             tasks=tuple(
                 TaskMark(
-                    _text(each["name"]),
+                    checked_text(each["name"]),
                     checked_count(each["first_round"]),
-                    _seconds(each["began_at"]),
+                    checked_seconds(each["began_at"]),
                 )
                 for each in content["tasks"]
             ),
             removals=tuple(
                 Removal(
-                    _texts(each["where"]),
+                    checked_texts(each["where"]),
                     checked_count(each["num_removed"]),
                     checked_count(each["num_left"]),
-                    _text(each["removed_at"]),
+                    checked_text(each["removed_at"]),
                 )
                 for each in content["removals"]
             ),
             files=tuple(
                 SavedFile(
-                    _text(each["name"]), checked_count(each["num_bytes"]), _text(each["sha256"])
+                    checked_text(each["name"]),
+                    checked_count(each["num_bytes"]),
+                    checked_text(each["sha256"]),
                 )
                 for each in content["files"]
             ),
-            save_id=_text(content["save_id"]),
-            saved_at=_text(content["saved_at"]),
-            versions=_texts(content["versions"]),
+            save_id=checked_text(content["save_id"]),
+            saved_at=checked_text(content["saved_at"]),
+            versions=checked_texts(content["versions"]),
         )
         manifest._check()
         return manifest
@@ -256,6 +261,8 @@ class Manifest:
         counts = (self.num_rounds, self.num_offers, self.num_held, self.num_staged)
         if (self.layout is None and any(counts)) or self.is_offered > self.num_offers:
             raise ValueError(f"rounds, offers, representatives and staged ones cannot be {counts}")
+        if self.num_drawn is not None and self.num_drawn < self.num_staged:
+            raise ValueError(f"{self.num_staged} staged of {self.num_drawn} drawn")
         first_rounds = [task.first_round for task in self.tasks]
         if first_rounds != sorted(first_rounds) or max(first_rounds, default=0) > self.num_rounds:
             raise ValueError(
@@ -273,108 +280,3 @@ class Manifest:
     def with_files(self, files: tuple[SavedFile, ...], save_id: str, saved_at: str) -> Manifest:
         """As it was saved."""
         return replace(self, files=files, save_id=save_id, saved_at=saved_at)
-
-
-def _layout_to_json(layout: Layout) -> dict[str, Any]:
-    return {
-        "nesting": _nesting_to_json(layout.template),
-        "fields": [
-            {
-                "path": str(each).partition(":")[0],
-                "dtype": str(each.dtype).removeprefix("torch."),
-                "shape": list(each.shape),
-            }
-            for each in layout.fields
-        ],
-    }
-
-
-def _layout_from_json(content: dict[str, Any]) -> Layout:
-    if len(content["fields"]) > MOST_FIELDS:
-        raise ValueError(f"{len(content['fields'])} fields")
-    leaves = []
-    for each in content["fields"]:
-        shape = [checked_count(size) for size in each["shape"]]
-        dtype = DTYPES.get(_text(each["dtype"]))
-        if dtype is None:
-            raise ValueError(f"a field of the dtype {reprlib.repr(each['dtype'])}")
-        # Zeros count as ones: no stride may be too large for PyTorch.
-        num_bytes = dtype.itemsize * math.prod(max(1, size) for size in shape[:MOST_DIMENSIONS])
-        if len(shape) > MOST_DIMENSIONS or num_bytes > MOST_RECORD_BYTES:
-            raise ValueError(f"a field of the shape {reprlib.repr(shape)}")
-        leaves.append(torch.empty((0, *shape), dtype=dtype))
-    remaining = iter(leaves)
-    batch = _nesting_from_json(content["nesting"], lambda: next(remaining))
-    if sum(1 for _ in leaves_of(batch)) != len(leaves):
-        raise ValueError("the nesting has another number of leaves than there are fields")
-    return Layout.of(batch)
-
-
-def _nesting_to_json(template: Template) -> Any:
-    if isinstance(template, Registered):  # nothing of its type: a load executes nothing
-        inside = dict(zip(template.steps, template.children, strict=True))
-        return _nesting_to_json(inside if template.are_named else list(inside.values()))
-    if isinstance(template, dict):
-        for key in template:
-            if type(key) not in (str, int):
-                raise CheckpointError(
-                    f"the samples have the key {key!r}: a buffer can be saved if all keys of its "
-                    "samples are strings or integers"
-                )
-        return {"dict": [[key, _nesting_to_json(each)] for key, each in template.items()]}
-    if isinstance(template, tuple):
-        return {"tuple": [_nesting_to_json(each) for each in template]}
-    if isinstance(template, list):
-        return {"list": [_nesting_to_json(each) for each in template]}
-    return "field"
-
-
-def _nesting_from_json(content: Any, leaf: Callable[[], torch.Tensor], level: int = 0) -> Batch:
-    if level > MOST_LEVELS:
-        raise ValueError(f"a nesting of more than {MOST_LEVELS} levels")
-    if content == "field":
-        try:
-            return leaf()
-        except StopIteration:
-            raise ValueError("the nesting has more leaves than there are fields") from None
-    ((kind, inside),) = content.items()
-    if kind == "dict":
-        pairs = ((key, _nesting_from_json(each, leaf, level + 1)) for key, each in inside)
-        return dict(_with_plain_keys(pairs))
-    if kind not in ("tuple", "list"):
-        raise ValueError(f"a nesting of the kind {reprlib.repr(kind)}")
-    children = [_nesting_from_json(each, leaf, level + 1) for each in inside]
-    return tuple(children) if kind == "tuple" else children
-
-
-def _with_plain_keys(pairs: Iterator[tuple[Any, Batch]]) -> Iterator[tuple[str | int, Batch]]:
-    for key, value in pairs:
-        if type(key) not in (str, int):
-            raise ValueError(f"a key {reprlib.repr(key)}")
-        yield key, value
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"{reprlib.repr(value)} must be a text")
-    return value
-
-
-def _texts(value: Any) -> dict[str, str]:
-    return {_text(key): _text(each) for key, each in value.items()}
-
-
-def _yes_or_no(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError(f"{reprlib.repr(value)} must be true or false")
-    return value
-
-
-def _seconds(value: Any) -> float:
-    if type(value) not in (int, float) or not 0 <= value < 2**53:
-        raise ValueError(f"{reprlib.repr(value)} must be seconds since 1970")
-    return float(value)
-
-
-def _no_number(text: str) -> Any:
-    raise ValueError(f"{text} is no number")

@@ -7,20 +7,21 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from ritornello.arrays import Bytes, Floats, Ints
-from ritornello.policies.contents import Contents, check_distances
+from ritornello.arrays import Arrays, Bytes, Ints
+from ritornello.policies.contents import Contents
+from ritornello.policies.sampling import SamplingPolicy
 from ritornello.policies.selection import SavedShards, SelectionPolicy
 from ritornello.records.shard import rows_per_rank
 from ritornello.rounds.round import Rounds
 from ritornello.saving.saved_buffer import (
-    CONTENTS,
-    DISTANCES,
-    POLICY,
     SavedBuffer,
     admission_rounds_of,
-    part_of,
+    contents_state,
+    sampling_state,
+    selection_state,
 )
-from ritornello.transports.agreement import together
+from ritornello.transports.agreement import gather_padded, together
+from ritornello.transports.base import Transport
 
 
 def restore(rounds: Rounds, saved: SavedBuffer, knows_contents: bool) -> None:
@@ -39,27 +40,29 @@ def restore(rounds: Rounds, saved: SavedBuffer, knows_contents: bool) -> None:
     rank, sizes = rounds.transport.rank, np.array(saved.manifest.held_per_rank)
     reads_twice = rounds.contents.num_held > 0
 
-    def understand() -> tuple[SelectionPolicy, Contents, Ints]:
+    def understand() -> tuple[SelectionPolicy, SamplingPolicy, Contents, Ints]:
         _check_sizes(sizes, rounds.limits)
         with saved.shard(rank) as shard:
             arrays = shard.arrays()
-        policy = rounds.new_selection()
-        policy.restore(part_of(arrays, POLICY), int(sizes[rank]))
+        selection, sampling = rounds.new_selection(), rounds.new_sampling()
+        selection.restore(selection_state(arrays), int(sizes[rank]))
         contents = rounds.no_contents()
         contents.resize(sizes)
         if knows_contents:
-            contents.restore(part_of(arrays, CONTENTS))
+            contents.restore(contents_state(arrays))
+            if remembered := sampling_state(arrays):
+                sampling.restore(remembered)
         admitted_in = admission_rounds_of(arrays, saved.manifest, rank)
         if reads_twice:  # what is there must not be overwritten by anything damaged
             for _, found in saved.checked_rows(rank):
                 rounds.check_records(torch.from_numpy(found))
-        return policy, contents, admitted_in
+        return selection, sampling, contents, admitted_in
 
-    policy, contents, admitted_in = together(rounds.transport, understand, "load")
+    own = together(rounds.transport, understand, "load")
     rounds.overwrite(lambda: saved.checked_rows(rank))
-    rounds.go_on(saved.manifest.num_rounds, policy, contents, admitted_in)
-    if contents.knows_labels and not knows_contents:
-        rounds.tell_contents(None)
+    rounds.go_on(saved.manifest.num_rounds, *own)
+    if rounds.contents.knows_labels and not knows_contents:
+        rounds.tell_labels()
 
 
 def adopt(rounds: Rounds, saved: SavedBuffer) -> None:
@@ -78,7 +81,7 @@ def adopt(rounds: Rounds, saved: SavedBuffer) -> None:
     num_ranks, sizes = manifest.num_ranks, np.array(manifest.held_per_rank)
     rooms = rows_per_rank(manifest.capacity, num_ranks)
 
-    def understand() -> tuple[SelectionPolicy, Ints, Ints, Ints, Floats | None]:
+    def understand() -> tuple[SelectionPolicy, Arrays, Ints, Ints, Ints]:
         _check_sizes(sizes, rooms)
         for rank in range(rounds.transport.rank, num_ranks, rounds.transport.num_ranks):
             for _, found in saved.checked_rows(rank):
@@ -87,21 +90,25 @@ def adopt(rounds: Rounds, saved: SavedBuffer) -> None:
         for rank in range(num_ranks):
             with saved.shard(rank) as shard:
                 arrays.append(shard.arrays())
-        policy = rounds.new_selection()
-        owners, slots = policy.adopt(
-            SavedShards([part_of(each, POLICY) for each in arrays], sizes, manifest.capacity),
+        selection = rounds.new_selection()
+        owners, slots = selection.adopt(
+            SavedShards([selection_state(each) for each in arrays], sizes, manifest.capacity),
             rounds.capacity,
             rounds.adoption_streams.at(manifest.num_rounds),
         )
         admitted = [admission_rounds_of(each, manifest, rank) for rank, each in enumerate(arrays)]
         admitted_in = np.concatenate(admitted)[(sizes.cumsum() - sizes)[owners] + slots]
-        distances = part_of(arrays[0], CONTENTS).get(DISTANCES)
-        if distances is not None:
-            check_distances(distances)
-            distances = distances[(rooms.cumsum() - rooms)[owners] + slots]
-        return policy, owners, slots, admitted_in, distances
+        return selection, sampling_state(arrays[0]), owners, slots, admitted_in
 
-    policy, owners, slots, admitted_in, distances = together(rounds.transport, understand, "load")
+    selection, remembered, owners, slots, admitted_in = together(
+        rounds.transport, understand, "load"
+    )
+    contents, sampling = rounds.no_contents(), rounds.new_sampling()
+    contents.resize(rounds.transport.all_gather(np.array([len(owners)]))[:, 0].copy())
+    if contents.knows_labels and remembered:  # which all ranks have read in the same shard
+        places = (rooms.cumsum() - rooms)[owners] + slots
+        before, after = _moved(places, contents, rounds.transport)
+        together(rounds.transport, lambda: sampling.adopt(remembered, before, after), "load")
 
     def records() -> Iterator[tuple[Ints, Bytes]]:
         for owner in np.unique(owners).tolist():
@@ -111,11 +118,25 @@ def adopt(rounds: Rounds, saved: SavedBuffer) -> None:
                     yield own[positions], found
 
     rounds.overwrite(records)
-    contents = rounds.no_contents()
-    contents.resize(rounds.transport.all_gather(np.array([len(owners)]))[:, 0].copy())
-    rounds.go_on(manifest.num_rounds, policy, contents, admitted_in)
+    rounds.go_on(manifest.num_rounds, selection, sampling, contents, admitted_in)
     if contents.knows_labels:
-        rounds.tell_contents(distances)
+        rounds.tell_labels()
+
+
+def _moved(places: Ints, contents: Contents, transport: Transport) -> tuple[Ints, Ints]:
+    """Where all ranks' representatives were in a saved buffer, and where they are in this one.
+
+    Args:
+        places: int64 ``[n]``, there, of those that go to this rank's slots from 0 on.
+        contents: of this buffer.
+        transport: to the other ranks.
+    """
+    before = gather_padded(places, transport)
+    after = [
+        contents.places_of_slots(rank, np.arange(len(of_rank)))
+        for rank, of_rank in enumerate(before)
+    ]
+    return np.concatenate(before), np.concatenate(after)
 
 
 def _check_sizes(sizes: Ints, rooms: Ints) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -12,14 +12,16 @@ import torch
 
 from ritornello.arrays import Arrays, Bytes, Ints
 from ritornello.errors import CheckpointError
+from ritornello.policies.contents import Contents
+from ritornello.policies.selection import State
 from ritornello.records.nesting import Batch
 from ritornello.saving.manifest import Manifest
 
 POLICY, CONTENTS = "policy.", "contents."
-"""Whose arrays they are, by the beginnings of their names."""
+"""Whose arrays they are, by the beginnings of their names: the selection policy's; and those of the
+contents, together with what the sampling policy remembers."""
 
-DISTANCES = "distances"
-"""The only ones that are no integers."""
+_OF_CONTENTS = tuple(CONTENTS + name for name in Contents.SAVED)
 
 
 class SavedShard(Protocol):
@@ -133,19 +135,62 @@ def _pieces(saved: SavedBuffer, rank: int, slots: Ints | None) -> Iterator[tuple
             yield wanted[positions], records
 
 
-def part_of(arrays: Arrays, prefix: str) -> dict[str, Any]:
-    """Those arrays whose names begin with ``prefix``, without it.
+def selection_state(arrays: Arrays) -> State:
+    """What a shard's selection policy saved.
 
     Raises:
-        ValueError: one is no list of integers (nor, of the contents, of distances).
+        ValueError: one is no list of integers.
     """
-    part = {name: each for name, each in arrays.items() if name.startswith(prefix)}
-    for name, array in part.items():
-        dtype = np.float64 if name == CONTENTS + DISTANCES else np.int64
-        if array.dtype != dtype or array.ndim != 1:
-            raise ValueError(
-                f"{name} is {array.dtype} {list(array.shape)}: it must be {np.dtype(dtype)} [n]"
+    part = {name: each for name, each in arrays.items() if name.startswith(POLICY)}
+    return _checked(part, POLICY, np.int64)
+
+
+def contents_state(arrays: Arrays) -> State:
+    """What was saved of the contents; nothing if they knew no labels.
+
+    Raises:
+        ValueError: one is no list of integers.
+    """
+    part = {name: each for name, each in arrays.items() if name in _OF_CONTENTS}
+    return _checked(part, CONTENTS, np.int64)
+
+
+def sampling_state(arrays: Arrays) -> Arrays:
+    """What the sampling policy remembered; nothing if it does not.
+
+    Raises:
+        ValueError: one is no list of numbers.
+    """
+    part = {
+        name: each
+        for name, each in arrays.items()
+        if name.startswith(CONTENTS) and name not in _OF_CONTENTS
+    }
+    return _checked(part, CONTENTS, np.int64, np.float64)
+
+
+def contents_arrays(contents: State, sampling: Mapping[str, Any]) -> dict[str, Any]:
+    """The arrays of ``contents_state`` and ``sampling_state``, with their names in the shard.
+
+    Raises:
+        TypeError: the sampling policy gives something else.
+    """
+    for name, each in sampling.items():
+        is_list = isinstance(each, np.ndarray) and each.ndim == 1
+        if name in Contents.SAVED or not is_list or each.dtype not in (np.int64, np.float64):
+            raise TypeError(
+                f"the state of the sampling policy has {name!r}: it must hold arrays, int64 or "
+                f"float64 [n], with other names than {', '.join(Contents.SAVED)}"
             )
+    return {CONTENTS + name: each for name, each in {**contents, **sampling}.items()}
+
+
+def _checked(part: Arrays, prefix: str, *dtypes: type[np.generic]) -> dict[str, Any]:
+    """A part of a shard's arrays, without the beginning of their names."""
+    for name, array in part.items():
+        if array.dtype not in dtypes or array.ndim != 1:
+            kinds = " or ".join(np.dtype(each).name for each in dtypes)
+            raise ValueError(f"{name} is {array.dtype} {list(array.shape)}: it must be {kinds} [n]")
     return {name.removeprefix(prefix): each for name, each in part.items()}
 
 

@@ -17,8 +17,7 @@ import reprlib
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +25,8 @@ from numpy.typing import NDArray
 from ritornello.arrays import Arrays, Bytes, Ints
 from ritornello.errors import CheckpointError
 from ritornello.records.storage import free_memory_bytes
-from ritornello.saving.files import checked_count, open_to_read
+from ritornello.saving.checked_json import checked_count
+from ritornello.saving.files import new_file, open_to_read
 
 MOST_HEADER_BYTES = 2**20
 """A header has a line for each of a few arrays; a longer one is none of ours."""
@@ -35,6 +35,7 @@ PIECE_BYTES = 2**22
 """What is written or read at a time: it fits into the processor's cache."""
 
 MOST_DIMENSIONS = 2
+"""An array's."""
 
 AHEAD_BYTES = 4 * PIECE_BYTES
 """What the system is asked to read ahead, where pieces are read one after another."""
@@ -109,72 +110,64 @@ class Checksum:
 
 
 class NewShardFile:
-    """A file of a shard, to be written; it has its name when ``finish`` is done. A context.
+    """A file of a shard that is being written; see ``new_shard_file``.
 
-    Any error removes what was written; one of the operating system becomes a ``CheckpointError``.
+    Attributes:
+        num_bytes: so far.
+    """
+
+    def __init__(self, file: BinaryIO, checksum: Checksum) -> None:
+        self._file, self._checksum = file, checksum
+        self.num_bytes = 0
+
+    def write(self, data: Bytes) -> None:
+        """Writes bytes, uint8 ``[num_bytes]``; all records together come last."""
+        self._checksum.update(data)
+        self.num_bytes += self._file.write(data.data)
+        self._checksum.wait()  # a round may overwrite it
+
+    def sync(self) -> None:
+        """Waits until all so far is on disk."""
+        self._file.flush()
+        os.fdatasync(self._file.fileno())
+
+    @property
+    def sha256(self) -> str:
+        """The checksum of all so far."""
+        return self._checksum.hex()
+
+
+@contextlib.contextmanager
+def new_shard_file(
+    path: Path, arrays: Arrays, num_rows: int, record_bytes: int
+) -> Iterator[NewShardFile]:
+    """A file of a shard, to be written; see ``new_file``.
 
     Args:
         path: of the file.
         arrays: all but the rows; written at once.
         num_rows: how many records will come.
         record_bytes: of each.
+
+    Raises:
+        CheckpointError: it cannot be written.
     """
-
-    def __init__(self, path: Path, arrays: Arrays, num_rows: int, record_bytes: int) -> None:
-        self._path, self._arrays, self._shape = path, arrays, (num_rows, record_bytes)
-        self._partial = path.with_name(path.name + ".partial")
-        self._is_finished = False
-        self.num_bytes = 0
-
-    def __enter__(self) -> NewShardFile:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-        self._file = os.open(self._partial, flags, 0o644)
-        self._checksum = Checksum()
-        try:
-            self.write(np.frombuffer(header_of(self._arrays, *self._shape), np.uint8))
-            for array in self._arrays.values():
-                self.write(bytes_of_array(array))
-        except BaseException as error:
-            self.__exit__(type(error), error, None)
-            raise
-        return self
-
-    def write(self, data: Bytes) -> None:
-        """Writes bytes, uint8 ``[num_bytes]``; all records together come last."""
-        self._checksum.update(data)
-        done = 0
-        while done < data.nbytes:
-            done += os.write(self._file, data[done:].data)
-        self.num_bytes += done
-        self._checksum.wait()  # a round may overwrite it
-
-    def sync(self) -> None:
-        """Waits until all so far is on disk."""
-        os.fdatasync(self._file)
-
-    def finish(self) -> str:
-        """Waits until all is on disk, and gives the file its name; returns its checksum."""
-        os.fsync(self._file)
-        os.replace(self._partial, self._path)
-        self._is_finished = True
-        return self._checksum.hex()
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        os.close(self._file)
-        self._checksum.close()
-        if not self._is_finished:
-            with contextlib.suppress(OSError):
-                self._partial.unlink()
-        if isinstance(error, OSError):
-            raise CheckpointError(
-                f"{self._path} could not be written: {error.strerror} (after "
-                f"{self.num_bytes / 1e9:.3g} of {math.prod(self._shape) / 1e9:.3g} GB)"
-            ) from error
+    num_bytes = 0
+    try:
+        with new_file(path) as file, Checksum() as checksum:
+            new = NewShardFile(file, checksum)
+            try:
+                new.write(np.frombuffer(header_of(arrays, num_rows, record_bytes), np.uint8))
+                for array in arrays.values():
+                    new.write(bytes_of_array(array))
+                yield new
+            finally:
+                num_bytes = new.num_bytes
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} could not be written: {error.strerror} (after {num_bytes / 1e9:.3g} of "
+            f"{num_rows * record_bytes / 1e9:.3g} GB)"
+        ) from error
 
 
 class ShardFile:
@@ -217,7 +210,7 @@ class ShardFile:
 
     @property
     def record_bytes(self) -> int:
-        """Of each record."""
+        """The size of each record."""
         return int(self._entries[ROWS][1][1])
 
     def arrays(self) -> Arrays:
@@ -242,22 +235,8 @@ class ShardFile:
 
     @property
     def num_bytes(self) -> int:
-        """Of the whole file."""
+        """The size of the whole file."""
         return os.fstat(self._file).st_size
-
-    def check(self, sha256: str) -> None:
-        """Reads the whole file and compares its checksum.
-
-        Raises:
-            CheckpointError: it is another one.
-        """
-        end = self.num_bytes
-        with Checksum() as checksum:
-            for first in range(0, end, PIECE_BYTES):
-                piece = self._next_piece(min(PIECE_BYTES, end - first))
-                self._read(piece, first)
-                checksum.update(piece)
-            self._compare(checksum.hex(), sha256)
 
     def checked_rows(self, sha256: str) -> Iterator[tuple[Ints, Bytes]]:
         """Reads all records in order, and compares the checksum of the whole file in passing.

@@ -75,6 +75,23 @@ def gathered(entry: Entry, transport: Transport) -> dict[str, Entry]:
     return entries
 
 
+def _gather(data: Bytes, transport: Transport) -> list[Bytes]:
+    """The bytes of all ranks, on rank 0; elsewhere nothing. A piece at a time."""
+    lengths = transport.all_gather(np.array([len(data)]))[:, 0].tolist()
+    parts: list[list[Bytes]] = [[] for _ in lengths]
+    for first in range(0, max(lengths), PIECE_BYTES):
+        num_bytes = min(PIECE_BYTES, max(lengths) - first)
+        piece = np.zeros(-(-num_bytes // 8) * 8, np.uint8)
+        own = data[first : first + num_bytes]
+        piece[: len(own)] = own
+        everyone = transport.all_gather(piece.view(np.int64))
+        if transport.rank == 0:
+            for rank, length in enumerate(lengths):
+                part = everyone[rank].view(np.uint8)[: max(0, min(num_bytes, length - first))]
+                parts[rank].append(part.copy())
+    return [np.concatenate([np.zeros(0, np.uint8), *each]) for each in parts]
+
+
 class WholeState:
     """A buffer for checkpoints that one rank writes and all ranks read: ``RehearsalBuffer.whole``.
 
@@ -97,23 +114,6 @@ class WholeState:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes it over, on any number of ranks; see ``RehearsalBuffer.load_state_dict``."""
         self._load_state_dict(state)
-
-
-def _gather(data: Bytes, transport: Transport) -> list[Bytes]:
-    """The bytes of all ranks, on rank 0; elsewhere nothing. A piece at a time."""
-    lengths = transport.all_gather(np.array([len(data)]))[:, 0].tolist()
-    parts: list[list[Bytes]] = [[] for _ in lengths]
-    for first in range(0, max(lengths), PIECE_BYTES):
-        num_bytes = min(PIECE_BYTES, max(lengths) - first)
-        piece = np.zeros(-(-num_bytes // 8) * 8, np.uint8)
-        own = data[first : first + num_bytes]
-        piece[: len(own)] = own
-        everyone = transport.all_gather(piece.view(np.int64))
-        if transport.rank == 0:
-            for rank, length in enumerate(lengths):
-                part = everyone[rank].view(np.uint8)[: max(0, min(num_bytes, length - first))]
-                parts[rank].append(part.copy())
-    return [np.concatenate([np.zeros(0, np.uint8), *each]) for each in parts]
 
 
 class SavedState(SavedBuffer):

@@ -1,4 +1,4 @@
-"""Writing."""
+"""A save under way: one rank's shard is written piece by piece, while the rounds go on."""
 
 from __future__ import annotations
 
@@ -18,10 +18,18 @@ from torch import Tensor
 
 from ritornello.arrays import Arrays, Bytes, Ints
 from ritornello.errors import CheckpointError
-from ritornello.saving.files import lock, locked, sync_folder, unlock, write_text
-from ritornello.saving.folder import now, random_id, remove_leftovers, replace_manifest, shard_name
+from ritornello.saving.files import sync_folder, unlock, write_text
+from ritornello.saving.folder import (
+    lock_to_save,
+    locked_to_save,
+    now,
+    random_id,
+    remove_leftovers,
+    replace_manifest,
+    shard_name,
+)
 from ritornello.saving.manifest import Manifest, SavedFile
-from ritornello.saving.shard_file import PIECE_BYTES, NewShardFile
+from ritornello.saving.shard_file import PIECE_BYTES, new_shard_file
 from ritornello.transports.agreement import together
 from ritornello.transports.base import Transport
 
@@ -29,7 +37,6 @@ logger = logging.getLogger(__name__)
 
 TIDY_SECONDS = 1.0
 """How long a save that is given up waits for its running step, to end it and remove its files."""
-
 
 POLL_SECONDS = 0.02
 """How often rank 0 looks whether the other ranks' files are there."""
@@ -50,7 +57,7 @@ class Snapshot:
     rows: Tensor
 
 
-class Saving:
+class SaveUnderWay:
     """A save under way.
 
     The shard is written a piece at a time. In between rounds may go on: what is about to be
@@ -108,7 +115,7 @@ class Saving:
         """Rank 0 keeps other jobs out, removes what crashes left, and leaves a mark."""
         if self._rank == 0:
             self._folder.mkdir(parents=True, exist_ok=True)
-            self._lock = lock(self._folder)
+            self._lock = lock_to_save(self._folder)
             remove_leftovers(self._folder)
             self._mark.touch()
 
@@ -133,9 +140,11 @@ class Saving:
 
     def keep(self, slots: Ints) -> None:
         """Sets aside the records at some slots, before others are written there."""
-        for slot in slots.tolist():
-            if self._first_kept <= slot < len(self._snapshot.rows) and slot not in self._kept:
-                self._kept[slot] = self._to_host(self._snapshot.rows[slot : slot + 1])[0].copy()
+        with self._stepping:  # the trainer's thread may call it, too, while the worker writes
+            for slot in slots.tolist():
+                if self._first_kept <= slot < len(self._snapshot.rows) and slot not in self._kept:
+                    row = self._to_host(self._snapshot.rows[slot : slot + 1])[0]
+                    self._kept[slot] = row.copy()
 
     def step(self) -> float | None:
         """Does a part of the work; the worker and who waits for it may both call it.
@@ -194,7 +203,7 @@ class Saving:
         try:
             self._end()
             if self._rank == 0:
-                with contextlib.suppress(CheckpointError, OSError), locked(self._folder):
+                with contextlib.suppress(CheckpointError, OSError), locked_to_save(self._folder):
                     remove_leftovers(self._folder)
         finally:
             self._stepping.release()
@@ -225,7 +234,7 @@ class Saving:
         """Writes this rank's file."""
         path = self._folder / self._name(self._rank, "safetensors")
         rows = self._snapshot.rows
-        with NewShardFile(path, self._snapshot.arrays, *rows.shape) as file:
+        with new_shard_file(path, self._snapshot.arrays, *rows.shape) as file:
             yield 0.0
             num_at_once = max(1, PIECE_BYTES // max(1, rows.shape[1]))
             for first in range(0, len(rows), num_at_once):
@@ -233,7 +242,7 @@ class Saving:
                 if self._in_background:
                     file.sync()
                 yield 0.0
-            about = SavedFile(path.name, file.num_bytes, file.finish())
+        about = SavedFile(path.name, file.num_bytes, file.sha256)
         write_text(self._folder / self._name(self._rank, "json"), json.dumps(asdict(about)))
 
     def _piece(self, first: int, end: int) -> Bytes:

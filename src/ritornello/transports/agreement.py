@@ -1,4 +1,4 @@
-"""Agreement."""
+"""What all ranks do alike: gather numbers, fail together, and notice when they are not in step."""
 
 from __future__ import annotations
 
@@ -12,7 +12,35 @@ from ritornello.arrays import Floats, Ints
 from ritornello.errors import CheckpointError, PeerLostError
 from ritornello.transports.base import Transport
 
+CALLS = (
+    "save",
+    "wait_until_saved",
+    "load",
+    "load_state_dict",
+    "state_dict",
+    "measure_distances",
+    "begin_task",
+)
+"""What all ranks do together while no round runs."""
+
 Numbers = TypeVar("Numbers", Ints, Floats)
+Result = TypeVar("Result")
+
+
+def gather_counts(transport: Transport, count: int) -> Ints:
+    """Gives every rank the count of all, int64 ``[num_ranks]``, none of which is negative.
+
+    Raises:
+        PeerLostError: a rank is somewhere else, in a call between rounds.
+    """
+    counts = transport.all_gather(np.array([count]))[:, 0].copy()
+    elsewhere = tuple(np.flatnonzero(counts < 0).tolist())
+    if elsewhere:
+        raise PeerLostError(
+            f"rank(s) {list(elsewhere)} have called something like save, after fewer updates",
+            elsewhere,
+        )
+    return counts
 
 
 def gather_padded(values: Numbers, transport: Transport) -> list[Numbers]:
@@ -31,36 +59,6 @@ def gather_padded(values: Numbers, transport: Transport) -> list[Numbers]:
     everyone = transport.all_gather(padded.reshape(-1).view(np.int64)).view(values.dtype)
     shaped = everyone.reshape(len(lengths), *padded.shape)
     return [each[:length] for each, length in zip(shaped, lengths.tolist(), strict=True)]
-
-
-CALLS = (
-    "save",
-    "wait_until_saved",
-    "load",
-    "load_state_dict",
-    "state_dict",
-    "measure_distances",
-)
-"""What all ranks do together while no round runs."""
-
-
-Result = TypeVar("Result")
-
-
-def gather_counts(transport: Transport, count: int) -> Ints:
-    """Gives every rank the count of all, int64 ``[num_ranks]``, none of which is negative.
-
-    Raises:
-        PeerLostError: a rank is somewhere else, in a call between rounds.
-    """
-    counts = transport.all_gather(np.array([count]))[:, 0].copy()
-    elsewhere = tuple(np.flatnonzero(counts < 0).tolist())
-    if elsewhere:
-        raise PeerLostError(
-            f"rank(s) {list(elsewhere)} have called something like save, after fewer updates",
-            elsewhere,
-        )
-    return counts
 
 
 def together(transport: Transport, act: Callable[[], Result], doing: str) -> Result:

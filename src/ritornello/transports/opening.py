@@ -1,4 +1,4 @@
-"""Transports: what moves records between ranks. The only place that talks to other ranks."""
+"""Opens the transport that an argument names, for the ranks of a process group or a mesh."""
 
 from __future__ import annotations
 
@@ -9,25 +9,12 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from ritornello.records.storage import Storage
-from ritornello.transports.agreement import check_agreement, gather_counts, together
+from ritornello.transports.agreement import check_agreement
 from ritornello.transports.base import Transport
 from ritornello.transports.collective import CollectiveTransport
 from ritornello.transports.local import LocalTransport
 from ritornello.transports.mpi import MpiTransport
 from ritornello.transports.shared_memory import SharedMemoryTransport
-
-__all__ = [
-    "CollectiveTransport",
-    "LocalTransport",
-    "MpiTransport",
-    "SharedMemoryTransport",
-    "Transport",
-    "check_agreement",
-    "gather_counts",
-    "open_transport",
-    "together",
-]
-
 
 NAMES = ("auto", "local", "shared_memory", "collective", "mpi")
 
@@ -97,6 +84,13 @@ def open_transport(
     except BaseException:
         collective.close()
         raise
+
+
+def default_ranks() -> tuple[int, int]:
+    """This rank in the default process group, and how many there are; 0 and 1 without one."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
 
 
 def _group_of(process_group: Any) -> dist.ProcessGroup:

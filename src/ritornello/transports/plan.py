@@ -1,4 +1,4 @@
-"""Plan."""
+"""What draws mean for one rank: which records it sends in a round, and which it gets."""
 
 from __future__ import annotations
 
@@ -53,7 +53,11 @@ class Plan:
 def plans_of_draws(draws: Ints, sizes: Ints, rank: int) -> list[Plan]:
     """What draws mean for one rank.
 
-    Computes what this rank sends and receives, no more.
+    Computes what this rank sends and receives, no more; all rounds with the same few calls.
+
+    Two shards hold 3 and 2, so the global indices 3 and 4 are slots 0 and 1 of rank 1. Rank 0 draws
+    (0, 3), rank 1 draws (4, 1). Then rank 1 gets, by owner, slot 1 of rank 0 and slot 1 of itself;
+    and it sends its slot 0 to rank 0, and its slot 1 to itself.
 
     Args:
         draws: int64 ``[num_rounds, num_draws, num_ranks, num_drawn]``, global indices.
@@ -65,6 +69,8 @@ def plans_of_draws(draws: Ints, sizes: Ints, rank: int) -> list[Plan]:
     ends = sizes.cumsum()
     starts = ends - sizes
 
+    # What this rank gets. Global indices ascend by owner, then by slot: the order of exchange. With
+    # several draws it is that of all of them together, and `order` tells them apart again.
     received = np.sort(draws[:, :, rank], axis=-1).reshape(num_rounds, num_received)
     order = None
     if num_draws > 1:
@@ -72,13 +78,15 @@ def plans_of_draws(draws: Ints, sizes: Ints, rank: int) -> list[Plan]:
         received = np.sort(received, axis=-1)
     owners = ends.searchsorted(received.ravel(), side="right").reshape(received.shape)
     receive_slots = received - starts[owners]
+    # One count over (round, owner) serves all rounds.
     rows = np.arange(num_rounds)[:, None] * num_ranks
     receive_counts = np.bincount((rows + owners).ravel(), minlength=num_rounds * num_ranks)
     receive_counts = receive_counts.reshape(num_rounds, num_ranks)
 
+    # What it sends: all that anybody draws, seen from the beginning of its shard.
     slots = draws - starts[rank]
     if num_draws > 1:
-        slots = slots.swapaxes(1, 2)
+        slots = slots.swapaxes(1, 2)  # by requester, then by draw
     slots = slots.reshape(num_rounds, num_ranks, num_received)
     # Seen as unsigned, what lies below the shard is also beyond its end.
     is_asked = slots.view(np.uint64) < int(sizes[rank])

@@ -262,8 +262,9 @@ class SharedMemoryTransport(Transport):
 
     def await_readers(self) -> None:
         """See ``Transport.await_readers``."""
-        readers, self._readers = self._readers, []
-        self._wait(READ, readers, "reading this rank's shard")
+        while self._readers:  # one by one: after an interrupt the others are still to be awaited
+            self._wait(READ, self._readers[-1:], "reading this rank's shard")
+            self._readers.pop()
 
     def exchange(
         self, shard: Shard, plan: Plan, out: Tensor, peers: Sequence[int] | None = None

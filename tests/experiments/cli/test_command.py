@@ -46,7 +46,7 @@ def test_a_package_that_is_missing(
         import matplotlib  # noqa: F401
 
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.setattr("ritornello.experiments.cli.training._train", show)
+    monkeypatch.setattr("ritornello.experiments.cli.runs.train", show)
     assert run("run", "digits") == 2
     error = capsys.readouterr().err
     assert "matplotlib" in error
@@ -130,6 +130,22 @@ def test_several_seeds_of_one_strategy(capsys: pytest.CaptureFixture[str]) -> No
             [f"der, selection {selection}, sampling {sampling}"
              for selection in ("fifo", "reservoir") for sampling in ("uniform", "grasp")],
         ),
+        (
+            ["compare", "cifar10-frontier"],
+            ["incremental"]
+            + [f"rehearsal, append, r {r}" for r in (8, 16, 32, 64)]
+            + [f"rehearsal, proportional, r {r}" for r in (0, 8, 16, 32, 64)]
+            + ["from-scratch"],
+        ),
+        (
+            ["compare", "frontier", "--strategy", "rehearsal", "--compositions", "proportional"],
+            ["rehearsal, r 0", "rehearsal, r 8"],
+        ),
+        (
+            ["compare", "mnist", "--strategy", "rehearsal", "--first-share", "0.7",
+             "--compositions", "append", "proportional"],
+            ["rehearsal, append", "rehearsal, proportional"],
+        ),
         (["run", "buzzega-mnist-er-500"], ["rehearsal"]),
         (["run", "mnist", "--strategy", "joint", "--seeds", "1", "2"],
          ["joint, seed 1", "joint, seed 2"]),
@@ -144,7 +160,7 @@ def test_what_runs(
     def train(recipes: dict[str, Recipe], *further: object) -> None:
         asked.update(recipes)
 
-    monkeypatch.setattr("ritornello.experiments.cli.training._train", train)
+    monkeypatch.setattr("ritornello.experiments.cli.runs.train", train)
     assert run(*arguments) == 0
     assert list(asked) == labels
     if "--capacity" in arguments:
@@ -156,7 +172,7 @@ def test_what_runs(
 def test_a_recipe_as_published_keeps_its_figure(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Recipe] = []
     monkeypatch.setattr(
-        "ritornello.experiments.cli.training._train",
+        "ritornello.experiments.cli.runs.train",
         lambda recipes, *_: asked.extend(recipes.values()),
     )
     name = "buzzega-mnist-er-500"

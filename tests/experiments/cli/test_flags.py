@@ -29,11 +29,18 @@ def test_every_setting_arrives_in_the_recipe() -> None:
         compile="on", channels_last="on", iterations=7, batch_size=8, optimiser="adam",
         keeps_optimiser="on", learning_rate=0.1, momentum=0.2, weight_decay=0.3, alpha=0.4,
         beta=0.6, loss_weights="by-task", remembers="herding", device="cpu", workers=3,
-        crop_size=32, logits_dtype="float16", fixed_shares="on",
+        crop_size=32, logits_dtype="float16", fixed_shares="on", samples_per_step=12,
+        first_share=0.7, share_floor=0.1, soft_targets=2.0, soft_temperature=3.0,
+        holdout=0.1, averaged=0.9, probe_every=5,
     )  # fmt: skip
     assert {name for name, value in vars(given).items() if value is None} == {"epochs"}
     buffer = BufferChanges(
-        capacity=0.2, representatives=5, candidates=6, selection="fifo", sampling="grasp"
+        composition="proportional",
+        capacity=0.2,
+        representatives=5,
+        candidates=6,
+        selection="fifo",
+        sampling="grasp",
     )
     changed = given.applied_to("mnist", **buffer.as_changes())
     recipe = recipe_named("mnist")
@@ -53,6 +60,7 @@ def test_epochs_take_the_place_of_iterations() -> None:
 def test_switches_and_orders_can_be_taken_back() -> None:
     changed = Changes(compile="off", class_order="ascending").applied_to("mnist")
     assert (changed.compile, changed.class_order) == (False, None)
+    assert Changes(class_order=3).applied_to("mnist").class_order == 3
 
 
 def help_of(kind: type) -> dict[str, str]:
@@ -79,6 +87,8 @@ def help_of(kind: type) -> dict[str, str]:
         (Changes, "remembers", exemplars.CHOICES),
         (Changes, "amp", config.AMP_MODES),
         (Changes, "optimiser", config.OPTIMISERS),
+        (BufferChanges, "composition", config.COMPOSITIONS),
+        (Sweep, "compositions", config.COMPOSITIONS),
         (BufferChanges, "selection", names.SELECTION_POLICIES),
         (BufferChanges, "sampling", names.SAMPLING_POLICIES),
         (Sweep, "selections", names.SELECTION_POLICIES),

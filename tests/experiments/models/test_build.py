@@ -15,6 +15,11 @@ SMALL = [
     ("mlp-400", (1, 28, 28), 400),
     ("small-cnn", (3, 32, 32), 512),
     ("small-cnn", (1, 8, 8), 512),
+    ("halving-cnn", (3, 32, 32), 128 * 16),
+    ("halving-cnn", (1, 28, 28), 128 * 16),
+    ("halving-cnn", (3, 48, 48), 256 * 9),
+    ("halving-cnn", (3, 64, 64), 256 * 16),
+    ("halving-cnn", (1, 8, 8), 64 * 4),
     ("cifar-resnet18", (1, 16, 16), 512),
     ("resnet18", (1, 32, 32), 512),
     ("ghostnet_050", (3, 32, 32), 1280),
@@ -37,6 +42,14 @@ def test_models_map_images_to_features_and_classes(
     assert seen.shape == (2, num_features)
     last = [each for each in model.modules() if isinstance(each, nn.Linear)][-1]
     assert torch.allclose(last(seen), logits, atol=1e-5)
+
+
+def test_the_halving_cnn_is_the_strided_one_where_images_are_small() -> None:
+    halving, strided = (
+        [str(each) for each in models.build(name, 10, (3, 32, 32)).modules()][1:]
+        for name in ("halving-cnn", "strided-cnn")
+    )
+    assert halving == strided
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import torch
 from ritornello.experiments.data.data_set import DataSet
 from ritornello.experiments.data.load import load
 from ritornello.experiments.models.network import Network
+from ritornello.experiments.ranks.place import Place
 from ritornello.experiments.recipes.named import recipe_named
 from ritornello.experiments.recipes.recipe import Recipe
 
@@ -22,7 +23,7 @@ def digits() -> DataSet:
 def network(digits: DataSet, **changes: Any) -> Network:
     recipe: Recipe = recipe_named("digits", **changes)
     torch.manual_seed(0)
-    return Network(recipe, digits, torch.device("cpu"), num_ranks=1)
+    return Network(recipe, digits, Place(0, 1, torch.device("cpu")))
 
 
 def test_stored_images_in_logits_out(digits: DataSet) -> None:
@@ -72,3 +73,38 @@ def test_channels_last(digits: DataSet) -> None:
     images = digits.train.__getitems__(range(7))[0]
     plain = network(digits, model="small-cnn")(images)
     torch.testing.assert_close(made(images), plain, rtol=1e-3, atol=1e-4)
+
+
+def test_the_average_follows_the_model(digits: DataSet) -> None:
+    images = digits.test.__getitems__(range(9))[0]
+    made = network(digits, averaged=0.75)
+    [weight, *_] = made.model.parameters()
+    values = []
+    for value in (1.0, 3.0, -5.0):
+        torch.nn.init.constant_(weight, value)
+        made.follow_step()
+        assert made.average is not None
+        values.append(next(made.average.module.parameters()).mean().item())
+    assert values == pytest.approx([1.0, 1.5, 1.5 * 0.75 - 5 * 0.25])
+    made.eval()
+    raw = made(images)
+    with made.averaged():
+        assert not torch.equal(made(images), raw)
+    assert torch.equal(made(images), raw)
+    assert [name for name, _ in made.named_parameters()] == [
+        f"model.{name}" for name, _ in made.model.named_parameters()
+    ]
+    assert network(digits).average is None
+
+
+def test_running_statistics_are_averaged_too(digits: DataSet) -> None:
+    made = network(digits, averaged=0.5, model="resnet10t")
+    images = digits.train.__getitems__(range(8))[0]
+    means = []
+    for _ in range(2):
+        made(images)
+        made.follow_step()
+        means.append(dict(made.model.named_buffers())["bn1.running_mean"].clone())
+    assert made.average is not None
+    averaged = dict(made.average.module.named_buffers())["bn1.running_mean"]
+    torch.testing.assert_close(averaged, (means[0] + means[1]) / 2)

@@ -18,7 +18,7 @@ from ritornello.experiments.ranks.launch import LaunchError, launch, place_in_jo
 from ritornello.experiments.recipes.named import recipe_named
 from ritornello.experiments.recipes.recipe import Recipe
 from ritornello.experiments.training import run as train
-from ritornello.experiments.training.saver import Saver, Saving
+from ritornello.experiments.training.saver import CheckpointSettings, Saver
 
 
 def _place(*_: Any) -> tuple[int, int, str | None]:
@@ -138,7 +138,7 @@ def _die_once(recipe: Recipe, folder: str, count: int) -> Any:
             os.kill(os.getpid(), signal.SIGKILL)
 
     Saver.between_steps = dying  # type: ignore[method-assign]
-    return train.run(recipe, folder, saving=Saving(save_every=7, restarts=1))
+    return train.run(recipe, folder, saving=CheckpointSettings(save_every=7, restarts=1))
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
@@ -158,7 +158,7 @@ def test_a_signal_to_a_rank_alone_ends_the_job(tmp_path: Path) -> None:
     assert launch(2, train.run, recipe, str(tmp_path), None, "", RESUME)["resumed"] == 1
 
 
-RESUME = Saving(resume=True)
+RESUME = CheckpointSettings(resume=True)
 
 
 def _signalled(recipe: Recipe, folder: str) -> None:

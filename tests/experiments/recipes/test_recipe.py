@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from ritornello.experiments.recipes.named import recipe_named
+from ritornello.experiments.recipes.recipe import with_changes
 
 
 def test_the_schedule_of_the_learning_rate() -> None:
@@ -28,6 +30,9 @@ def test_the_schedule_of_the_learning_rate() -> None:
         ({"capacity": 1.5}, "capacity=1.5: it must be at least 1, or a fraction"),
         ({"alpha": -0.1}, "alpha=-0.1: it must not be negative"),
         ({"blur": 1.0}, "blur=1.0: it must be from 0 to below 1"),
+        ({"averaged": 1.0}, r"averaged=1.0: it must be from 0 \(off\) to below 1"),
+        ({"holdout": -0.1}, r"holdout=-0.1: it must be from 0 \(off\) to below 1"),
+        ({"probe_every": -1}, r"probe_every=-1: it must be 0 \(off\) or more steps"),
         ({"global_num_representatives": 3}, "global_num_representatives=3: it must be at least"),
         ({"global_batch_size": 3}, "global_batch_size=3: it must be at least the number of ranks"),
         ({"global_num_candidates": 2}, "global_num_candidates=2 does not .*; take 4, or another"),
@@ -36,6 +41,66 @@ def test_the_schedule_of_the_learning_rate() -> None:
 def test_settings_out_of_range(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         recipe_named("digits", **changes).check(4)
+
+
+PROPORTIONAL = {"composition": "proportional", "global_num_candidates": None}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"composition": "mixed"}, "composition='mixed': there are append, proportional"),
+        (
+            {"global_num_representatives": 2},
+            "samples_per_step=18 does not divide .*; take 16 or 20",
+        ),
+        ({"global_num_representatives": -1}, "global_num_representatives=-1: it must not be neg"),
+        ({"global_batch_size": 18}, "global_batch_size=18 does not divide evenly over 4 ranks"),
+        ({"samples_per_step": 2}, "samples_per_step=2 does not divide evenly .*; take 4, or"),
+        ({"samples_per_step": 4}, "samples_per_step=4: it must be at least two for each of 4"),
+        ({"first_share": 0.0}, "first_share=0.0: it must be above 0 and at most 1"),
+        ({"share_floor": 1.5}, "share_floor=1.5: it must be from 0 to 1"),
+        ({"loss_weights": "by-task"}, "loss_weights='by-task' with composition='proportional'"),
+        ({"soft_targets": -1.0}, "soft_targets=-1.0: it must not be negative"),
+        ({"soft_temperature": 0.0}, "soft_temperature=0.0: it must be above 0"),
+        (
+            {"soft_targets": 1.0, "scenario": "task-incremental"},
+            "soft_targets=1.0 with scenario='task-incremental'",
+        ),
+    ],
+)
+def test_compositions_out_of_range(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        recipe_named("digits", **PROPORTIONAL | changes).check(4)
+
+
+def test_a_composition_brings_what_goes_with_it() -> None:
+    proportional = recipe_named("digits", composition="proportional", first_share=0.5)
+    assert (proportional.sampling, proportional.loss_weights) == ("earlier-tasks", "by-sample")
+    assert with_changes(proportional, composition="proportional", seed=1).first_share == 0.5
+    appended = with_changes(proportional, composition="append")
+    assert (appended.sampling, appended.loss_weights) == ("uniform", "by-task")
+    assert appended.first_share is None
+    chosen = recipe_named("digits", composition="proportional", sampling="grasp")
+    assert chosen.sampling == "grasp"
+    assert recipe_named("digits", composition="append") == recipe_named("digits")
+
+
+def test_incremental_trainings_price_is_no_representative_more() -> None:
+    recipe = recipe_named("digits", global_num_representatives=0, **PROPORTIONAL)
+    recipe.check(4)
+    assert recipe.composed_samples == recipe.global_batch_size
+
+
+def test_a_schedule_that_stretches() -> None:
+    recipe = recipe_named("frontier")
+    assert (recipe.epochs, recipe.warmup_epochs) == (30, 5)
+    shorter = with_changes(recipe, epochs=15)
+    assert shorter.warmup_epochs == 2.5
+    assert shorter.milestones == ((10.5, 0.5), (13, 0.05), (14, 0.01))
+    assert with_changes(recipe, epochs=15, warmup_epochs=1.0).warmup_epochs == 1.0
+    assert recipe_named("cifar10-frontier").milestones[0] == (14, 0.5)
+    assert recipe_named("folder", epochs=3).warmup_epochs == 5
 
 
 def test_sizes_of_one_rank() -> None:
@@ -47,6 +112,7 @@ def test_sizes_of_one_rank() -> None:
     assert scaled.learning_rate == pytest.approx(0.2)
     assert scaled.capacity == recipe.capacity
     assert recipe_named("digits").on(4) == recipe_named("digits")
+    assert replace(recipe, samples_per_step=18).on(4).samples_per_step == 72
     assert recipe_named("digits", scales_with_ranks=True, global_num_candidates=None).on(3)
 
 

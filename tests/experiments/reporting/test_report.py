@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,12 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from rich.console import Console
-from synthetic_results import results_of, results_of_variant
+from synthetic_results import probed, results_of, results_of_variant
 
 from ritornello.experiments.recipes.recipe import Published, Recipe
-from ritornello.experiments.reporting import colours, figures, report, summaries, trade_offs
-from ritornello.experiments.results.groups import summarise
-from ritornello.experiments.results.labels import Results
+from ritornello.experiments.reporting import colours, figures, report, stream, summaries, trade_offs
+from ritornello.experiments.results.groups import Group, groups_of
+from ritornello.experiments.results.writing import Results
 from ritornello.experiments.training.variants import variants
 
 COMPARISON = ("incremental", "rehearsal", "from-scratch")
@@ -29,25 +30,25 @@ RECIPE = Recipe(
 
 
 @pytest.fixture
-def comparison() -> dict[str, Results]:
-    return {name: results_of(name) for name in COMPARISON}
+def comparison() -> list[Group]:
+    return groups_of(results_of(name) for name in COMPARISON)
 
 
-def sweep(*strategies: str, **lists: Any) -> dict[str, Results]:
+def sweep(*strategies: str, **lists: Any) -> list[Group]:
     made = variants(RECIPE, strategies, **lists)
-    return {label: results_of_variant(recipe) for label, recipe in made.items()}
+    return groups_of(map(results_of_variant, made.values()))
 
 
-def page_of(results: Mapping[str, Results], folder: Path) -> str:
+def page_of(groups: Sequence[Group], folder: Path) -> str:
     path = folder / "deep" / "report.html"
-    report.write_report(results, path)
+    report.write_report(groups, path)
     return path.read_text()
 
 
-def lines_of(results: Mapping[str, Results], width: int = 80) -> list[str]:
+def lines_of(groups: Sequence[Group], width: int = 80) -> list[str]:
     console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     with console.file:
-        console.print(report.table_of(results, width))
+        console.print(report.table_of(groups, width))
     return console.export_text().splitlines()
 
 
@@ -69,9 +70,7 @@ def cells_of(page: str, label: str, number: int = 0) -> list[str]:
     return re.findall(r"<td>([^<]*)</td>", found[number])
 
 
-def test_the_page_is_complete_and_self_contained(
-    comparison: dict[str, Results], tmp_path: Path
-) -> None:
+def test_the_page_is_complete_and_self_contained(comparison: list[Group], tmp_path: Path) -> None:
     page = page_of(comparison, tmp_path)
     assert page.count("<svg ") == 2 + 2 * 3
     assert page.count('<svg role="img" aria-label=') == 8
@@ -88,8 +87,8 @@ def test_the_page_is_complete_and_self_contained(
     assert len(page) < 200_000
 
 
-def test_the_summary_says_what_happened(comparison: dict[str, Results]) -> None:
-    summary = report.summary_of(comparison)
+def test_the_summary_says_what_happened(comparison: list[Group]) -> None:
+    summary = summaries.summary_of(comparison)
     assert "ends at 32.7 % over all tasks: it has lost 98.0 points on the earlier" in summary
     assert "rehearsal from 100 representatives (33.3 % of the data) it ends at 92.7 %" in summary
     assert "in 1.2 times the time" in summary
@@ -97,9 +96,8 @@ def test_the_summary_says_what_happened(comparison: dict[str, Results]) -> None:
 
 
 def test_the_summary_of_several_seeds_and_settings() -> None:
-    results = sweep("incremental", "rehearsal", "joint", capacities=[30, 0.5], seeds=[0, 1])
-    groups = {group.label: group for group in summarise(results)}
-    summary = report.summary_of(results)
+    found = sweep("incremental", "rehearsal", "joint", capacities=[30, 0.5], seeds=[0, 1])
+    summary, groups = summaries.summary_of(found), {group.label: group for group in found}
     best = groups["rehearsal, capacity 0.5"]
     assert best.average_top1.mean > groups["rehearsal, capacity 30"].average_top1.mean
     assert (
@@ -113,45 +111,41 @@ def test_the_summary_of_several_seeds_and_settings() -> None:
 
 def test_a_buffer_larger_than_the_data_and_a_run_without_time(tmp_path: Path) -> None:
     large = {"config": {"capacity": 500}}
-    results = {
-        "incremental": results_of("incremental", seconds=0.0),
-        "rehearsal": results_of("rehearsal", **large),
-    }
-    assert "from 500 representatives (room for all the data) it ends at" in report.summary_of(
-        results
-    )
-    report.write_report(results, tmp_path / "report.html")
-    assert "training time (s)" in (tmp_path / "report.html").read_text()
+    groups = groups_of([results_of("incremental", seconds=0.0), results_of("rehearsal", **large)])
+    summary = summaries.summary_of(groups)
+    assert "from 500 representatives (room for all the data) it ends at" in summary
+    assert "training time (s)" in page_of(groups, tmp_path)
 
 
 def test_the_summary_of_several_recipes() -> None:
-    results = {"a": results_of("rehearsal"), "b": results_of("rehearsal", recipe="mnist")}
+    groups = groups_of([results_of("rehearsal"), results_of("rehearsal", recipe="mnist")])
     text = (
         "With rehearsal from 100 representatives (33.3 % of the data) the model ends at 92.7 % over "
         "all tasks."
     )
-    assert report.summary_of(results) == f"digits: {text} mnist: {text}"
+    assert summaries.summary_of(groups) == f"digits: {text} mnist: {text}"
 
 
 def test_the_finding_is_one_sentence() -> None:
-    def finding(**results: Results) -> str:
-        [text] = summaries.findings_of(summarise(results)).values()
+    def finding(groups: Sequence[Group]) -> str:
+        [text] = summaries.findings_of(groups).values()
         return text
+
+    def finding_of(*runs: Results) -> str:
+        return finding(groups_of(runs))
 
     incremental, rehearsal = results_of("incremental"), results_of("rehearsal")
     start = "With rehearsal from 100 representatives (33.3 % of the data) the model ends at 92.7 %"
-    assert finding(a=incremental, b=rehearsal, c=results_of("from-scratch")) == (
+    assert finding_of(incremental, rehearsal, results_of("from-scratch")) == (
         f"{start} over all tasks; trained on new data alone it ends at 32.7 %, retrained on "
         "everything at 96.0 %."
     )
-    assert finding(b=rehearsal, a=incremental, j=results_of("joint")).endswith(
+    assert finding_of(rehearsal, incremental, results_of("joint")).endswith(
         "at 32.7 %, trained once on everything at 99.3 %."
     )
-    assert finding(b=rehearsal) == f"{start} over all tasks."
-    assert finding(a=incremental).startswith("Trained on new data alone, the model ends at 32.7 %")
-    several = finding(
-        **sweep("incremental", "rehearsal", "der", capacities=[30, 0.5], seeds=[0, 1])
-    )
+    assert finding_of(rehearsal) == f"{start} over all tasks."
+    assert finding_of(incremental).startswith("Trained on new data alone, the model ends at 32.7 %")
+    several = finding(sweep("incremental", "rehearsal", "der", capacities=[30, 0.5], seeds=[0, 1]))
     assert re.match(
         r"With \w+ \(capacity 0.5\) from 150 .*, the best of 4 with a buffer, ", several
     )
@@ -167,16 +161,16 @@ def test_no_line_ends_within_a_figure(tmp_path: Path) -> None:
 
 def test_the_last_of_one_task_has_forgotten_nothing(tmp_path: Path) -> None:
     one = {"top1": [[0.98]], "top5": [[1.0]], "forgetting": 0.0, "average_top1": 0.98}
-    results = {name: results_of(name, **one) for name in ("incremental", "rehearsal")}
-    assert "ends at 98.0 % over all tasks. With rehearsal" in report.summary_of(results)
-    page = page_of(results, tmp_path)
+    groups = groups_of(results_of(name, **one) for name in ("incremental", "rehearsal"))
+    assert "ends at 98.0 % over all tasks. With rehearsal" in summaries.summary_of(groups)
+    page = page_of(groups, tmp_path)
     assert cells_of(page, "rehearsal")[1] == "-"
     assert page.count("<svg ") == 1  # Accuracy against training time.
     assert "Accuracy matrix" not in page
 
 
 def test_what_was_learnt_at_the_end_cannot_be_forgotten(tmp_path: Path) -> None:
-    page = page_of({"joint": results_of("joint", steps_per_task=[0, 0, 9])}, tmp_path)
+    page = page_of(groups_of([results_of("joint", steps_per_task=[0, 0, 9])]), tmp_path)
     assert cells_of(page, "joint") == ["99.3 %", "-", "11.0 s", "100.0 %", "-", "-"]
 
 
@@ -188,7 +182,7 @@ def test_durations_are_in_the_unit_that_a_reader_would_choose(seconds: float, te
     assert summaries.duration(seconds) == text
 
 
-def test_the_table(comparison: dict[str, Results]) -> None:
+def test_the_table(comparison: list[Group]) -> None:
     lines = lines_of(comparison)
     assert len(lines) == 4
     assert "12.5 s (1.2x)" in lines[2]
@@ -196,9 +190,9 @@ def test_the_table(comparison: dict[str, Results]) -> None:
 
 
 def test_the_table_of_several_seeds_has_means_and_deviations() -> None:
-    results = sweep("incremental", "rehearsal", seeds=range(3))
-    [_, group] = summarise(results)
-    header, _, row = lines_of(results, 100)
+    groups = sweep("incremental", "rehearsal", seeds=range(3))
+    [_, group] = groups
+    header, _, row = lines_of(groups, 100)
     assert header.split()[:2] == ["strategy", "seeds"]
     assert row.split()[:2] == ["rehearsal", "3"]
     assert re.search(r" \d\d\.\d ± \d\.\d % ", row)
@@ -207,19 +201,19 @@ def test_the_table_of_several_seeds_has_means_and_deviations() -> None:
 
 
 def test_long_labels_fit_the_terminal() -> None:
-    results = sweep(
+    groups = sweep(
         "rehearsal", capacities=[10, 20], representatives=[1, 2], selections=["fifo", "reservoir"],
         samplings=["uniform", "grasp"], seeds=[0, 1],
     )  # fmt: skip
     for width in (60, 80, 120):
-        lines = lines_of(results, width)
+        lines = lines_of(groups, width)
         assert max(map(len, lines)) <= width
         assert "…" not in "".join(lines)
 
 
 def test_a_narrow_terminal_does_without_some_columns() -> None:
-    results = sweep("incremental", "rehearsal", seeds=[0, 1], capacities=[100, 200])
-    headers = {width: lines_of(results, width)[0] for width in (70, 80, 100, 140)}
+    groups = sweep("incremental", "rehearsal", seeds=[0, 1], capacities=[100, 200])
+    headers = {width: lines_of(groups, width)[0] for width in (70, 80, 100, 140)}
     assert "step" in headers[140]
     assert "top-5" in headers[100]
     assert "step" not in headers[100]
@@ -230,8 +224,8 @@ def test_a_narrow_terminal_does_without_some_columns() -> None:
 
 
 def test_the_published_figure_stands_in_the_row_that_reproduces_it(tmp_path: Path) -> None:
-    results = sweep("incremental", "rehearsal", capacities=[100, 200])
-    page = page_of(results, tmp_path)
+    groups = sweep("incremental", "rehearsal", capacities=[100, 200])
+    page = page_of(groups, tmp_path)
     assert page.count(">85.6 ± 1.4 %</td>") == 1
     assert "85.6 ± 1.4 %" in cells_of(page, "rehearsal, capacity 100")
     assert "<dt>Published</dt><dd>Somebody &lt;et al.&gt;, Table 2</dd>" in page
@@ -240,13 +234,13 @@ def test_the_published_figure_stands_in_the_row_that_reproduces_it(tmp_path: Pat
 
 def test_only_top5_was_published(tmp_path: Path) -> None:
     top5 = dataclasses.replace(RECIPE, published=Published(None, None, None, "Somebody", 91.0))
-    assert ">top-5 91.0 %</td>" in page_of({"any": results_of_variant(top5)}, tmp_path)
+    assert ">top-5 91.0 %</td>" in page_of(groups_of([results_of_variant(top5)]), tmp_path)
 
 
 def test_a_page_of_many_groups_folds_their_plots(tmp_path: Path) -> None:
-    results = sweep(*COMPARISON, capacities=[10, 20, 40, 80], representatives=[8, 16], seeds=[0, 1])
-    page = page_of(results, tmp_path)
-    assert page.count("<svg ") == 3 + 2 * 10  # Per group, not per run.
+    groups = sweep(*COMPARISON, capacities=[10, 20, 40, 80], representatives=[8, 16], seeds=[0, 1])
+    page = page_of(groups, tmp_path)
+    assert page.count("<svg ") == 4 + 2 * 10  # Per group, not per run.
     assert page.count("<summary>10 plots</summary>") == 2
     assert "seeds</th>" in page
     assert "2 ranks, 2 seeds" in page
@@ -256,14 +250,14 @@ def test_a_page_of_many_groups_folds_their_plots(tmp_path: Path) -> None:
 
 
 def test_results_of_before_there_were_commands_make_a_page(tmp_path: Path) -> None:
-    page = page_of({"only": results_of("rehearsal")}, tmp_path)
+    page = page_of(groups_of([results_of("rehearsal")]), tmp_path)
     assert page.count("<svg ") == 1 + 2
     assert "2 ranks, seed 0" in page
     assert "<dt>Command</dt><dd>not written down</dd>" in page
 
 
 def test_lines_have_bands_of_one_deviation() -> None:
-    groups = summarise(sweep("rehearsal", seeds=range(4)))
+    groups = sweep("rehearsal", seeds=range(4))
     axes = drawn(figures.average_over_time(groups))
     ends = 100 * np.array([run["average_top1"] for run in groups[0].runs])
     assert axes.lines[0].get_ydata()[-1] == pytest.approx(ends.mean())
@@ -275,7 +269,7 @@ def test_lines_have_bands_of_one_deviation() -> None:
 
 def test_tasks_have_their_names_where_all_seeds_agree() -> None:
     def names(*runs: dict[str, Any]) -> list[str]:
-        [group] = summarise({str(number): run for number, run in enumerate(runs)})
+        [group] = groups_of(runs)
         return names_in_legend(drawn(figures.tasks_over_time(group)))
 
     other = results_of("rehearsal", seed=1)
@@ -288,16 +282,12 @@ def test_tasks_have_their_names_where_all_seeds_agree() -> None:
 
 def test_bars_of_step_times_are_means(tmp_path: Path) -> None:
     waits = [2e-4, 6e-4]
-    results = {
-        str(seed): results_of(
-            "rehearsal", seed=seed, step_seconds={"load": 1e-4, "wait": wait, "train": 2e-3}
-        )
+    runs = [
+        results_of("rehearsal", seed=seed, step_seconds={"load": 1e-4, "wait": wait, "train": 2e-3})
         for seed, wait in enumerate(waits)
-    }
-    results["incremental"] = results_of(
-        "incremental", step_seconds={"load": 0.0, "wait": 0.0, "train": 5e-3}
-    )
-    page = page_of(results, tmp_path)
+    ]
+    runs.append(results_of("incremental", step_seconds={"load": 0.0, "wait": 0.0, "train": 5e-3}))
+    page = page_of(groups_of(runs), tmp_path)
     assert cells_of(page, "rehearsal", 1) == ["0.10", "0.40", "2.00", "2.50"]
     widths = re.findall(r'<i class="(\w+)" style="width:([\d.]+)%">', page)
     assert widths == [
@@ -320,7 +310,7 @@ def test_long_names_in_a_legend_take_several_lines() -> None:
 def test_more_tasks_than_numbers_have_room_make_a_scale() -> None:
     def axes_of(num_tasks: int) -> Any:
         matrix = np.tril(np.ones((num_tasks, num_tasks))).tolist()
-        [group] = summarise({"any": results_of("rehearsal", top1=matrix)})
+        [group] = groups_of([results_of("rehearsal", top1=matrix)])
         return drawn(figures.heat_map(group))
 
     assert len(axes_of(12).texts) == 144
@@ -330,8 +320,7 @@ def test_more_tasks_than_numbers_have_room_make_a_scale() -> None:
 
 
 def test_accuracy_against_the_size_of_the_buffer() -> None:
-    results = sweep(*COMPARISON, capacities=[0.1, 60, 200], representatives=[8, 16], seeds=[0, 1])
-    groups = summarise(results)
+    groups = sweep(*COMPARISON, capacities=[0.1, 60, 200], representatives=[8, 16], seeds=[0, 1])
     axes = drawn(trade_offs.accuracy_by_capacity(groups))
     assert axes.get_xscale() == "log"
     lines = [container for container in axes.containers if container.get_label()]
@@ -354,33 +343,35 @@ def test_recipes_of_one_family_make_lines_of_their_strategies() -> None:
         )
         return results_of_variant(recipe)
 
-    results = {
-        "1": of("der", 200, learning_rate=0.1),
-        "2": of("der", 500, learning_rate=0.2),
-        "3": of("er-ace", 500),
-    }
-    axes = drawn(trade_offs.accuracy_by_capacity(summarise(results)))
+    groups = groups_of(
+        [
+            of("der", 200, learning_rate=0.1),
+            of("der", 500, learning_rate=0.2),
+            of("er-ace", 500),
+        ]
+    )
+    axes = drawn(trade_offs.accuracy_by_capacity(groups))
     assert [line.get_label() for line in axes.containers] == ["der", "er-ace"]
     assert list(axes.containers[0].lines[0].get_xdata()) == [200, 500]
-    assert report.summary_of(results).count("With ") == 2
+    assert summaries.summary_of(groups).count("With ") == 2
 
 
 @pytest.mark.parametrize(
     "lists", [{"representatives": [8, 16]}, {"capacities": [100]}, {"seeds": [0, 1]}]
 )
 def test_one_size_of_the_buffer_makes_no_picture(lists: dict[str, Any]) -> None:
-    assert trade_offs.accuracy_by_capacity(summarise(sweep(*COMPARISON, **lists))) is None
+    assert trade_offs.accuracy_by_capacity(sweep(*COMPARISON, **lists)) is None
 
 
 def test_sizes_that_are_close_have_no_texts_over_each_other() -> None:
-    groups = summarise(sweep("rehearsal", capacities=[10, 11, 100, 1000]))
+    groups = sweep("rehearsal", capacities=[10, 11, 100, 1000])
     axes = drawn(trade_offs.accuracy_by_capacity(groups))
     assert list(axes.get_xticks()) == [10, 100, 1000]
     assert axes.xaxis.get_major_formatter()(1000) == "1,000"
 
 
-def test_accuracy_against_runtime(comparison: dict[str, Results]) -> None:
-    axes = drawn(trade_offs.accuracy_by_runtime(summarise(comparison)))
+def test_accuracy_against_runtime(comparison: list[Group]) -> None:
+    axes = drawn(trade_offs.accuracy_by_runtime(comparison))
     assert axes.get_xlabel() == "training time (multiples of incremental training)"
     points = [container.lines[0] for container in axes.containers]
     assert [point.get_xdata()[0] for point in points] == pytest.approx([1.0, 1.25, 3.5])
@@ -389,15 +380,51 @@ def test_accuracy_against_runtime(comparison: dict[str, Results]) -> None:
 
 
 def test_without_incremental_training_runtimes_are_in_seconds() -> None:
-    groups = summarise({"a": results_of("rehearsal"), "b": results_of("from-scratch")})
+    groups = groups_of([results_of("rehearsal"), results_of("from-scratch")])
     axes = drawn(trade_offs.accuracy_by_runtime(groups))
     assert axes.get_xlabel() == "training time (s)"
     assert axes.containers[1].lines[0].get_xdata()[0] == 35.0
     assert trade_offs.accuracy_by_runtime(groups[:1]) is None
 
 
+def test_closeness_against_runtime() -> None:
+    groups = sweep(*COMPARISON, compositions=["append", "proportional"], representatives=[0, 8, 32])
+    axes = drawn(trade_offs.closeness_by_runtime(groups))
+    assert axes.get_ylabel() == "average top-1 (% of from scratch)"
+    lines = {line.get_label(): line for line in axes.lines[:-1]}
+    assert list(lines) == [
+        "incremental", "rehearsal, append", "rehearsal, proportional", "from-scratch",
+    ]  # fmt: skip
+    assert list(lines["incremental"].get_xdata()) == [1.0]
+    assert list(lines["from-scratch"].get_ydata()) == [100.0]
+    assert len(lines["rehearsal, append"].get_xdata()) == 2
+    best = next(each for each in groups if each.strategy == "from-scratch").average_top1.mean
+    of = {group.label: group.average_top1.mean for group in groups}
+    assert list(lines["rehearsal, proportional"].get_ydata()) == pytest.approx(
+        [100 * of[f"rehearsal, proportional, r {r}"] / best for r in (0, 8, 32)]
+    )
+    b = groups[0].first["config"]["global_batch_size"]
+    assert [text.get_text() for text in axes.texts] == [
+        str(Fraction(r, b)) for r in (8, 32, 0, 8, 32)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("strategies", "lists"),
+    [
+        (("incremental", "rehearsal"), {"representatives": [8, 16]}),
+        (("rehearsal", "from-scratch"), {"representatives": [8, 16]}),
+        (COMPARISON, {"capacities": [100, 200]}),
+    ],
+)
+def test_closeness_needs_both_ends_and_several_prices(
+    strategies: Sequence[str], lists: dict[str, Any]
+) -> None:
+    assert trade_offs.closeness_by_runtime(sweep(*strategies, **lists)) is None
+
+
 def test_names_of_points_do_not_overlap() -> None:
-    groups = summarise(sweep(*COMPARISON, capacities=[100, 102, 104, 106]))
+    groups = sweep(*COMPARISON, capacities=[100, 102, 104, 106])
     axes = drawn(trade_offs.accuracy_by_runtime(groups))
     axes.figure.draw_without_rendering()
     boxes = [text.get_window_extent() for text in axes.texts]
@@ -407,14 +434,14 @@ def test_names_of_points_do_not_overlap() -> None:
 
 
 def test_many_points_are_named_in_a_legend() -> None:
-    groups = summarise(sweep(*COMPARISON, capacities=range(10, 20)))
+    groups = sweep(*COMPARISON, capacities=range(10, 20))
     axes = drawn(trade_offs.accuracy_by_runtime(groups))
     assert not axes.texts
     assert len(names_in_legend(axes)) == 12
 
 
 def test_a_strategy_has_its_colour_where_it_appears_once() -> None:
-    groups = summarise(sweep(*COMPARISON, capacities=range(10, 14)))
+    groups = sweep(*COMPARISON, capacities=range(10, 14))
     found = figures.colours_of(groups)
     assert found[0] == colours.COLOURS["incremental"]
     assert found[-1] == colours.COLOURS["from-scratch"]
@@ -423,9 +450,8 @@ def test_a_strategy_has_its_colour_where_it_appears_once() -> None:
 
 def test_what_was_not_measured_is_a_dash(tmp_path: Path) -> None:
     matrix = [[0.98, None, None], [0.9, 0.98, None], [None, 0.9, 0.98]]
-    results = {str(seed): results_of("rehearsal", top1=matrix, seed=seed) for seed in range(2)}
-    page_of(results, tmp_path)
-    [group] = summarise(results)
+    [group] = groups_of(results_of("rehearsal", top1=matrix, seed=seed) for seed in range(2))
+    page_of([group], tmp_path)
     texts = [text.get_text() for text in drawn(figures.heat_map(group)).texts]
     assert texts == ["98", "-", "-", "90", "98", "-", "-", "90", "98"]
     [line, *_] = drawn(figures.tasks_over_time(group)).lines
@@ -446,3 +472,82 @@ def test_the_table_of_tasks() -> None:
         ["<1>", "10", "98.0", "%", "90.0", "%"],
         ["<2>", "10", "10.0", "%", "98.0", "%"],
     ]
+
+
+def test_what_probes_have_seen_is_told_and_drawn(tmp_path: Path) -> None:
+    groups = groups_of([probed(results_of(name)) for name in COMPARISON])
+    page = page_of(groups, tmp_path)
+    assert page.count("<svg ") == 3 + 3 * 3
+    assert "During the stream" in page
+    ids = re.findall(r'\bid="([^"]+)"', page)
+    assert len(ids) == len(set(ids))
+    cells = cells_of(page, "rehearsal", 2)
+    gap = 0.5 * (0.98 + 0.9) / 2  # from .98 to .45, from .94 to .45, and back to .9
+    assert cells[1] == f"{100 * groups[1].first['stability_gap']:.1f} %"
+    assert groups[1].first["stability_gap"] == pytest.approx(0.45, abs=gap)
+    assert cells[4:] == ["91.0 %", "98.0 %"]
+    header, *_ = lines_of(groups, 120)
+    assert header.split()[-5:-1] == ["anytime", "gap", "runtime", "step:"]
+
+
+def test_the_curves_of_probes() -> None:
+    [group] = groups_of([probed(results_of("rehearsal"))])
+    axes = drawn(stream.average_over_stream([group]))
+    x, y = axes.lines[0].get_data()
+    assert x.tolist() == pytest.approx([each / 3 for each in range(1, 10)])
+    assert y.tolist()[:3] == pytest.approx([49.0, 73.5, 98.0])
+    axes = drawn(stream.tasks_over_steps(group))
+    assert names_in_legend(axes) == list(stream.LINES)
+    average, lowest, newest = (line.get_data() for line in axes.lines[:3])
+    assert average[0].tolist() == [3.0 * each for each in range(1, 10)]
+    assert np.isnan(lowest[1][:3]).all()
+    assert lowest[1][-1] == pytest.approx(90.0)
+    assert np.isnan(newest[1][[3, 7]]).all()  # where the newest task becomes another one
+
+
+def test_runs_with_other_numbers_of_steps_are_drawn_together() -> None:
+    runs = [probed(results_of("rehearsal", seed=seed)) for seed in (0, 1)]
+    runs[1]["steps_per_task"] = [18] * 3
+    runs[1]["probes"] = [{**each, "step": 2 * each["step"]} for each in runs[1]["probes"]]
+    [group] = groups_of(runs)
+    axes = drawn(stream.average_over_stream([group]))
+    assert axes.lines[0].get_data()[1].tolist()[:3] == pytest.approx([49.0, 73.5, 98.0])
+
+
+def test_nothing_is_drawn_where_nothing_was_probed(comparison: list[Group]) -> None:
+    assert stream.average_over_stream(comparison) is None
+
+
+def test_averaged_weights_stand_beside_the_raw_ones(tmp_path: Path) -> None:
+    groups = groups_of(
+        [results_of("incremental"), results_of("rehearsal", average_averaged_top1=0.95)]
+    )
+    assert cells_of(page_of(groups, tmp_path), "rehearsal")[:2] == ["92.7 %", "95.0 %"]
+    header, first, second = lines_of(groups)[:1] + lines_of(groups)[-2:]
+    assert "averaged" in header
+    assert first.split()[3] == "-"
+    assert "95.0 %" in second
+
+
+def test_orders_of_classes_have_a_mean_and_a_worst(tmp_path: Path) -> None:
+    groups = sweep("incremental", "rehearsal", class_orders=[0, 1, 2], seeds=[0, 1])
+    page = page_of(groups, tmp_path)
+    assert groups[1].worst_top1 is not None
+    cells = cells_of(page, "rehearsal")
+    assert cells[1] == groups[1].worst_top1.in_percent()
+    assert cells[-2:] == ["2", "3"]
+    assert "over the seeds and the orders of classes" in page
+    assert "worst order" in lines_of(groups, 120)[0]
+    assert summaries.summary_of(groups).endswith(
+        "(Means of 6 runs, over orders of classes, ± the sample standard deviation.)"
+    )
+
+
+def test_it_is_said_what_was_tested_on_and_what_settings_were_chosen_by(tmp_path: Path) -> None:
+    assert "on the test samples." in page_of(sweep("rehearsal"), tmp_path)
+    recipe = dataclasses.replace(RECIPE, holdout=0.1, tuned_on="a holdout", published=None)
+    groups = groups_of([results_of_variant(recipe)])
+    page = page_of(groups, tmp_path).replace("\u00a0", " ")
+    assert "on 10 % of the training samples, held out." in page
+    assert "<dt>Tested on</dt><dd>10 % of the training samples, held out</dd>" in page
+    assert "<dt>Settings chosen by</dt><dd>a holdout</dd>" in page

@@ -11,7 +11,7 @@ from synthetic_results import results_of, results_of_variant
 from ritornello.experiments.recipes.recipe import Published, Recipe
 from ritornello.experiments.reporting.results_page import page_of, write_results_page
 from ritornello.experiments.results import reading as saved_results
-from ritornello.experiments.results.groups import summarise
+from ritornello.experiments.results.groups import groups_of
 from ritornello.experiments.training.variants import variants
 
 RECIPE = Recipe(
@@ -49,7 +49,7 @@ def test_figures_stand_beside_the_published_ones() -> None:
         ["from-scratch", "-", "2", "3"],
     ]
     assert [row[5] for row in rows] == ["-", "-", "80.0 ± 1.4 (10 runs)", "-"]
-    groups = {group.label: group for group in summarise(dict(enumerate(runs)))}  # type: ignore[arg-type]
+    groups = {group.label: group for group in groups_of(runs)}
     ours = groups["rehearsal, capacity 100"].average_top1
     assert rows[2][4] == ours.in_percent().removesuffix(" %")
     assert rows[2][6] == f"{100 * ours.mean - 80:+.1f}"
@@ -175,3 +175,23 @@ def test_an_archive_gives_the_same_page(tmp_path: Path) -> None:
         saved_results.find_results([tmp_path / "results.json"]), tmp_path / "other.md", "any"
     )
     assert (tmp_path / "deep" / "one.md").read_text() == (tmp_path / "other.md").read_text()
+
+
+def test_averaged_weights_and_worst_orders_have_columns() -> None:
+    runs = runs_of("incremental", "rehearsal", class_orders=[0, 1])
+    runs[-1]["average_averaged_top1"] = runs[-2]["average_averaged_top1"] = 0.9
+    page = page_of(runs, "")
+    header, _, first, second = rows_of(page, "digits")
+    assert header[-2:] == ["averaged weights", "worst order"]
+    assert first[-2] == "-"
+    assert second[-2] == "90.0 ± 0.0"
+    worst = groups_of(runs)[1].worst_top1
+    assert worst is not None
+    assert second[-1] == f"{100 * worst.mean:.1f}"
+    assert "- Class orders: 0, 1" in page
+
+
+def test_a_holdout_is_named() -> None:
+    runs = runs_of("rehearsal", recipe=dataclasses.replace(RECIPE, holdout=0.2, published=None))
+    assert "- Tested on: 20 % of the training samples, held out" in page_of(runs, "")
+    assert "Tested on" not in page_of(runs_of("rehearsal"), "")

@@ -12,12 +12,14 @@ import numpy as np
 import pytest
 from chromium import Chromium
 from PIL import Image
-from synthetic_results import results_of, results_of_variant
+from synthetic_results import probed, results_of, results_of_variant
 
 from ritornello.experiments.recipes.recipe import Published, Recipe
 from ritornello.experiments.reporting import report
 from ritornello.experiments.results import metrics
-from ritornello.experiments.results.labels import Results
+from ritornello.experiments.results.groups import groups_of
+from ritornello.experiments.results.writing import Results
+from ritornello.experiments.training.variants import variants
 
 pytestmark = pytest.mark.skipif(
     chromium.PATH is None, reason="needs Chromium: apt-get install chromium"
@@ -111,7 +113,7 @@ COLOURS = """(() => {
 })()"""
 
 
-def long_results() -> dict[str, Results]:
+def long_results() -> list[Results]:
     """Of 20 tasks with 100 classes, several strategies, long names, two seeds, hours."""
     matrix = np.tril(0.97 - 0.03 * np.subtract.outer(np.arange(20), np.arange(20)))
     tasks = [
@@ -123,8 +125,8 @@ def long_results() -> dict[str, Results]:
         }
         for i in range(20)
     ]
-    return {
-        f"{strategy} {seed}": results_of_variant(
+    return [
+        results_of_variant(
             replace(RECIPE, strategy=strategy, seed=seed),
             tasks=tasks,
             top1=matrix.tolist(),
@@ -135,29 +137,38 @@ def long_results() -> dict[str, Results]:
         )
         for strategy in ("incremental", "rehearsal", "der++")
         for seed in (0, 1)
-    }
+    ]
 
 
 NAMES = ("_a", "$b$", "<i>")
 
 
-def odd_results() -> dict[str, Results]:
+def odd_results() -> list[Results]:
     """One task; accuracies that were not measured; names that mean something elsewhere."""
     one = results_of("rehearsal", recipe="one")
     unknown = [[0.98, None, None], [0.9, 0.98, None], [None, 0.9, 0.98]]
     odd = results_of("rehearsal", recipe="<b>&$x$", top1=unknown)
     odd["tasks"] = [{**task, "name": name} for task, name in zip(odd["tasks"], NAMES, strict=True)]
-    return {
-        "one": one | {"tasks": one["tasks"][:1], "top1": [[0.98]], "top5": [[1.0]]},
-        "odd": odd,
-        "none": results_of("incremental", recipe="none", top1=[[None] * 3] * 3),
-    }
+    return [
+        one | {"tasks": one["tasks"][:1], "top1": [[0.98]], "top5": [[1.0]]},
+        odd,
+        results_of("incremental", recipe="none", top1=[[None] * 3] * 3),
+    ]
+
+
+def probed_results() -> list[Results]:
+    """With all columns and pictures that there can be."""
+    recipe = replace(RECIPE, name="digits", holdout=0.1, tuned_on="a holdout")
+    strategies = ("incremental", "rehearsal", "from-scratch")
+    recipes = variants(recipe, strategies, class_orders=[0, 1], seeds=[0, 1]).values()
+    return [probed(results_of_variant(each, average_averaged_top1=0.9)) for each in recipes]
 
 
 PAGES: Mapping[str, Any] = {
-    "comparison": lambda: {n: results_of(n) for n in ("incremental", "rehearsal", "from-scratch")},
+    "comparison": lambda: [results_of(n) for n in ("incremental", "rehearsal", "from-scratch")],
     "long": long_results,
     "odd": odd_results,
+    "probed": probed_results,
 }
 
 
@@ -166,7 +177,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("pages")
     paths = {name: folder / f"{name}.html" for name in PAGES}
     for name, path in paths.items():
-        report.write_report(PAGES[name](), path)
+        report.write_report(groups_of(PAGES[name]()), path)
     return paths
 
 
@@ -188,7 +199,7 @@ def test_a_page_fits_and_can_be_read(
     assert browser.evaluate(SMALL) >= 8.5
     loaded = browser.evaluate(NUM_LOADED)
     assert all(loaded)
-    assert len(loaded) == {"comparison": 3, "long": 3 + 3, "odd": 2}[name]
+    assert len(loaded) == {"comparison": 3, "long": 3 + 3, "odd": 2, "probed": 3}[name]
     own, *others = browser.requests()
     assert own == pages[name].as_uri()
     assert all(each.startswith("data:") for each in others)
@@ -225,7 +236,7 @@ def test_the_schemes_have_colours_of_their_own_and_paper_is_light(
 
 
 def test_a_screen_reader_finds_its_way(browser: Chromium, pages: dict[str, Path]) -> None:
-    browser.show(pages["comparison"], 1280, "light")
+    browser.show(pages["probed"], 1280, "light")
     count = "document.querySelectorAll({!r}).length"
     assert browser.evaluate("document.documentElement.lang") == "en"
     assert browser.evaluate(count.format("h1, main, header, footer")) == 4

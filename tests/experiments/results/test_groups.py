@@ -10,7 +10,7 @@ from synthetic_results import results_of, results_of_variant
 from ritornello.experiments.recipes.named import RECIPES
 from ritornello.experiments.recipes.recipe import Published, Recipe, with_changes
 from ritornello.experiments.results import groups as sweep
-from ritornello.experiments.results.groups import Statistic, summarise
+from ritornello.experiments.results.groups import Statistic, groups_of
 from ritornello.experiments.strategies import STRATEGIES
 from ritornello.experiments.training.variants import folder_name, uses_buffer, variants
 
@@ -68,6 +68,27 @@ def test_the_product_of_everything() -> None:
         f"from-scratch, seed {seed}" for seed in range(3)
     ]
     assert len({folder_name(label) for label in made}) == len(made)
+
+
+def test_compositions_and_what_goes_with_them() -> None:
+    made = variants(
+        RECIPE,
+        ["incremental", "rehearsal"],
+        compositions=["append", "proportional"],
+        representatives=[0, 8],
+    )
+    assert list(made) == [
+        "incremental",
+        "rehearsal, append, r 8",
+        "rehearsal, proportional, r 0",
+        "rehearsal, proportional, r 8",
+    ]
+    chosen = variants(
+        RECIPE, ["rehearsal"], compositions=["append", "proportional"], samplings=["uniform"]
+    )
+    assert list(chosen) == ["rehearsal, append", "rehearsal, proportional"]
+    [alone] = variants(RECIPE, ["rehearsal"], compositions=["proportional"]).values()
+    assert (alone.sampling, alone.loss_weights) == ("earlier-tasks", "by-sample")
 
 
 def test_what_is_given_twice_runs_once() -> None:
@@ -132,7 +153,7 @@ def test_families_of_recipes(recipe: str, family: str) -> None:
 def test_means_over_seeds() -> None:
     made = variants(RECIPE, ["incremental", "rehearsal"], capacities=[100, 200], seeds=range(3))
     results = {label: results_of_variant(recipe) for label, recipe in made.items()}
-    groups = summarise(results)
+    groups = groups_of(results.values())
     assert [group.label for group in groups] == [
         "incremental",
         "rehearsal, capacity 100",
@@ -157,7 +178,7 @@ def test_means_over_seeds() -> None:
 
 
 def test_one_run_has_no_deviation() -> None:
-    [group] = summarise({"any": results_of("rehearsal")})
+    [group] = groups_of([results_of("rehearsal")])
     assert group.average_top1.std is None
     assert group.average_top1.in_percent() == "92.7 %"
     assert Statistic(-0.123, None).in_percent("+") == "-12.3 %"
@@ -171,7 +192,7 @@ def test_runs_without_a_buffer_are_alike_whatever_its_settings() -> None:
         results_of("incremental", config={"capacity": 2, "epochs": 3}, seed=2),
         results_of("incremental", config={"capacity": 2, "epochs": 3}, seed=2, world_size=1),
     ]
-    groups = summarise({str(number): run for number, run in enumerate(runs)})
+    groups = groups_of(runs)
     assert [(group.label, group.num_runs) for group in groups] == [
         ("incremental, 2 ranks, epochs 1", 2),
         ("incremental, 2 ranks, epochs 3", 1),
@@ -181,7 +202,7 @@ def test_runs_without_a_buffer_are_alike_whatever_its_settings() -> None:
 
 def test_groups_that_no_label_tells_apart_are_numbered() -> None:
     old, new = results_of("rehearsal"), results_of("rehearsal", config={"capacity": 100, "x": 1})
-    labels = [group.label for group in summarise({"old": old, "new": new})]
+    labels = [group.label for group in groups_of([old, new])]
     assert labels == ["rehearsal", "rehearsal (2)"]
 
 
@@ -208,16 +229,16 @@ def test_labels_of_several_recipes_and_of_all_kinds_of_values() -> None:
     ],
 )
 def test_the_capacity_is_counted_in_representatives(changes: dict[str, Any], capacity: int) -> None:
-    [group] = summarise({"any": results_of("rehearsal", **changes)})
+    [group] = groups_of([results_of("rehearsal", **changes)])
     assert group.capacity == capacity
-    [group] = summarise({"any": results_of("from-scratch", **changes)})
+    [group] = groups_of([results_of("from-scratch", **changes)])
     assert group.capacity is None
 
 
 def test_the_published_figure() -> None:
     def group_of(published: dict[str, Any] | None) -> sweep.Group:
         config = {"capacity": 100, "published": published}
-        return summarise({"any": results_of("rehearsal", config=config)})[0]
+        return groups_of([results_of("rehearsal", config=config)])[0]
 
     assert group_of(None).published_figure is None
     top1 = {"top1": 85.0, "spread": 1.5, "num_runs": 5, "source": "a paper", "top5": None}
@@ -230,8 +251,7 @@ def test_the_published_figure() -> None:
 
 def test_runs_are_measured_by_others_of_the_same_recipe_and_machines() -> None:
     def reference(**changes: Any) -> sweep.Group | None:
-        runs = {"own": results_of("rehearsal"), "other": results_of("incremental", **changes)}
-        groups = summarise(runs)
+        groups = groups_of([results_of("rehearsal"), results_of("incremental", **changes)])
         return sweep.reference_for(groups[0], groups, "incremental")
 
     found = reference(seconds=3.0)
@@ -241,3 +261,47 @@ def test_runs_are_measured_by_others_of_the_same_recipe_and_machines() -> None:
     assert reference(world_size=1) is None
     assert reference(recipe="mnist") is None
     assert reference(machine={"device": "a GPU"}) is None
+
+
+def test_orders_of_classes_are_one_group_with_a_worst_one() -> None:
+    made = variants(RECIPE, ["incremental", "rehearsal"], class_orders=[3, 5], seeds=[0, 1])
+    assert list(made)[:2] == [
+        "incremental, class order 3, seed 0",
+        "incremental, class order 3, seed 1",
+    ]
+    assert len(made) == 8
+    runs = [results_of_variant(each) for each in made.values()]
+    for run in runs:
+        run["average_top1"] = {3: 0.6, 5: 0.4}[run["config"]["class_order"]] + 0.1 * run["seed"]
+    groups = groups_of(runs)
+    assert [group.label for group in groups] == ["incremental", "rehearsal"]
+    [_, group] = groups
+    assert (group.seeds, group.class_orders, group.num_runs) == ([0, 1], [3, 5], 4)
+    assert group.average_top1.mean == pytest.approx(0.55)
+    assert group.worst_top1 is not None
+    assert group.worst_top1.mean == pytest.approx(0.45)
+    assert group.worst_top1.std == pytest.approx(statistics.stdev([0.4, 0.5]))
+
+
+def test_an_order_that_is_given_is_not_one_that_a_number_draws() -> None:
+    recipes = [with_changes(RECIPE, class_order=order) for order in (None, 7, "by-seed")]
+    groups = groups_of(results_of_variant(each) for each in recipes)
+    assert [group.label for group in groups] == [
+        "rehearsal, class order none",
+        "rehearsal, class order drawn",
+        "rehearsal, class order by-seed",
+    ]
+    assert [group.class_orders for group in groups] == [[], [7], []]
+    assert [group.worst_top1 for group in groups] == [None] * 3
+
+
+def test_what_adds_figures_alone_keeps_the_published_one() -> None:
+    assert with_changes(RECIPE, averaged=0.999, probe_every=50).published == RECIPE.published
+    assert with_changes(RECIPE, holdout=0.1).published is None
+
+
+def test_a_figure_that_a_run_lacks() -> None:
+    [group] = groups_of([results_of("rehearsal", plasticity=0.9), results_of("rehearsal", seed=1)])
+    assert group.figure("plasticity") is None
+    [group] = groups_of([results_of("rehearsal", plasticity=0.9)])
+    assert group.figure("plasticity") == Statistic(0.9, None)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from ritornello.experiments.speed.bench import Rounds
+from ritornello.experiments.speed.bench import RoundTimes
 from ritornello.experiments.speed.step_time import (
     A100,
     MACHINES,
@@ -150,9 +150,9 @@ def test_figures_out_of_range(changes: dict[str, Any], message: str) -> None:
 
 
 def test_a_machine_that_was_benched(tmp_path: Path) -> None:
-    def rounds(workload: str, transport: str, record_bytes: int, exchange: float) -> Rounds:
+    def rounds(workload: str, transport: str, record_bytes: int, exchange: float) -> RoundTimes:
         stages = {"admit": 1e-4, "plan": 1e-5, "exchange": exchange, "stage": 1e-5}
-        return Rounds(
+        return RoundTimes(
             workload, transport, 2, 10, stages, sum(stages.values()), 1e-5, 2e-3, 1e-3,
             record_bytes, 21, 1.0,
         )  # fmt: skip

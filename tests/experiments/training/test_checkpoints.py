@@ -26,12 +26,14 @@ from ritornello.experiments.results.writing import Results
 from ritornello.experiments.strategies import STRATEGIES
 from ritornello.experiments.training import checkpoints
 from ritornello.experiments.training import run as train
-from ritornello.experiments.training.saver import Saver, Saving
+from ritornello.experiments.training.saver import CheckpointSettings, Saver
 
-EVERY_7 = Saving(save_every=7, resume=True)
+EVERY_7 = CheckpointSettings(save_every=7, resume=True)
 
 FEW_STEPS = {"num_tasks": 2, "epochs": 1, "global_batch_size": 128, "global_num_candidates": None}
 """Of models that are slow: 6 steps, one more for the end of the task, and 5."""
+
+IF_MEASURED = ("averaged_sha256", "averaged_top1", "probes", "stability_gap")
 
 AS_UNDISTURBED = ("weights_sha256", "top1", "top5", "steps_per_task", "top1_at_start")
 
@@ -84,7 +86,7 @@ def check_goes_on(recipe: Recipe, folder: Path, stop_at: StopAt, *counts: int) -
     stop_at(-1, crash)
     results = train.run(recipe, str(folder), saving=EVERY_7)
     assert results["resumed"] == len(counts)
-    for name in AS_UNDISTURBED:
+    for name in (*AS_UNDISTURBED, *(name for name in IF_MEASURED if name in expected)):
         assert results[name] == expected[name], name
     if expected["buffer"] is not None:
         for name in ("held_per_class", "held_per_rank", "num_rounds"):
@@ -119,7 +121,9 @@ def test_every_strategy_goes_on_bit_by_bit(strategy: str, tmp_path: Path, stop_a
         {"selection": "fifo"},
         {"remembers": "herding", "selection": "first-offered"},
         {"remembers": "random"},
+        {"averaged": 0.9, "probe_every": 4},
         {"strategy": "der", "logits_dtype": "float16", "augmentation": "crop-flip"},
+        {"composition": "proportional", "first_share": 0.7, "soft_targets": 1.0},
     ],
     ids=lambda changes: "-".join(map(str, changes.values())),
 )
@@ -156,6 +160,8 @@ def ends_of_runs(recipe: Recipe, folder: str, counts: tuple[int, ...]) -> list[d
         (2, {"strategy": "rehearsal", "sampling": "grasp", "selection": "grasp"}),
         (2, {"strategy": "der++", "model": "resnet10t", **FEW_STEPS}),
         (2, {"strategy": "gdumb"}),
+        (2, {"strategy": "rehearsal", "composition": "proportional", "first_share": 0.6}),
+        (4, {"strategy": "rehearsal", "composition": "proportional", "soft_targets": 1.0}),
     ],
     ids=lambda value: value if isinstance(value, int) else value["strategy"],
 )
@@ -204,7 +210,7 @@ def names(folder: Path) -> list[str]:
 def crash_after(count: int, recipe: Recipe, folder: Path, stop_at: StopAt, **saving: Any) -> None:
     stop_at(count, crash)
     with pytest.raises(CrashError):
-        train.run(recipe, str(folder), saving=Saving(**{"save_every": 7, **saving}))
+        train.run(recipe, str(folder), saving=CheckpointSettings(**{"save_every": 7, **saving}))
     stop_at(-1, crash)
 
 
@@ -360,7 +366,7 @@ def test_a_finished_run_leaves_its_buffer(tmp_path: Path) -> None:
     with RehearsalBuffer(200, num_representatives=16, seed=1) as buffer:
         buffer.load(tmp_path / "with" / "buffer")
         assert len(buffer) == results["buffer"]["num_held"] == 200
-    train.run(quick(), str(tmp_path / "without"), saving=Saving(keep_buffer="off"))
+    train.run(quick(), str(tmp_path / "without"), saving=CheckpointSettings(keep_buffer="off"))
     assert not (tmp_path / "without" / "buffer").exists()
 
 

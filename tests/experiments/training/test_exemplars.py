@@ -13,7 +13,7 @@ from ritornello import RehearsalBuffer
 from ritornello.experiments.data.load import load
 from ritornello.experiments.data.scenarios import class_incremental
 from ritornello.experiments.data.stream import TaskImages
-from ritornello.experiments.strategies import Rehearsal
+from ritornello.experiments.ranks.place import Place
 from ritornello.experiments.training import exemplars
 from ritornello.testing import run_ranks, spawn_ranks
 from ritornello.transports import LocalTransport, Transport
@@ -60,7 +60,7 @@ def test_all_ranks_together_store_what_one_would(num_ranks: int) -> None:
         buffer = RehearsalBuffer(
             60, num_representatives=2, selection="first-offered", transport=transport
         )
-        strategy = Rehearsal(buffer, offers_stream=False)
+        place = Place(transport.rank, num_ranks, torch.device("cpu"))
         for number, task in enumerate(tasks):
             images = TaskImages(digits.train, [task])
             num_per_class = 60 // (2 * (number + 1))
@@ -73,11 +73,11 @@ def test_all_ranks_together_store_what_one_would(num_ranks: int) -> None:
                     images.__getitems__(positions[:6].tolist())[0] for positions in chosen.values()
                 )
             hands = exemplars.deal(chosen, num_ranks)
-            exemplars.store(strategy, images, hands, transport.rank, 0, torch.device("cpu"))
+            exemplars.store(buffer, images, hands, place, num_workers=0)
         stored = [
             image.numpy().tobytes() for images, _ in buffer.representatives() for image in images
         ]
-        strategy.close()
+        buffer.close()
         return stored
 
     everyone = run_ranks(LocalTransport.connect(num_ranks), rank_main)
@@ -94,10 +94,8 @@ def rank_main(rank: int, num_ranks: int) -> list[torch.Tensor]:
             classes,
             images,
             lambda batch: batch.float().flatten(1)[:, :20],
-            rank,
-            num_ranks,
-            0,
-            torch.device("cpu"),
+            Place(rank, num_ranks, torch.device("cpu")),
+            num_workers=0,
         )
     )
 

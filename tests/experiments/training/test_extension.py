@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +26,15 @@ from ritornello.experiments.recipes.recipe import Recipe
 from ritornello.experiments.reporting import report
 from ritornello.experiments.results import reading as saved_results
 from ritornello.experiments.results import run_folder as living_folder
+from ritornello.experiments.results.groups import groups_of
 from ritornello.experiments.results.writing import Results
 from ritornello.experiments.strategies.der import with_further_logits
 from ritornello.experiments.training import run as train
 from ritornello.experiments.training.extension import extend
-from ritornello.experiments.training.saver import Saver, Saving
+from ritornello.experiments.training.saver import CheckpointSettings, Saver
 from ritornello.experiments.training.trainer import Trainer
 
-RESUME = Saving(save_every=5, resume=True)
+RESUME = CheckpointSettings(save_every=5, resume=True)
 
 LIVING = {"buffer", "model.pt", "results.json"}
 
@@ -167,7 +169,7 @@ def test_day_after_day(living: Path, arrived: Path, tmp_path: Path) -> None:
     weights = torch.load(living / "model.pt", weights_only=True)
     assert len(weights["5.bias"]) == 10
     # What reads results can read these.
-    report.write_report({"living": results}, tmp_path / "report.html")
+    report.write_report(groups_of([results]), tmp_path / "report.html")
     saved_results.archive([results], tmp_path / "archive.json")
     [archived] = saved_results.find_results([tmp_path / "archive.json"])
     assert archived["top1"][0][5] is None
@@ -241,6 +243,8 @@ def test_other_numbers_of_ranks(living: Path, arrived: Path) -> None:
         ({"remembers": "herding", "selection": "first-offered"}, 0.75),
         ({"optimiser": "adam", "keeps_optimiser": True, "learning_rate": 0.005}, 0.8),
         ({"capacity": 0.2, "loss_weights": "by-task", "iterations": 80}, 0.75),
+        ({"composition": "proportional", "first_share": 0.6}, 0.8),
+        ({"composition": "proportional", "soft_targets": 1.0}, 0.8),
     ],
     ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else "",
 )
@@ -275,6 +279,63 @@ def test_settings_that_change_are_kept(living: Path, arrived: Path) -> None:
     third = extend(living, arrived / "more", changes={"capacity": 100, "iterations": 20})
     assert third["buffer"]["capacity"] == third["buffer"]["num_held"] == 100
     assert third["steps_per_task"][5] == 20
+
+
+def test_a_run_goes_on_composed_in_proportion(living: Path, arrived: Path) -> None:
+    """On another number of ranks, of days of unequal size, with soft targets from one day on."""
+    changes = {"composition": "proportional", "soft_targets": 1.0, "first_share": 0.6}
+    extend_so = partial(extend, changes=changes)
+    first = launch(2, extend_so, str(living), str(arrived / "second.npz"))
+    assert first["samples_per_step"] == 32
+    assert (first["config"]["sampling"], first["steps_per_task"][3]) == ("earlier-tasks", 5 * 16)
+    assert first["buffer"]["record_bytes"] == 112  # 64 pixels, a label, 8 logits
+    changes = {"composition": "append", "loss_weights": "by-sample"}
+    with pytest.raises(ValueError, match="soft_targets=0: the run's buffer stores soft targets"):
+        extend(living, arrived / "day-3", changes={"soft_targets": 0.0})
+    second = extend(living, arrived / "day-3", changes=changes)
+    assert second["config"]["sampling"] == "uniform"
+    assert second["average_top1"] > 0.7
+
+
+def test_averaged_weights_and_probes_go_on(arrived: Path, tmp_path: Path) -> None:
+    train.run(recipe_of(arrived, averaged=0.9, probe_every=20), str(tmp_path))
+    before = torch.load(tmp_path / "averaged.pt", weights_only=True)
+    first = extend(tmp_path, arrived / "second.npz")
+    after = torch.load(tmp_path / "averaged.pt", weights_only=True)
+    assert [len(each["5.bias"]) for each in (before, after)] == [6, 8]
+    assert [len(row) for row in first["averaged_top1"]] == [4] * 4
+    assert None not in first["averaged_top1"][-1]
+    assert {each["task"] for each in first["probes"]} == {0, 1, 2, 3}
+    steps = [each["step"] for each in first["probes"]]
+    assert steps == sorted(set(steps))
+    assert steps[-1] == sum(first["steps_per_task"])
+    # What is not wanted any more leaves with its file.
+    second = extend(tmp_path, arrived / "day-3", changes={"averaged": 0.0, "probe_every": 0})
+    assert "averaged_top1" not in second
+    assert names_in(tmp_path) == LIVING
+    assert second["probes"] == first["probes"]
+    assert "stability_gap" in first
+    assert "stability_gap" not in second  # as nobody has looked at the last task
+
+
+def test_a_run_that_did_not_average_may_begin(living: Path, arrived: Path) -> None:
+    first = extend(living, arrived / "second.npz", changes={"averaged": 0.9, "probe_every": 9})
+    # The average begins with the weights themselves; what it could do before is not known.
+    assert first["averaged_top1"][:2] == [[None] * 4] * 2
+    assert first["averaged_top1"][2] == first["top1"][2]
+    assert {each["task"] for each in first["probes"]} == {3}
+    assert names_in(living) == LIVING | {"averaged.pt"}
+    (living / "averaged.pt").unlink()
+    with pytest.raises(CheckpointError, match=r"cannot read .*averaged\.pt"):
+        extend(living, arrived / "day-3")
+
+
+def test_a_run_with_a_holdout_goes_on_with_one(arrived: Path, tmp_path: Path) -> None:
+    train.run(recipe_of(arrived, holdout=0.2), str(tmp_path))
+    first = extend(tmp_path, arrived / "second.npz")
+    assert first["tasks"][-1]["train_samples"] + first["tasks"][-1]["test_samples"] == 270
+    second = extend(tmp_path, arrived / "day-3")
+    assert None not in second["top1"][-1]
 
 
 def test_a_day_of_a_folder_of_days(arrived: Path, tmp_path: Path) -> None:
@@ -327,7 +388,7 @@ def test_data_that_are_gone_and_data_that_were_moved(
     others = extend(living, arrived / "more", tests=[tmp_path / "first.npz"])
     assert others["top1"][-1][:3] == [None] * 3
     # Its figures can still be shown.
-    report.write_report({"living": others}, tmp_path / "report.html")
+    report.write_report(groups_of([others]), tmp_path / "report.html")
 
 
 def test_a_path_that_is_used_again_holds_no_earlier_data(
@@ -392,7 +453,7 @@ def test_a_task_that_is_told_brings_new_classes(arrived: Path, tmp_path: Path) -
         ({"changes": {"capacity": 0.5}}, ValueError, "capacity=0.5: say how many"),
         ({"changes": {"learning_rate": 0.0}}, ValueError, "learning_rate=0.0: it must be above 0"),
         ({"changes": {"global_batch_size": 500}}, ValueError, "fewer than global_batch_size=500"),
-        ({"saving": Saving(keep_buffer="off")}, ValueError, "--keep-buffer off: without its buffer"),
+        ({"saving": CheckpointSettings(keep_buffer="off")}, ValueError, "--keep-buffer off: without its buffer"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_changes_nothing(
@@ -480,7 +541,7 @@ def test_a_crash_before_the_end_leaves_all_as_it_was(
     with monkeypatch.context() as patched:
         patched.setattr(owner, name, crash)
         with pytest.raises((CrashError, CheckpointError)):
-            extend(living, arrived / "second.npz", saving=Saving(save_every=100_000))
+            extend(living, arrived / "second.npz", saving=CheckpointSettings(save_every=100_000))
     assert contents(living) == before
     assert len(extend(living, arrived / "second.npz")["tasks"]) == 4
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from ritornello.experiments.ranks.launch import launch
 from ritornello.experiments.recipes.named import recipe_named
-from ritornello.experiments.recipes.recipe import Recipe
+from ritornello.experiments.recipes.recipe import Recipe, with_changes
 from ritornello.experiments.training import run as train
 
 
@@ -122,6 +122,14 @@ def test_every_strategy_learns(strategy: str) -> None:
         ({"iterations": 60}, 0.75),
         ({"loss_weights": "by-task"}, 0.8),
         ({"strategy": "der", "logits_dtype": "float16"}, 0.8),
+        ({"composition": "proportional"}, 0.85),
+        ({"composition": "proportional", "global_num_representatives": 0}, 0.8),
+        ({"composition": "proportional", "first_share": 0.6, "soft_targets": 1.0}, 0.8),
+        ({"composition": "proportional", "sampling": "uniform", "share_floor": 0.3}, 0.75),
+        ({"composition": "proportional", "scenario": "blurry"}, 0.8),
+        ({"composition": "proportional", "iterations": 60}, 0.8),
+        ({"composition": "proportional", "remembers": "random"}, 0.8),
+        ({"soft_targets": 1.0, "logits_dtype": "float16"}, 0.8),
     ],
     ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else "",
 )
@@ -135,6 +143,27 @@ def test_settings(changes: dict[str, Any], above: float) -> None:
         assert (
             results["buffer"]["record_bytes"] == 96
         )  # 64 pixels, a label, 10 half-precision logits
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_steps_composed_in_proportion_learn_as_well_on_several_ranks(num_ranks: int) -> None:
+    recipe = quick(
+        composition="proportional", first_share=0.5, soft_targets=0.5, epochs=3,
+        global_num_candidates=None, global_num_representatives=8,
+    )  # fmt: skip
+    several, alone = launch(num_ranks, train.run, recipe), train.run(recipe)
+    assert several["steps_per_task"] == alone["steps_per_task"]
+    assert several["samples_per_step"] == alone["samples_per_step"] == 24
+    assert abs(several["average_top1"] - alone["average_top1"]) < 0.06
+
+
+def test_strategies_without_a_buffer_know_no_composition() -> None:
+    for strategy in ("incremental", "from-scratch"):
+        plain = quick(strategy=strategy, epochs=1)
+        composed = with_changes(plain, composition="proportional", first_share=0.5)
+        results = [train.run(each) for each in (plain, composed)]
+        assert results[0]["weights_sha256"] == results[1]["weights_sha256"]
+        assert results[1]["samples_per_step"] == 16
 
 
 def test_compiled_models_learn_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,6 +245,19 @@ def test_gdumb_with_more_to_remember_than_a_task_brings() -> None:
             "capacity=9: with remembers='random' it must be at least the number of classes",
         ),
         ({"augmentation": "best"}, "augmentation='best': there are none"),
+        ({"samples_per_step": 20}, "samples_per_step=20 with composition='append': only"),
+        ({"first_share": 0.5}, "first_share=0.5 with composition='append': only"),
+        (
+            {"composition": "proportional", "strategy": "er-ace"},
+            "composition='proportional' with strategy='er-ace': .* use 'rehearsal', or composition=",
+        ),
+        ({"soft_targets": 1.0, "strategy": "der"}, "'rehearsal', or soft_targets=0"),
+        ({"soft_targets": 1.0, "remembers": "random"}, "exemplars are stored without logits"),
+        ({"class_order": -1}, "class_order=-1: it must not be negative"),
+        (
+            {"class_order": 1, "scenario": "instance-incremental"},
+            "class_order=1 with scenario='instance-incremental': classes come one after another in",
+        ),
         ({"global_batch_size": 0}, "global_batch_size=0: it must be at least 1"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Buffers."""
+"""The commands on a saved buffer: to look into it, and to remove samples from it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Annotated, Literal
 
 import tyro
 from rich.console import Console
+
+from ritornello.experiments.cli.output import say_where
 
 SavedBufferFolder = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
 
@@ -43,12 +45,10 @@ def inspect(
         from ritornello.experiments.inspection.contact_sheet import draw_contact_sheet
 
         draw_contact_sheet(inspection, Path(picture))
-        console.print("Picture:", style="bold", end=" ")
-        console.print(str(Path(picture).resolve()), highlight=False, soft_wrap=True)
+        say_where(console, "Picture:", Path(picture))
     if export is not None:
         num_samples = exporting.export(inspection, Path(export))
-        console.print(f"{num_samples:,} samples:", style="bold", end=" ")
-        console.print(str(Path(export).resolve()), highlight=False, soft_wrap=True)
+        say_where(console, f"{num_samples:,} samples:", Path(export))
     if not inspection.is_whole:
         sys.exit(1)
 

@@ -1,4 +1,4 @@
-"""The ``ritornello`` command."""
+"""Which commands ``ritornello`` has, and how it ends when one of them fails."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ except ImportError as error:  # pragma: no cover - the extra is installed in tes
 
 from ritornello.experiments.cli.buffers import forget, inspect
 from ritornello.experiments.cli.output import COMMAND
+from ritornello.experiments.cli.recipes import recipes
 from ritornello.experiments.cli.results import report, results
-from ritornello.experiments.cli.runs import compare, demo, extend, recipes, run
+from ritornello.experiments.cli.runs import compare, demo, extend, run
 from ritornello.experiments.cli.speed import bench, simulate
 from ritornello.experiments.ranks.progress import say
 

@@ -1,4 +1,4 @@
-"""What the command line can change about a recipe."""
+"""The flags that change a recipe: its settings, its buffer, and what a comparison varies."""
 
 from __future__ import annotations
 
@@ -44,9 +44,23 @@ class TaskChanges:
     loss_weights: str | None = None
     """by-sample, or by-task: in task k new samples count 1/k, past ones 1 - 1/k, together."""
 
+    # What a step is made of.
+    samples_per_step: int | None = None
+    """With --composition proportional: new and past samples per step; if not given, the batch
+    size and the representatives together."""
+    first_share: float | None = None
+    """With --composition proportional: the share of the new samples in a task's first step, from
+    where it falls to the task's share of all samples so far."""
+    share_floor: float | None = None
+    """With --composition proportional: the least share of the new samples."""
+    soft_targets: float | None = None
+    """rehearsal: weight of what the model said of stored samples when the last task had ended."""
+    soft_temperature: float | None = None
+    """rehearsal: what logits are divided by for --soft-targets."""
+
     # The pixels and the arithmetic.
     augmentation: str | None = None
-    """Of training images, representatives too: none, crop-flip or resized-crop-flip."""
+    """Of training images, representatives too: none, crop, crop-flip or resized-crop-flip."""
     dropout: float | None = None
     """The share of features that each step leaves out, for models that can."""
     amp: str | None = None
@@ -61,6 +75,12 @@ class TaskChanges:
     """auto, cpu or an accelerator such as cuda."""
     workers: int | None = None
     """Loader processes per rank."""
+
+    # What is measured beside.
+    averaged: float | None = None
+    """Decay of a running average of the weights, such as 0.999, which is tested too; 0: off."""
+    probe_every: int | None = None
+    """Steps from one probe of the test samples to the next, for curves over the steps; 0: off."""
 
     def as_changes(self) -> dict[str, Any]:
         """What is given, under the names that a recipe's fields have.
@@ -104,16 +124,20 @@ class Changes(TaskChanges):
     arrivals."""
     tasks: int | None = None
     """How many tasks there are."""
-    class_order: Literal["ascending", "by-seed"] | None = None
-    """How classes arrive: in the same order with every seed, or in one that the seed draws."""
+    class_order: Literal["ascending", "by-seed"] | int | None = None
+    """How classes arrive: ascending, in an order that the seed draws, or in one that a number
+    draws, the same with every seed."""
     blur: float | None = None
     """With --scenario blurry: the share of a task's samples that are of other tasks' classes."""
+    holdout: float | None = None
+    """The share of the training samples that stands in for the test samples, such as 0.1, while
+    settings are chosen."""
 
     # The model.
     crop_size: int | None = None
     """What the model sees, in pixels, where crops are smaller than the images."""
     model: str | None = None
-    """mlp, mlp-400, small-cnn, strided-cnn, cifar-resnet18, or a model of timm."""
+    """mlp, mlp-400, small-cnn, strided-cnn, halving-cnn, cifar-resnet18, or a model of timm."""
 
     # What it remembers.
     logits_dtype: str | None = None
@@ -142,6 +166,9 @@ class Changes(TaskChanges):
 class RehearsalChanges:
     """The buffer of a run, as far as it may change on the way."""
 
+    composition: str | None = None
+    """append (past samples are added to new ones) or proportional (of as many samples as both
+    together the newest task gets its share of all that came so far)."""
     capacity: int | float | None = None
     """Representatives in the whole buffer; below 1: a fraction of the training samples, as 0.2."""
     representatives: int | None = None
@@ -149,7 +176,7 @@ class RehearsalChanges:
     candidates: int | None = None
     """Samples offered to the buffer per step, on all ranks together, expected."""
     sampling: str | None = None
-    """Who is drawn: uniform, class-balanced or grasp."""
+    """Who is drawn: uniform, class-balanced, grasp or earlier-tasks."""
 
     def as_changes(self) -> dict[str, Any]:
         """What is given, under the names that a recipe's fields have."""
@@ -177,6 +204,9 @@ class Sweep:
 
     strategies: Annotated[tuple[str, ...], tyro.conf.arg(aliases=("--strategy",))] = ()
     """If not given: incremental, the recipe's own, from-scratch."""
+    compositions: Annotated[tuple[str, ...], tyro.conf.arg(aliases=("--composition",))] = ()
+    """append (past samples are added to new ones) or proportional (of as many samples as both
+    together the newest task gets its share of all that came so far)."""
     capacities: Annotated[tuple[int | float, ...], tyro.conf.arg(aliases=("--capacity",))] = ()
     """Representatives in the whole buffer; below 1: a fraction of the training samples, as 0.2."""
     representatives: tuple[int, ...] = ()
@@ -187,4 +217,4 @@ class Sweep:
     """Who is admitted, and who is replaced: class-balanced, per-class-random,
     class-balanced-reservoir, grasp, greedy-balanced, first-offered, reservoir or fifo."""
     samplings: Annotated[tuple[str, ...], tyro.conf.arg(aliases=("--sampling",))] = ()
-    """Who is drawn: uniform, class-balanced or grasp."""
+    """Who is drawn: uniform, class-balanced, grasp or earlier-tasks."""

@@ -1,37 +1,23 @@
-"""Output."""
+"""Where the output of a command goes: its folder, and what the terminal shows of it."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextvars import ContextVar
 from pathlib import Path
 
 from rich.console import Console
 
-from ritornello.experiments.results.labels import Results
+from ritornello.experiments.results.writing import Results
+
+COMMAND: ContextVar[str] = ContextVar("COMMAND", default="ritornello")
+"""The command line, for the results to say how they were made."""
 
 RUN_FILES = (".lock", "results.json", "comparison.json")
 """One of them is in the folder of every run that has begun."""
 
 
-COMMAND: ContextVar[str] = ContextVar("COMMAND", default="ritornello")
-"""The command line, for the results to say how they were made."""
-
-
-def _show(saved: dict[str, Results], path: Path) -> None:
-    from ritornello.experiments.reporting.report import table_of, write_report
-    from ritornello.experiments.reporting.summaries import summary_of
-
-    console = Console()
-    console.print()
-    console.print(table_of(saved, console.width))
-    if summary := summary_of(saved):
-        console.print(f"\n{summary}", highlight=False)
-    write_report(saved, path)
-    console.print("\nReport:", style="bold", end=" ")
-    console.print(str(path.resolve()), highlight=False, soft_wrap=True)
-
-
-def _output_folder(output: str | None, default_name: str, goes_on: bool = False) -> Path:
+def output_folder(output: str | None, default_name: str, goes_on: bool = False) -> Path:
     """A folder that holds nothing yet, or a run to go on with.
 
     Raises:
@@ -58,3 +44,28 @@ def _output_folder(output: str | None, default_name: str, goes_on: bool = False)
         number += 1
         folder = Path("runs") / f"{default_name}-{number}"
     return folder
+
+
+def show(runs: Iterable[Results], path: Path) -> None:
+    """Prints the table and the summary of some runs, and writes their report."""
+    from ritornello.experiments.reporting.provenance import tested_on
+    from ritornello.experiments.reporting.report import table_of, write_report
+    from ritornello.experiments.reporting.summaries import summary_of
+    from ritornello.experiments.results.groups import groups_of
+
+    groups = groups_of(runs)
+    console = Console()
+    console.print()
+    console.print(table_of(groups, console.width))
+    if shares := tested_on(groups):
+        console.print(f"\nTested on {' and '.join(shares)}.", highlight=False)
+    if summary := summary_of(groups):
+        console.print(f"\n{summary}", highlight=False)
+    write_report(groups, path)
+    say_where(console, "\nReport:", path)
+
+
+def say_where(console: Console, what: str, path: Path) -> None:
+    """Prints what was written, and where it lies."""
+    console.print(what, style="bold", end=" ")
+    console.print(str(path.resolve()), highlight=False, soft_wrap=True)

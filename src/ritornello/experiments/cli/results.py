@@ -1,4 +1,4 @@
-"""Results."""
+"""The commands on saved results: a report of some, a page of all."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
-from ritornello.experiments.cli.output import _show
+from ritornello.experiments.cli.output import say_where, show
 
 Folders = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
 
@@ -25,7 +25,7 @@ def report(folders: Folders, /, output: str = "report.html") -> None:
 
     if not folders:
         raise ValueError("report: give one or more output folders of 'run' or 'compare'")
-    _show(load_results(folders), Path(output))
+    show(load_results(folders).values(), Path(output))
 
 
 def results(folders: Folders, /, output: str = "results.md", archive: str | None = None) -> None:
@@ -36,18 +36,16 @@ def results(folders: Folders, /, output: str = "results.md", archive: str | None
         output: The Markdown file to write.
         archive: A JSON file to keep the results in; the page can be written from it again.
     """
-    from ritornello.experiments.reporting import results_page
-    from ritornello.experiments.results import reading as saved_results
+    from ritornello.experiments.reporting.results_page import write_results_page
+    from ritornello.experiments.results import reading
 
     if not folders:
         raise ValueError("results: give output folders of 'run' or 'compare', or an archive")
-    runs = saved_results.find_results(folders)
+    runs = reading.find_results(folders)
     sources = list(folders)
     if archive is not None:
-        saved_results.archive(runs, Path(archive))
+        reading.archive(runs, Path(archive))
         sources = [archive]
     command = shlex.join(["ritornello", "results", *sources, "--output", output])
-    results_page.write_results_page(runs, Path(output), command)
-    console = Console()
-    console.print(f"{len(runs)} run{'s' if len(runs) > 1 else ''}:", style="bold", end=" ")
-    console.print(str(Path(output).resolve()), highlight=False, soft_wrap=True)
+    write_results_page(runs, Path(output), command)
+    say_where(Console(), f"{len(runs)} run{'s' if len(runs) > 1 else ''}:", Path(output))

@@ -1,16 +1,14 @@
-"""Runs."""
+"""The commands that train: one run, several to compare, and what goes on with a finished one."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
-from rich.markup import escape
 
 from ritornello.experiments.cli.flags import (
     BufferChanges,
@@ -19,45 +17,26 @@ from ritornello.experiments.cli.flags import (
     Sweep,
     TaskChanges,
 )
-from ritornello.experiments.cli.output import COMMAND, _output_folder, _show
-from ritornello.experiments.recipes.named import RECIPES, recipe_named
-from ritornello.experiments.recipes.recipe import Recipe
-from ritornello.experiments.training.saver import Saving
+from ritornello.experiments.cli.output import COMMAND, show
+from ritornello.experiments.cli.start import launch_ranks, train
+from ritornello.experiments.recipes.named import SWEEPS, recipe_named
+from ritornello.experiments.training.saver import CheckpointSettings
 from ritornello.experiments.training.tracking import Tracking
 from ritornello.experiments.training.variants import variants
 
 ALL_STRATEGIES = ("incremental", "rehearsal", "from-scratch")
 
-
 RecipeName = Annotated[
     str, tyro.conf.Positional, tyro.conf.arg(metavar="RECIPE", help="See 'ritornello recipes'.")
 ]
-
-
 RunFolder = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
-
-
 Seeds = Annotated[tuple[int, ...], tyro.conf.arg(aliases=("--seed",))]
-
-
 Settings = Annotated[Changes, tyro.conf.arg(name="")]
-
-
 BufferSettings = Annotated[BufferChanges, tyro.conf.arg(name="")]
-
-
 TaskSettings = Annotated[TaskChanges, tyro.conf.arg(name="")]
-
-
 RehearsalSettings = Annotated[RehearsalChanges, tyro.conf.arg(name="")]
-
-
 SweepSettings = Annotated[Sweep, tyro.conf.arg(name="")]
-
-
-SavingSettings = Annotated[Saving, tyro.conf.arg(name="")]
-
-
+SavingSettings = Annotated[CheckpointSettings, tyro.conf.arg(name="")]
 TrackingSettings = Annotated[Tracking, tyro.conf.arg(name="")]
 
 
@@ -70,6 +49,7 @@ def run(
     tracking: TrackingSettings,
     strategy: str | None = None,
     seeds: Seeds = (),
+    class_orders: tuple[int, ...] = (),
     ranks: int | None = None,
     output: str | None = None,
 ) -> None:
@@ -83,14 +63,16 @@ def run(
         tracking: Curves while it runs.
         strategy: incremental, rehearsal, from-scratch, ...; if not given, the recipe's own.
         seeds: Of everything random. Several: one run each, and means of them.
+        class_orders: Numbers that each draw an order in which classes arrive: one run each with
+            every seed, and their mean and worst.
         ranks: Local processes to start. Leave it out under torchrun, srun or mpirun.
         output: Folder for results.json, model.pt, the buffer and report.html; runs/... if not
             given.
     """
     changed = changes.applied_to(recipe, **buffer.as_changes())
     chosen = strategy or changed.strategy
-    recipes = variants(changed, [chosen], seeds=seeds)
-    _train(recipes, ranks, output, f"{recipe}-{chosen}", saving, tracking)
+    recipes = variants(changed, [chosen], class_orders=class_orders, seeds=seeds)
+    train(recipes, ranks, output, f"{recipe}-{chosen}", saving, tracking)
 
 
 def compare(
@@ -101,10 +83,13 @@ def compare(
     saving: SavingSettings,
     tracking: TrackingSettings,
     seeds: Seeds = (),
+    class_orders: tuple[int, ...] = (),
     ranks: int | None = None,
     output: str | None = None,
 ) -> None:
     """Run one recipe with several strategies, buffers and seeds, and compare them.
+
+    Recipes whose name ends with frontier have a sweep of their own: what is not given is as there.
 
     Args:
         recipe: Which recipe.
@@ -113,15 +98,19 @@ def compare(
         saving: Checkpoints.
         tracking: Curves while it runs.
         seeds: Of everything random. Several: every combination runs with each, for means of them.
+        class_orders: Numbers that each draw an order in which classes arrive: every combination
+            runs with each, for their mean and worst.
         ranks: Local processes to start. Leave it out under torchrun, srun or mpirun.
         output: Folder for comparison.json and report.html; runs/... if not given.
     """
     changed = changes.applied_to(recipe)
-    settings = vars(sweep) | {
-        "strategies": sweep.strategies or ("incremental", changed.strategy, "from-scratch")
+    usual: dict[str, tuple[Any, ...]] = {
+        "strategies": ("incremental", changed.strategy, "from-scratch")
     }
-    recipes = variants(changed, **settings, seeds=seeds)
-    _train(recipes, ranks, output, f"{recipe}-compare", saving, tracking)
+    usual |= SWEEPS.get(recipe, {})
+    settings = {name: given or usual.get(name, ()) for name, given in vars(sweep).items()}
+    recipes = variants(changed, **settings, class_orders=class_orders, seeds=seeds)
+    train(recipes, ranks, output, f"{recipe}-compare", saving, tracking)
 
 
 def extend(
@@ -170,7 +159,7 @@ def extend(
     settings |= {"tests": test, "output": output, "command": COMMAND.get()}
     settings |= {"saving": saving, "tracking": tracking}
     target = partial(extend_run, **settings)
-    results = _launch(ranks, saving, "--resume", target, folder, data)
+    results = launch_ranks(ranks, saving, "--resume", target, folder, data)
     if not console.quiet:
         from ritornello.experiments.reporting.report import table_of_tasks
         from ritornello.experiments.results.reading import load_results
@@ -178,7 +167,7 @@ def extend(
         console.print()
         console.print(table_of_tasks(results))
         where = Path(output or folder)
-        _show(load_results([where]), where / "report.html")
+        show(load_results([where]).values(), where / "report.html")
 
 
 def demo(ranks: int = 2, output: str | None = None) -> None:
@@ -188,95 +177,4 @@ def demo(ranks: int = 2, output: str | None = None) -> None:
         ranks: Local processes to start.
         output: Folder for comparison.json and report.html; runs/demo if not given.
     """
-    _train(variants(recipe_named("digits"), ALL_STRATEGIES), ranks, output, "demo")
-
-
-def recipes(
-    name: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="RECIPE")] = None,
-) -> None:
-    """List the recipes, or show all settings of one.
-
-    Args:
-        name: The one to show.
-    """
-    from ritornello.experiments.recipes.tables import all_recipes, one_recipe
-
-    console = Console()
-    if name is None:
-        for part in all_recipes([make() for make in RECIPES.values()]):
-            console.print(part)
-        console.print("\nAll settings of one: ritornello recipes RECIPE", highlight=False)
-    else:
-        for part in one_recipe(recipe_named(name)):
-            console.print(part, highlight=False)
-
-
-def _train(
-    recipes: dict[str, Recipe],
-    ranks: int | None,
-    output: str | None,
-    default_name: str,
-    saving: Saving | None = None,
-    tracking: Tracking | None = None,
-) -> None:
-    """Trains one variant or several on all ranks; the main one shows what came out."""
-    from ritornello.experiments.ranks.launch import place_in_job, restarted
-    from ritornello.experiments.training import run as train
-
-    place = place_in_job(os.environ)
-    num_ranks = place.num_ranks if place else ranks or 1
-    saving, tracking = saving or train.OFF, tracking or train.UNTRACKED
-    saving.check()
-    tracking.check()
-    for each in recipes.values():
-        train.check(each, num_ranks)
-    goes_on = saving.is_on and (saving.resume or restarted())
-    if goes_on and output is None:
-        raise ValueError("--resume: say with --output which run goes on")
-    is_main = place is None or place.rank == 0
-    folder = _output_folder(output, default_name, goes_on) if is_main else None
-    console = Console(quiet=not is_main)
-    console.print(_announcement(recipes, num_ranks), highlight=False)
-    path = None if folder is None else str(folder)
-    command = COMMAND.get()
-    if goes_on and output is not None and train.all_finished(recipes, Path(output), num_ranks):
-        console.print("has finished before; nothing is run", highlight=False)
-    else:
-        several = len(recipes) > 1
-        settings: dict[str, Any] = {"command": command, "saving": saving, "tracking": tracking}
-        target = partial(train.compare if several else train.run, **settings)
-        what = recipes if several else next(iter(recipes.values()))
-        _launch(ranks, saving, f"--resume --output {path}", target, what, path)
-    if folder is not None:
-        from ritornello.experiments.results.reading import load_results
-
-        _show(load_results([folder]), folder / "report.html")
-
-
-def _launch(
-    ranks: int | None, saving: Saving, flags: str, target: Callable[..., Any], *arguments: Any
-) -> Any:
-    """Trains on all ranks. An interruption says with which flags it goes on."""
-    from ritornello.experiments.ranks.interruption import SIGNALS, RunInterruptedError
-    from ritornello.experiments.ranks.launch import LaunchError, launch
-
-    try:
-        return launch(ranks, target, *arguments, num_restarts=saving.restarts)
-    except LaunchError as error:
-        if saving.is_on and error.signal_number in SIGNALS:
-            raise RunInterruptedError(
-                error.signal_number, f"all ranks were ended; goes on with {flags}"
-            ) from None
-        raise
-
-
-def _announcement(recipes: dict[str, Recipe], num_ranks: int) -> str:
-    """What is about to run."""
-    first = next(iter(recipes.values()))
-    strategies = dict.fromkeys(each.strategy for each in recipes.values())
-    seeds = list(dict.fromkeys(each.seed for each in recipes.values()))
-    text = f"{', '.join(strategies)} on {num_ranks} rank{'s' if num_ranks > 1 else ''}, "
-    text += f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
-    if len(recipes) > len(strategies):
-        text += f": {len(recipes)} runs"
-    return f"[bold]{first.name}[/bold]: {escape(first.description)}\n{text}"
+    train(variants(recipe_named("digits"), ALL_STRATEGIES), ranks, output, "demo")

@@ -1,4 +1,4 @@
-"""Speed."""
+"""The commands that tell what the buffer costs: measured here, and simulated on many ranks."""
 
 from __future__ import annotations
 
@@ -9,13 +9,11 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
-from ritornello.experiments.cli.output import _output_folder
+from ritornello.experiments.cli.output import output_folder, say_where
 from ritornello.experiments.speed.simulate import Simulation
 from ritornello.experiments.speed.step_time import MachineChanges
 
 SimulationSettings = Annotated[Simulation, tyro.conf.arg(name="")]
-
-
 MachineSettings = Annotated[MachineChanges, tyro.conf.arg(name="")]
 
 
@@ -41,7 +39,7 @@ def simulate(
 
     cluster = changes.applied_to(benched_machine(Path(bench)) if bench else machine)
     simulation.check()
-    folder = _output_folder(output, "simulate")
+    folder = output_folder(output, "simulate")
     console = Console()
     with console.status("simulating") as status:
         results = simulating.simulate(simulation, cluster, report=status.update)
@@ -49,8 +47,7 @@ def simulate(
         console.print(table)
     console.print(f"\n{summary(results)}", highlight=False)
     results.write(folder)
-    console.print("\nPicture:", style="bold", end=" ")
-    console.print(str((folder / "simulate.png").resolve()), highlight=False, soft_wrap=True)
+    say_where(console, "\nPicture:", folder / "simulate.png")
 
 
 def bench(
@@ -83,12 +80,11 @@ def bench(
     under_mpi = place is not None and place.launcher == "mpirun"
     transports = check_bench(workloads, transports, num_ranks, under_mpi, rounds, steps, seconds)
     is_main = place is None or place.rank == 0
-    folder = _output_folder(output, "bench") if is_main else None
+    folder = output_folder(output, "bench") if is_main else None
     console = Console(quiet=not is_main)
     with console.status(f"{num_ranks} rank(s): {', '.join(workloads)}; takes some minutes"):
         measured = launch(ranks, measure_all, workloads, transports, rounds, steps, seconds)
     if folder is not None:
         write_bench(measured, folder)
         console.print(tables_of(measured))
-        console.print("\nPicture:", style="bold", end=" ")
-        console.print(str((folder / "bench.png").resolve()), highlight=False, soft_wrap=True)
+        say_where(console, "\nPicture:", folder / "bench.png")

@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-Batch = tuple[Tensor, Tensor]
+LabelledBatch = tuple[Tensor, Tensor]
 
 
-class LabelledImages(Dataset[Batch]):
+class LabelledImages(Dataset[LabelledBatch]):
     """A data set that gives whole mini-batches: images ``[b, C, H, W]`` uint8, labels ``[b]``.
 
     Attributes:
@@ -31,12 +31,12 @@ class LabelledImages(Dataset[Batch]):
         """The number of samples."""
         return len(self.labels)
 
-    def __getitem__(self, index: int) -> Batch:
+    def __getitem__(self, index: int) -> LabelledBatch:
         """One sample: image ``[C, H, W]`` and label."""
         images, labels = self.__getitems__([index])
         return images[0], labels[0]
 
-    def __getitems__(self, indices: Sequence[int]) -> Batch:
+    def __getitems__(self, indices: Sequence[int]) -> LabelledBatch:
         """The samples at ``indices``; torch's loaders ask for whole mini-batches by this."""
         raise TypeError(f"{type(self).__name__} must define __getitems__")
 
@@ -54,7 +54,7 @@ class InMemoryImages(LabelledImages):
         self.labels = labels
         self._labels = torch.from_numpy(labels)
 
-    def __getitems__(self, indices: Sequence[int]) -> Batch:
+    def __getitems__(self, indices: Sequence[int]) -> LabelledBatch:
         """See ``LabelledImages``."""
         index = torch.as_tensor(indices)
         return self.images[index], self._labels[index]
@@ -72,10 +72,27 @@ class Relabelled(LabelledImages):
         self._images, self._new_labels = images, torch.from_numpy(new_labels)
         self.labels = new_labels[images.labels]
 
-    def __getitems__(self, indices: Sequence[int]) -> Batch:
+    def __getitems__(self, indices: Sequence[int]) -> LabelledBatch:
         """See ``LabelledImages``."""
         images, labels = self._images.__getitems__(indices)
         return images, self._new_labels[labels]
+
+
+class Part(LabelledImages):
+    """Some of the images of another data set.
+
+    Args:
+        images: all.
+        indices: int64 ``[n]``, those that are part of it.
+    """
+
+    def __init__(self, images: LabelledImages, indices: NDArray[np.int64]) -> None:
+        self._images, self._indices = images, indices
+        self.labels = images.labels[indices]
+
+    def __getitems__(self, indices: Sequence[int]) -> LabelledBatch:
+        """See ``LabelledImages``."""
+        return self._images.__getitems__(self._indices[np.asarray(indices)].tolist())
 
 
 class Joined(LabelledImages):
@@ -90,7 +107,7 @@ class Joined(LabelledImages):
         self._ends = np.cumsum([len(part) for part in parts])
         self.labels = np.concatenate([part.labels for part in parts])
 
-    def __getitems__(self, indices: Sequence[int]) -> Batch:
+    def __getitems__(self, indices: Sequence[int]) -> LabelledBatch:
         """See ``LabelledImages``."""
         positions = np.asarray(indices, dtype=np.int64)
         owners = self._ends.searchsorted(positions, side="right")

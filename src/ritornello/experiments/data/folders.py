@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ritornello.experiments.data.data_set import Arrival, Batch, DataSet, LabelledImages
+from ritornello.experiments.data.data_set import Arrival, DataSet, LabelledBatch, LabelledImages
 
 Samples = list[tuple[str, int]]
 """File and label."""
@@ -46,7 +46,7 @@ class FileImages(LabelledImages):
             [v2.Resize(image_size), v2.CenterCrop(image_size), *grey, v2.PILToTensor()]
         )
 
-    def __getitems__(self, indices: Sequence[int]) -> Batch:
+    def __getitems__(self, indices: Sequence[int]) -> LabelledBatch:
         """See ``LabelledImages``.
 
         Raises:
@@ -135,33 +135,6 @@ def tiny_imagenet(path: Path, image_size: int) -> DataSet:
     )
 
 
-def _annotated_samples(folder: Path, classes: list[str]) -> Samples:
-    """The images of ``folder/images``, whose classes stand in ``val_annotations.txt``."""
-    annotations = folder / "val_annotations.txt"
-    if not annotations.exists():
-        raise FileNotFoundError(
-            f"data: there is no file {annotations}: it must hold file, tab, class for each of "
-            f"{folder / 'images'} (if there is val/CLASS instead, take data='folder')"
-        )
-    labels = {name: number for number, name in enumerate(classes)}
-    samples = []
-    for number, line in enumerate(annotations.read_text().splitlines(), start=1):
-        file, name = [*line.split("\t"), ""][:2]
-        if name not in labels:
-            raise ValueError(
-                f"data: {annotations}: line {number} is {line!r}: it must be a file, a tab, and "
-                f"one of the {len(classes)} classes"
-            )
-        samples.append((str(folder / "images" / file), labels[name]))
-    odd = {Path(file) for file, _ in samples} ^ set(_image_files(folder / "images"))
-    if odd or not samples:
-        raise ValueError(
-            f"data: {annotations} must have one line for each image of {folder / 'images'}; "
-            + (f"only one of them has {min(odd).name}" if odd else "both are empty")
-        )
-    return samples
-
-
 def arrivals(path: Path, image_size: int) -> DataSet:
     """A folder of folders that arrived over time, in the order of their names, such as dates.
 
@@ -231,6 +204,33 @@ def one_arrival(path: Path, image_size: int, num_channels: int = 3) -> DataSet:
         IMAGENET_MEAN,
         IMAGENET_STD,
     )
+
+
+def _annotated_samples(folder: Path, classes: list[str]) -> Samples:
+    """The images of ``folder/images``, whose classes stand in ``val_annotations.txt``."""
+    annotations = folder / "val_annotations.txt"
+    if not annotations.exists():
+        raise FileNotFoundError(
+            f"data: there is no file {annotations}: it must hold file, tab, class for each of "
+            f"{folder / 'images'} (if there is val/CLASS instead, take data='folder')"
+        )
+    labels = {name: number for number, name in enumerate(classes)}
+    samples = []
+    for number, line in enumerate(annotations.read_text().splitlines(), start=1):
+        file, name = [*line.split("\t"), ""][:2]
+        if name not in labels:
+            raise ValueError(
+                f"data: {annotations}: line {number} is {line!r}: it must be a file, a tab, and "
+                f"one of the {len(classes)} classes"
+            )
+        samples.append((str(folder / "images" / file), labels[name]))
+    odd = {Path(file) for file, _ in samples} ^ set(_image_files(folder / "images"))
+    if odd or not samples:
+        raise ValueError(
+            f"data: {annotations} must have one line for each image of {folder / 'images'}; "
+            + (f"only one of them has {min(odd).name}" if odd else "both are empty")
+        )
+    return samples
 
 
 def _samples_of(

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 
 from ritornello.experiments.data.data_set import (
     Arrival,
-    Batch,
     DataSet,
     InMemoryImages,
+    LabelledBatch,
     LabelledImages,
 )
 from ritornello.experiments.data.folders import (
@@ -30,11 +30,11 @@ from ritornello.experiments.data.folders import (
 
 __all__ = [
     "Arrival",
-    "Batch",
     "DataSet",
     "FileImages",
     "FolderImages",
     "InMemoryImages",
+    "LabelledBatch",
     "LabelledImages",
     "load",
     "load_arrival",

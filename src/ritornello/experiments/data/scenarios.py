@@ -251,6 +251,10 @@ any of them.
 """
 
 
+IN_CLASS_ORDER = ("class-incremental", "task-incremental", "blurry")
+"""Scenarios that bring classes one after another, so that their order matters."""
+
+
 def scenario_of(data: DataSet, recipe: Recipe) -> list[Task]:
     """The tasks of a recipe.
 
@@ -270,7 +274,9 @@ def class_order(data: DataSet, recipe: Recipe) -> tuple[int, ...] | None:
     """
     order = recipe.class_order
     if order == "by-seed":
-        generator = np.random.default_rng([recipe.seed, _CLASS_ORDER])
+        order = recipe.seed
+    if isinstance(order, int):
+        generator = np.random.default_rng([order, _CLASS_ORDER])
         return tuple(generator.permutation(data.num_classes).tolist())
     if isinstance(order, str):
         raise ValueError(f"class_order={order!r}: it must be 'by-seed', or hold each class once")

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ritornello.experiments.data.data_set import Batch, LabelledImages
+from ritornello.experiments.data.data_set import LabelledBatch, LabelledImages
 from ritornello.experiments.data.scenarios import Task
 from ritornello.records import accelerators
 
@@ -37,7 +37,7 @@ class TaskImages(LabelledImages):
         self._task_of_sample = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
         self.labels = images.labels[self._indices]
 
-    def __getitems__(self, indices: Sequence[int]) -> Batch:
+    def __getitems__(self, indices: Sequence[int]) -> LabelledBatch:
         """See ``LabelledImages``."""
         positions = np.asarray(indices)
         images, labels = self._images.__getitems__(self._indices[positions].tolist())
@@ -129,7 +129,7 @@ def load_batches(
     is drawn from torch's global random state, so that a run that goes on in the middle of a task
     draws the same numbers as one that never stopped.
     """
-    loader: DataLoader[Batch] = DataLoader(
+    loader: DataLoader[LabelledBatch] = DataLoader(
         images,
         batch_sampler=(each.tolist() for each in positions),
         collate_fn=_as_it_is,

@@ -1,1 +1,1 @@
-"""Inspection."""
+"""Saved buffers, looked into: what they hold, their images, and what shall be forgotten."""

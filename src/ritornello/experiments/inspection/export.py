@@ -49,6 +49,32 @@ def export(inspection: Inspection, path: Path) -> int:
     return len(inspection.slots)
 
 
+def array_names(inspection: Inspection) -> list[str]:
+    """The name of each field's array.
+
+    The first images are ``train_images``, the class label ``train_labels``, as ``--data FILE.npz``
+    reads them; other fields have their keys and indices, ``field_2`` or ``meta.id``.
+    """
+    manifest = inspection.manifest
+    names = []
+    try:
+        images = image_position(manifest)
+    except ValueError:
+        images = -1
+    for position, field in enumerate(manifest.layout.fields if manifest.layout else ()):
+        name = ".".join(map(str, field.path))
+        if not name or name.isdecimal():
+            name = f"field_{name}"
+        if position == images:
+            name = "train_images"
+        elif position == manifest.label:
+            name = "train_labels"
+        while name in names or name in ("admitted_in", "task", "class_names"):
+            name += "_"
+        names.append(re.sub(r"[/\\]", "_", name))
+    return names
+
+
 def _to_folder(inspection: Inspection, folder: Path) -> None:
     """``folder/CLASS/NNN.png``, as ``torchvision.datasets.ImageFolder`` reads it."""
     from PIL import Image
@@ -115,32 +141,6 @@ def _to_npz(inspection: Inspection, path: Path) -> None:
         for name, array in further.items():
             with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
                 np.lib.format.write_array(file, array, allow_pickle=False)
-
-
-def array_names(inspection: Inspection) -> list[str]:
-    """The name of each field's array.
-
-    The first images are ``train_images``, the class label ``train_labels``, as ``--data FILE.npz``
-    reads them; other fields have their keys and indices, ``field_2`` or ``meta.id``.
-    """
-    manifest = inspection.manifest
-    names = []
-    try:
-        images = image_position(manifest)
-    except ValueError:
-        images = -1
-    for position, field in enumerate(manifest.layout.fields if manifest.layout else ()):
-        name = ".".join(map(str, field.path))
-        if not name or name.isdecimal():
-            name = f"field_{name}"
-        if position == images:
-            name = "train_images"
-        elif position == manifest.label:
-            name = "train_labels"
-        while name in names or name in ("admitted_in", "task", "class_names"):
-            name += "_"
-        names.append(re.sub(r"[/\\]", "_", name))
-    return names
 
 
 def _as_array(each: SavedRepresentatives, position: int, name: str) -> Array:

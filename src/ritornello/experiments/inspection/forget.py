@@ -9,8 +9,9 @@ from pathlib import Path
 
 from ritornello.experiments.inspection.inspection import find_buffers
 from ritornello.experiments.inspection.tables import shown
-from ritornello.experiments.results.run_folder import COMPLETE, IN_WORK, PARTIAL, locked
+from ritornello.experiments.results.run_folder import COMPLETE, IN_WORK, locked
 from ritornello.saving.conditions import Values, Where
+from ritornello.saving.files import PARTIAL
 from ritornello.saving.folder import SavedFolder, remove_leftovers
 from ritornello.saving.forgetting import Forgotten, forget
 from ritornello.saving.manifest import Manifest
@@ -58,6 +59,30 @@ def forget_everywhere(
         return {each: forget(each, own) for each, own in meant.items()}
 
 
+def outcome_text(path: Path, forgotten: Forgotten, dry_run: bool) -> str:
+    """What happened to one buffer."""
+    where = f"[bold]{shown(str(path))}[/bold]:"
+    if not forgotten.num_removed:
+        return f"{where} nothing matches, of {forgotten.num_left:,} representatives"
+    verb = "would be forgotten" if dry_run else "forgotten"
+    num = forgotten.num_removed
+    lines = [
+        f"{where} {num:,} sample{'s' if num > 1 else ''} {verb}, "
+        f"{forgotten.num_left:,} representatives left"
+    ]
+    parts = {
+        "class": {str(label): count for label, count in forgotten.removed_per_class.items()},
+        "task": {name or "(none)": n for name, n in forgotten.removed_per_task.items()},
+    }
+    for what, counts in parts.items():
+        if counts:
+            several = ", ".join(f"{shown(name)} ({n:,})" for name, n in counts.items())
+            lines.append(f"  {what}: {several}")
+    if forgotten.receipt:
+        lines.append(f"  receipt: {forgotten.receipt}")
+    return "\n".join(lines)
+
+
 def _remove_unfinished(folder: Path) -> None:
     """Removes what a killed job has left half written: no run goes on from it."""
     for place in (folder, folder / IN_WORK, folder / COMPLETE):
@@ -83,27 +108,3 @@ def _of_each_buffer(
         return {each: {**conditions} for each in manifests}  # which is refused by name
     owns = {each: [name for name in wanted if name in names[each]] for each in manifests}
     return {each: {**conditions, "task": own} for each, own in owns.items() if own}
-
-
-def outcome_text(path: Path, forgotten: Forgotten, dry_run: bool) -> str:
-    """What happened to one buffer."""
-    where = f"[bold]{shown(str(path))}[/bold]:"
-    if not forgotten.num_removed:
-        return f"{where} nothing matches, of {forgotten.num_left:,} representatives"
-    verb = "would be forgotten" if dry_run else "forgotten"
-    num = forgotten.num_removed
-    lines = [
-        f"{where} {num:,} sample{'s' if num > 1 else ''} {verb}, "
-        f"{forgotten.num_left:,} representatives left"
-    ]
-    parts = {
-        "class": {str(label): count for label, count in forgotten.removed_per_class.items()},
-        "task": {name or "(none)": n for name, n in forgotten.removed_per_task.items()},
-    }
-    for what, counts in parts.items():
-        if counts:
-            several = ", ".join(f"{shown(name)} ({n:,})" for name, n in counts.items())
-            lines.append(f"  {what}: {several}")
-    if forgotten.receipt:
-        lines.append(f"  receipt: {forgotten.receipt}")
-    return "\n".join(lines)

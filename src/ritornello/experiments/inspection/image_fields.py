@@ -11,7 +11,7 @@ from ritornello.saving.manifest import Manifest
 from ritornello.saving.saved_buffer import SavedRepresentatives
 
 LEAST_PIXELS = 4
-"""Of an image's height and width; what is smaller is hardly one."""
+"""The least height and width of an image; what is smaller is hardly one."""
 
 
 def image_position(manifest: Manifest) -> int:

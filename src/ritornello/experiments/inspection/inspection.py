@@ -51,13 +51,13 @@ class Inspection:
     tasks: Ints
     """The position in ``manifest.tasks``; -1: before the first."""
     class_names: tuple[str, ...]
-    """By label; empty if they are not known."""
+    """The name of each label; empty if they are not known."""
     num_leftovers: int
     """Files that a crash has left behind."""
 
     @property
     def manifest(self) -> Manifest:
-        """Of the buffer."""
+        """The manifest of the buffer."""
         return self.saved.manifest
 
     @property
@@ -101,7 +101,7 @@ def find_buffers(folder: Path) -> list[Path]:
     """
     if (folder / MANIFEST).exists():
         return [folder]
-    # Also those of an extension, and of one that a crash has interrupted: see ``living_folder``.
+    # Also those of an extension, and of one that a crash has interrupted: see ``run_folder``.
     places = (folder / COMPLETE, folder, folder / IN_WORK)
     checkpoints = sorted(
         (path for place in places for path in place.glob("checkpoints/step-*/buffer")), reverse=True
@@ -164,7 +164,7 @@ def inspect_buffer(folder: Path, check: bool = True) -> Inspection:
 
 
 def _class_names(folder: Path) -> tuple[str, ...]:
-    """From the results of the run that the buffer, or the checkpoint it is in, is of."""
+    """Those in the results of the run that the buffer, or the checkpoint it is in, is of."""
     for parent in folder.resolve().parents[:4]:
         path = parent / "results.json"
         if not path.is_file():

@@ -15,7 +15,7 @@ from ritornello.experiments.inspection.inspection import Inspection
 from ritornello.records.layout import shape_elements
 
 MOST_ROWS = 30
-"""Of more classes only the smallest and the largest ones are shown, of more tasks the last."""
+"""Where there are more, only the smallest and the largest classes are shown, and the last tasks."""
 
 FEW_ROWS = 5
 
@@ -40,6 +40,29 @@ def tables_of(inspection: Inspection) -> Iterator[RenderableType]:
         yield _part("Forgotten", _removals(inspection))
 
 
+def duration_text(least: float, most: float) -> str:
+    """From and to, in one unit."""
+    unit, name = next((each for each in UNITS if most >= 2 * each[0]), UNITS[-1])
+    if most < 1:
+        return "below 1 s"
+    digits = 0 if most / unit >= 10 else 1
+    first, last = f"{max(0.0, least) / unit:,.{digits}f}", f"{max(0.0, most) / unit:,.{digits}f}"
+    return f"{last} {name}" if first == last else f"{last} to {first} {name}"
+
+
+def size_text(num_bytes: int) -> str:
+    """Bytes in a unit that fits."""
+    for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if num_bytes >= unit:
+            return f"{num_bytes / unit:,.1f} {name}"
+    return f"{num_bytes} bytes"
+
+
+def shown(text: str) -> str:
+    """A text from a file, which must not steer the terminal."""
+    return escape("".join(letter if letter.isprintable() else "?" for letter in text))
+
+
 def _part(title: str, content: RenderableType) -> RenderableType:
     return Group(f"[bold]{title}[/bold]", Padding(content, (0, 0, 1, 2)))
 
@@ -59,10 +82,10 @@ def _overview(inspection: Inspection) -> Table:
         "policies",
         f"selection {shown(given('selection', '?'))}, sampling {shown(given('sampling', '?'))}",
     )
+    rate = given("num_representatives", "?") if manifest.rate is None else str(manifest.rate)
     table.add_row(
         "per step and rank",
-        f"r = {shown(given('num_representatives', '?'))}, "
-        f"c = {shown(given('num_candidates', '?')).replace('None', 'all')}",
+        f"r = {shown(rate)}, c = {shown(given('num_candidates', '?')).replace('None', 'all')}",
     )
     table.add_row("seed", shown(given("seed", "?")))
     table.add_row("rounds", f"{manifest.num_rounds:,}")
@@ -193,29 +216,6 @@ def _ages(inspection: Inspection, mask: Bools) -> list[str]:
         return texts
     known = seconds[mask & ~np.isnan(seconds)]
     return [*texts, duration_text(float(known.min()), float(known.max())) if len(known) else ""]
-
-
-def duration_text(least: float, most: float) -> str:
-    """From and to, in one unit."""
-    unit, name = next((each for each in UNITS if most >= 2 * each[0]), UNITS[-1])
-    if most < 1:
-        return "below 1 s"
-    digits = 0 if most / unit >= 10 else 1
-    first, last = f"{max(0.0, least) / unit:,.{digits}f}", f"{max(0.0, most) / unit:,.{digits}f}"
-    return f"{last} {name}" if first == last else f"{last} to {first} {name}"
-
-
-def size_text(num_bytes: int) -> str:
-    """Bytes in a unit that fits."""
-    for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if num_bytes >= unit:
-            return f"{num_bytes / unit:,.1f} {name}"
-    return f"{num_bytes} bytes"
-
-
-def shown(text: str) -> str:
-    """A text from a file, which must not steer the terminal."""
-    return escape("".join(letter if letter.isprintable() else "?" for letter in text))
 
 
 def _bar(part: float) -> str:

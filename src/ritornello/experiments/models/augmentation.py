@@ -18,6 +18,13 @@ Size = tuple[int, int]
 """Height and width."""
 
 
+def crop(image_size: Size, crop_size: Size) -> nn.Module:
+    """Adds a black border of 4 pixels, and crops at random: for what has a left and a right."""
+    from kornia.augmentation import RandomCrop
+
+    return nn.Sequential(RandomCrop(crop_size, padding=4))
+
+
 def crop_flip(image_size: Size, crop_size: Size) -> nn.Module:
     """Adds a black border of 4 pixels, crops at random, and flips half of them.
 
@@ -44,6 +51,7 @@ def resized_crop_flip(image_size: Size, crop_size: Size) -> nn.Module:
 
 AUGMENTATIONS: dict[str, Callable[[Size, Size], nn.Module] | None] = {
     "none": None,
+    "crop": crop,
     "crop-flip": crop_flip,
     "resized-crop-flip": resized_crop_flip,
 }

@@ -125,6 +125,25 @@ def strided_cnn(num_classes: int, image_shape: tuple[int, int, int]) -> nn.Seque
     )
 
 
+def halving_cnn(num_classes: int, image_shape: tuple[int, int, int]) -> nn.Sequential:
+    """As many convolutions that halve the image as leave at most 4 x 4 of it, and at least two.
+
+    For images of 32 x 32 it is ``strided_cnn``; one of 64 x 64 passes one convolution more.
+    """
+    channels, height, width = image_shape
+    layers: list[nn.Module] = []
+    num_in, num_out, size = channels, 32, 4
+    while max(height, width) > 4 or len(layers) < 6:
+        layers += [
+            nn.Conv2d(num_in, num_out, size, stride=2, padding=1, bias=False),
+            nn.GroupNorm(8, num_out),
+            nn.ReLU(),
+        ]
+        height, width = ((side + 2 - size) // 2 + 1 for side in (height, width))
+        num_in, num_out, size = num_out, min(2 * num_out, 256), 3
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(num_in * height * width, num_classes))
+
+
 def cifar_resnet18(
     num_classes: int, image_shape: tuple[int, int, int], dropout: float = 0.0
 ) -> nn.Module:
@@ -152,6 +171,7 @@ SEQUENTIAL: dict[str, Callable[[int, tuple[int, int, int]], nn.Sequential]] = {
     "mlp-400": mlp_400,
     "small-cnn": small_cnn,
     "strided-cnn": strided_cnn,
+    "halving-cnn": halving_cnn,
 }
 
 OWN = (*SEQUENTIAL, "cifar-resnet18")

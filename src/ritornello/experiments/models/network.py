@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ritornello.experiments.data.data_set import DataSet
 from ritornello.experiments.models import build as models
 from ritornello.experiments.models.augmentation import Pixels
+from ritornello.experiments.ranks.place import Place
 from ritornello.experiments.recipes.recipe import Recipe
 
 
@@ -21,16 +24,21 @@ class Network(nn.Module):
     Images are augmented and normalised, the model runs in mixed precision if the recipe asks for
     it, and logits come out as float32. In training mode gradients are averaged over the ranks.
 
+    If the recipe asks for it there is a running average of the model beside it: after each step
+    ``average = decay * average + (1 - decay) * model``, of weights and of running statistics
+    alike. So the average never sees data of its own: to measure its statistics anew there would
+    have to be a pass over what was learnt long ago.
+
     Args:
         recipe: what to build.
         data: what to build it for.
-        device: of this rank.
-        num_ranks: with several, the model is made parallel.
+        place: of this rank; with several, the model is made parallel.
     """
 
-    def __init__(self, recipe: Recipe, data: DataSet, device: torch.device, num_ranks: int) -> None:
+    def __init__(self, recipe: Recipe, data: DataSet, place: Place) -> None:
         super().__init__()
-        self._num_ranks = num_ranks
+        device = place.device
+        self._num_ranks = place.num_ranks
         self._amp = recipe.amp
         self._device_type = device.type
         self._memory_format = (
@@ -41,24 +49,52 @@ class Network(nn.Module):
             recipe.model, data.num_classes, self.pixels.image_shape, recipe.dropout
         )
         self.model.to(device).to(memory_format=self._memory_format)
+        # In tuples, so that its parameters are not counted a second time.
+        self._averages = (_average_of(self.model, recipe.averaged),) if recipe.averaged else ()
+        self._evaluated = (self.model,)
         parallel: nn.Module = self.model
-        if num_ranks > 1:
+        if place.num_ranks > 1:
             parallel = DistributedDataParallel(
                 self.model, device_ids=None if device.type == "cpu" else [device]
             )
         if recipe.compile:
             parallel.compile()
-        # In a tuple, so that its parameters are not counted a second time.
         self._parallel = (parallel,)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits, float32 ``[b, num_classes]``, of uint8 images ``[b, C, H, W]``."""
         # In evaluation ranks may have unequally many mini-batches: each runs the model alone.
-        model = self._parallel[0] if self.training else self.model
+        model = self._parallel[0] if self.training else self._evaluated[0]
         pixels = self.pixels.for_training if self.training else self.pixels.for_evaluation
         with self._autocast():
             logits: Tensor = model(pixels(images).contiguous(memory_format=self._memory_format))
         return logits.float()
+
+    @property
+    def average(self) -> AveragedModel | None:
+        """The running average of the model; None if the recipe asks for none."""
+        return self._averages[0] if self._averages else None
+
+    def follow_step(self) -> None:
+        """Has the average follow the model, after each step of the optimiser."""
+        for average in self._averages:
+            average.update_parameters(self.model)
+
+    def begin_average(self, weights: Mapping[str, Tensor]) -> None:
+        """Has the average, if there is one, go on from given weights of the model."""
+        for average in self._averages:
+            average.module.load_state_dict(weights)
+            average.n_averaged.fill_(1)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """A context in which the average is evaluated in place of the model."""
+        assert self.average is not None
+        self._evaluated = (self.average.module,)
+        try:
+            yield
+        finally:
+            self._evaluated = (self.model,)
 
     def agree(self) -> None:
         """Gives all ranks the first one's running statistics, as each has its own after a step.
@@ -66,8 +102,9 @@ class Network(nn.Module):
         Blocks until all ranks have called it.
         """
         if self._num_ranks > 1:
-            for buffer in self.model.buffers():
-                dist.broadcast(buffer, 0)
+            for model in (self.model, *(average.module for average in self._averages)):
+                for buffer in model.buffers():
+                    dist.broadcast(buffer, 0)
 
     def rehearse_step(self, images: Tensor) -> None:
         """Makes a step that changes nothing but running statistics and the random state.
@@ -95,3 +132,14 @@ class Network(nn.Module):
         if self._amp == "off":
             return nullcontext()
         return torch.autocast(self._device_type, getattr(torch, self._amp))
+
+
+def _average_of(model: nn.Module, decay: float) -> AveragedModel:
+    """A running average that begins with the model as it is after its first step."""
+    average = AveragedModel(
+        model,
+        multi_avg_fn=get_ema_multi_avg_fn(decay),
+        use_buffers=True,
+    )
+    average.eval().requires_grad_(False)
+    return average

@@ -41,7 +41,7 @@ class LaunchError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Place:
+class PlaceInJob:
     """A rank's place in a job that a launcher has started."""
 
     launcher: str
@@ -101,7 +101,7 @@ def restarted() -> bool:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
 
-def place_in_job(environment: Mapping[str, str]) -> Place | None:
+def place_in_job(environment: Mapping[str, str]) -> PlaceInJob | None:
     """This process's place in a job of torchrun, srun or mpirun; None outside of one.
 
     Raises:
@@ -114,7 +114,7 @@ def place_in_job(environment: Mapping[str, str]) -> Place | None:
     address = environment.get("MASTER_ADDR")
     port = number("MASTER_PORT", 29500)
     if "RANK" in environment and "WORLD_SIZE" in environment:
-        return Place(
+        return PlaceInJob(
             "torchrun",
             number("RANK"),
             number("WORLD_SIZE"),
@@ -139,7 +139,7 @@ def place_in_job(environment: Mapping[str, str]) -> Place | None:
                     "mpirun has started ranks on several hosts: set MASTER_ADDR (and "
                     "MASTER_PORT) to the address of rank 0's host"
                 )
-            return Place(
+            return PlaceInJob(
                 "mpirun",
                 number(rank),
                 number(size),
@@ -149,7 +149,7 @@ def place_in_job(environment: Mapping[str, str]) -> Place | None:
             )
     if num_tasks:
         nodes = environment.get("SLURM_STEP_NODELIST", "")
-        return Place(
+        return PlaceInJob(
             "srun",
             number("SLURM_PROCID"),
             num_tasks,
@@ -170,7 +170,7 @@ def _first_host(nodes: str) -> str:
     return listed.stdout.split()[0]
 
 
-def _join(place: Place, target: Callable[..., Any], *arguments: Any) -> Any:
+def _join(place: PlaceInJob, target: Callable[..., Any], *arguments: Any) -> Any:
     """Runs ``target`` as one rank of a job."""
     os.environ.update(
         RANK=str(place.rank),

@@ -298,6 +298,20 @@ def bouvier_imagenet(model: str) -> Recipe:
     )
 
 
+def bouvier_imagenet_proportional(model: str) -> Recipe:
+    """The paper's runs with as many samples per step, composed in proportion; not the paper's."""
+    recipe = bouvier_imagenet(model)
+    return replace(
+        recipe,
+        name=f"{recipe.name}-proportional",
+        description=f"ImageNet-1K in 4 tasks, {model}, 30 %, steps composed in proportion",
+        composition="proportional",
+        sampling="earlier-tasks",
+        first_share=0.6,
+        published=None,
+    )
+
+
 def _all() -> dict[str, Callable[[], Recipe]]:
     makers: list[Callable[[], Recipe]] = [
         *(partial(buzzega_mnist, *row) for row in BUZZEGA_MNIST),
@@ -306,6 +320,7 @@ def _all() -> dict[str, Callable[[], Recipe]]:
         *(partial(buzzega_images, *row) for row in BUZZEGA_IMAGES),
         *(partial(boschini_cifar100, *row) for row in BOSCHINI_CIFAR100),
         *(partial(bouvier_imagenet, row) for row in BOUVIER_IMAGENET),
+        partial(bouvier_imagenet_proportional, "resnet50"),
     ]
     return {make().name: make for make in makers}
 

@@ -10,8 +10,23 @@ AMP_MODES = ("off", "bfloat16", "float16")
 
 OPTIMISERS = ("sgd", "adam")
 
+COMPOSITIONS: dict[str, dict[str, Any]] = {
+    "append": {"sampling": "uniform", "loss_weights": "by-task"},
+    "proportional": {"sampling": "earlier-tasks", "loss_weights": "by-sample"},
+}
+"""How a step is composed, and what a recipe takes with it that was composed otherwise."""
+
 MAX_RATE_SCALE = 64
 """Where recipes scale with the ranks: the learning rate grows with them up to here."""
+
+MACHINE_SETTINGS = ("data_path", "device", "num_workers", "channels_last", "compile", "amp")
+"""Settings that a published figure should not depend on; nor should it on the seed."""
+
+OBSERVATIONS = ("averaged", "probe_every")
+"""Settings that add figures to the results, and change nothing of what is there without them."""
+
+DESCRIPTIONS = ("name", "description", "published", "tuned_on")
+"""Fields of a recipe that are not settings."""
 
 
 @dataclass(frozen=True)
@@ -43,14 +58,18 @@ class Recipe:
     """See ``data.load``."""
     data_path: str | None = None
     image_size: int | None = None
-    """Of images that are decoded from files: they are resized to it and cropped at the centre."""
+    """Images that are decoded from files are resized to it and cropped at the centre."""
     scenario: str = "class-incremental"
     """See ``scenarios.SCENARIOS``."""
     num_tasks: int = 5
-    class_order: tuple[int, ...] | str | None = None
-    """The classes as they arrive; "by-seed": in an order that the seed decides; None: ascending."""
+    class_order: tuple[int, ...] | str | int | None = None
+    """The classes as they arrive; "by-seed": in an order that the seed decides; a number: in an
+    order that this number draws, whatever the seed; None: ascending."""
     blur: float = 0.1
-    """Of scenario="blurry": the share of a task's samples that are of other tasks' classes."""
+    """With scenario="blurry": the share of a task's samples that are of other tasks' classes."""
+    holdout: float = 0.0
+    """The share of the training samples that stands in for the test samples; 0: these are tested
+    with. See ``data.holdout``."""
 
     # The pixels that the model sees. What the buffer stores is neither normalised nor augmented.
     pixels: str = "standardised"
@@ -58,7 +77,7 @@ class Recipe:
     augmentation: str = "none"
     """See ``augmentation.AUGMENTATIONS``."""
     crop_size: int | None = None
-    """Of augmentations that crop to a size other than the image's."""
+    """What augmentations crop to, if it is another size than the image's."""
 
     # The model.
     model: str = "mlp"
@@ -78,30 +97,54 @@ class Recipe:
     beta: float = 0.5
     """Weight of the second draw's labels (DER++)."""
     loss_weights: str = "by-sample"
-    """Of rehearsal. "by-sample": all samples of the augmented mini-batch count the same;
+    """How rehearsal weighs samples. "by-sample": all of the augmented mini-batch count the same;
     "by-task": in task k the new ones count 1/k, the past ones 1 - 1/k, together."""
     optimiser: str = "sgd"
     keeps_optimiser: bool = False
     """Whether the optimiser goes on from task to task; else each task has a new one."""
     epochs: int = 1
-    """Per task."""
+    """Passes over each task."""
     iterations: int | None = None
-    """Per task, in place of epochs: a task's samples are passed over until there were as many."""
+    """Steps per task, in place of epochs: its samples are passed over until there were as many."""
     global_batch_size: int = 64
     """``N * b``."""
     learning_rate: float = 0.05
     momentum: float = 0.0
     weight_decay: float = 0.0
     warmup_epochs: float = 0.0
-    """Over which the learning rate rises linearly, at the beginning of each task."""
+    """How long the learning rate rises linearly, at the beginning of each task."""
     milestones: tuple[tuple[float, float], ...] = ()
     """(epoch, factor): from that epoch of a task on, the learning rate is multiplied by it."""
+    stretches_schedule: bool = False
+    """Whether another number of epochs moves warm-up and milestones in proportion."""
+
+    # What a step is made of, where it rehearses.
+    composition: str = "append"
+    """"append": representatives are added to a mini-batch of new samples; "proportional": of a
+    fixed number of samples the newest task gets its share of all that came so far."""
+    samples_per_step: int | None = None
+    """Of a proportional step, new and past ones, of all ranks together; None:
+    ``global_batch_size + global_num_representatives``."""
+    first_share: float | None = None
+    """Proportional: the share of the new samples in a task's first step, from where it falls
+    linearly to that at the task's end; None: as at the end."""
+    share_floor: float = 0.0
+    """Proportional: the least share of the new samples."""
+    soft_targets: float = 0.0
+    """Rehearsal: weight of the distance to what the model said of a representative when the last
+    task had ended; 0: nothing of that is stored."""
+    soft_temperature: float = 2.0
+    """What logits are divided by for it."""
+    averaged: float = 0.0
+    """The decay of a running average of the weights, which is tested beside them; 0: there is
+    none. See ``models.network``."""
 
     # The buffer.
     capacity: int | float = 500
     """Representatives in the whole buffer; below 1: a fraction of the training samples."""
     global_num_representatives: int = 64
-    """``N * r``."""
+    """``N * r``. In a proportional step 0 leaves the number of samples as in incremental
+    training."""
     global_num_candidates: int | None = None
     """``N * c``; None: every sample is a candidate."""
     remembers: str = "stream"
@@ -113,7 +156,7 @@ class Recipe:
     policies with class shares, and of exemplars."""
     sampling: str = "uniform"
     logits_dtype: str = "float32"
-    """Of stored logits: "float32" or "float16"."""
+    """How logits are stored: "float32" or "float16"."""
 
     # The machine.
     scales_with_ranks: bool = False
@@ -125,7 +168,14 @@ class Recipe:
     """Loader processes per rank."""
     seed: int = 0
 
+    # What is measured on the way.
+    probe_every: int = 0
+    """Steps from one probe of the test samples to the next; 0: there are none. See
+    ``training.probe``."""
+
     published: Published | None = None
+    tuned_on: str | None = None
+    """What the settings were chosen by, such as "the test samples"; None: not written down."""
 
     @classmethod
     def from_results(cls, config: Mapping[str, Any]) -> Recipe:
@@ -155,8 +205,23 @@ class Recipe:
             global_batch_size=self.global_batch_size * num_ranks,
             global_num_representatives=self.global_num_representatives * num_ranks,
             global_num_candidates=None if candidates is None else candidates * num_ranks,
+            samples_per_step=(
+                None if self.samples_per_step is None else self.samples_per_step * num_ranks
+            ),
             learning_rate=self.learning_rate * min(num_ranks, MAX_RATE_SCALE),
         )
+
+    @property
+    def is_proportional(self) -> bool:
+        """Whether steps are composed in proportion."""
+        return self.composition == "proportional"
+
+    @property
+    def composed_samples(self) -> int:
+        """The samples of a proportional step, of all ranks together."""
+        if self.samples_per_step is None:
+            return self.global_batch_size + self.global_num_representatives
+        return self.samples_per_step
 
     def num_stored(self, num_train_samples: int) -> int:
         """The capacity in representatives."""
@@ -176,10 +241,14 @@ class Recipe:
             ("pixels", ("standardised", "unit")),
             ("loss_weights", ("by-sample", "by-task")),
             ("logits_dtype", ("float32", "float16")),
+            ("composition", tuple(COMPOSITIONS)),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r}: there are {', '.join(allowed)}")
-        for name in ("epochs", "iterations", "global_batch_size", "global_num_representatives"):
+        counts = ["epochs", "iterations", "global_batch_size"]
+        if not self.is_proportional:
+            counts.append("global_num_representatives")
+        for name in counts:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value}: it must be at least 1")
@@ -190,12 +259,41 @@ class Recipe:
             )
         if not self.learning_rate > 0:
             raise ValueError(f"learning_rate={self.learning_rate}: it must be above 0")
-        for name in ("alpha", "beta"):
+        for name in ("alpha", "beta", "soft_targets", "global_num_representatives"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)}: it must not be negative")
         if not 0 <= self.blur < 1:
             raise ValueError(f"blur={self.blur}: it must be from 0 to below 1")
+        self._check_composition()
+        self._check_soft_targets()
+        for name in ("averaged", "holdout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(
+                    f"{name}={getattr(self, name)}: it must be from 0 (off) to below 1"
+                )
+        if self.probe_every < 0:
+            raise ValueError(f"probe_every={self.probe_every}: it must be 0 (off) or more steps")
         self._check_split(num_ranks)
+
+    def _check_composition(self) -> None:
+        if self.first_share is not None and not 0 < self.first_share <= 1:
+            raise ValueError(f"first_share={self.first_share}: it must be above 0 and at most 1")
+        if not 0 <= self.share_floor <= 1:
+            raise ValueError(f"share_floor={self.share_floor}: it must be from 0 to 1")
+        if self.is_proportional and self.loss_weights != "by-sample":
+            raise ValueError(
+                f"loss_weights={self.loss_weights!r} with composition='proportional': the "
+                "composition gives each task its weight; use loss_weights='by-sample'"
+            )
+
+    def _check_soft_targets(self) -> None:
+        if not self.soft_temperature > 0:
+            raise ValueError(f"soft_temperature={self.soft_temperature}: it must be above 0")
+        if self.soft_targets and self.scenario == "task-incremental":
+            raise ValueError(
+                f"soft_targets={self.soft_targets} with scenario='task-incremental': soft targets "
+                "compare the classes of all tasks; leave them out"
+            )
 
     def _check_split(self, num_ranks: int) -> None:
         sizes = self.on(num_ranks)
@@ -204,7 +302,9 @@ class Recipe:
                 f"global_batch_size={sizes.global_batch_size}: it must be at least the number of "
                 f"ranks ({num_ranks}), so that every rank has a sample"
             )
-        if sizes.global_num_representatives < num_ranks:
+        if self.is_proportional:
+            sizes._check_composed_split(num_ranks)
+        elif sizes.global_num_representatives < num_ranks:
             raise ValueError(
                 f"global_num_representatives={sizes.global_num_representatives}: it must be at "
                 f"least the number of ranks ({num_ranks}), so that every rank draws one"
@@ -216,6 +316,25 @@ class Recipe:
             raise ValueError(
                 f"global_num_candidates={candidates} does not divide evenly over {num_ranks} "
                 f"ranks; take {' or '.join(map(str, near))}, or another number of ranks"
+            )
+
+    def _check_composed_split(self, num_ranks: int) -> None:
+        for name, size in (
+            ("global_batch_size", self.global_batch_size),
+            ("samples_per_step", self.composed_samples),
+        ):
+            if size % num_ranks:
+                below = size // num_ranks * num_ranks
+                near = [each for each in (below, below + num_ranks) if each > 0]
+                raise ValueError(
+                    f"{name}={size} does not divide evenly over {num_ranks} ranks, as "
+                    f"composition='proportional' needs; take {' or '.join(map(str, near))}, or "
+                    "another number of ranks"
+                )
+        if self.composed_samples < 2 * num_ranks:
+            raise ValueError(
+                f"samples_per_step={self.composed_samples}: it must be at least two for each of "
+                f"{num_ranks} ranks, a new one and a past one"
             )
 
     def learning_rate_factor(self, epoch: float, step_epochs: float = 0.0) -> float:
@@ -231,26 +350,32 @@ class Recipe:
         return passed[-1] if passed else 1.0
 
 
-def _as_tuples(value: Any) -> Any:
-    """Lists, which JSON knows alone, as the tuples that they were."""
-    return tuple(map(_as_tuples, value)) if isinstance(value, list) else value
-
-
-MACHINE_SETTINGS = ("data_path", "device", "num_workers", "channels_last", "compile", "amp")
-"""Settings that a published figure should not depend on; nor should it on the seed."""
-
-
-DESCRIPTIONS = ("name", "description", "published")
-"""Fields of a recipe that are not settings."""
-
-
 def with_changes(recipe: Recipe, **changes: Any) -> Recipe:
-    """A recipe with some settings changed.
+    """A recipe with some settings changed, and those that follow from them if they are not given.
 
     The published figure goes where a change makes the run another one than it was published for.
     """
+    composition = changes.get("composition", recipe.composition)
+    if composition != recipe.composition:
+        changes = COMPOSITIONS.get(composition, {}) | changes
+    if changes.get("composition") == "append":
+        changes = {"samples_per_step": None, "first_share": None} | changes
+    if recipe.stretches_schedule and changes.get("epochs") is not None:
+        stretch = changes["epochs"] / recipe.epochs
+        stretched = {
+            "warmup_epochs": recipe.warmup_epochs * stretch,
+            "milestones": tuple((epoch * stretch, each) for epoch, each in recipe.milestones),
+        }
+        changes = stretched | changes
     changed = replace(recipe, **changes)
-    may_differ = {name: getattr(recipe, name) for name in ("seed", *MACHINE_SETTINGS)}
+    may_differ = {
+        name: getattr(recipe, name) for name in ("seed", *OBSERVATIONS, *MACHINE_SETTINGS)
+    }
     if replace(changed, **may_differ) != recipe:
         return replace(changed, published=None)
     return changed
+
+
+def _as_tuples(value: Any) -> Any:
+    """Lists, which JSON knows alone, as the tuples that they were."""
+    return tuple(map(_as_tuples, value)) if isinstance(value, list) else value

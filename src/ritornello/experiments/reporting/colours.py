@@ -18,7 +18,7 @@ COLOURS = {
 
 PAPER = ("#fbfaf7", "#15171b")
 CARD = ("#ffffff", "#1d2026")
-"""Of the page and of what pictures and tables lie on: light, dark."""
+"""The page, and what pictures and tables lie on: light, dark."""
 TEXT = ("#22252b", "#e8e6e1")
 FAINT = ("#5d636e", "#a3a9b5")
 

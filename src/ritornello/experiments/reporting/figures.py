@@ -23,15 +23,15 @@ MARKERS = "osD^vP*X<"
 """As many as make marker and colour together repeat late."""
 PARTS = ("load", "wait", "train")
 PART_COLOURS = (4, 0, 1)
-"""Of a step, and their places in the palette."""
+"""The parts of a step, and their places in the palette."""
 
 WIDTH, SMALL_WIDTH = 4.6, 4.0
-"""Of a picture of all groups, and of one of a single group, in inches of 72 pixels: as many as a
-telephone, and a third of a page, have for it."""
+"""The width of a picture of all groups, and of one of a single group, in inches of 72 pixels: as
+many as a telephone, and a third of a page, have for it."""
 FONT_SIZE = 10.5
 LEGEND_FONT_SIZE = 9.5
 LETTER_WIDTH = 0.53
-"""Of a letter in a legend, about, in font sizes: the reader's font is not known."""
+"""About that of a letter in a legend, in font sizes: the reader's font is not known."""
 
 MAX_LINES = 12
 """Tasks that one picture can show a line each of, or a number each."""
@@ -74,7 +74,7 @@ def average_over_time(groups: Sequence[Group]) -> Drawing:
             if group.num_runs > 1 and len(x) > 1:
                 band = 100 * runs.std(axis=0, ddof=1)
                 axes.fill_between(x, values - band, values + band, color=colour, alpha=0.2, lw=0)
-        _accuracy_axes(axes, max(group.num_tasks for group in groups))
+        accuracy_axes(axes, max(group.num_tasks for group in groups))
         legend(axes, names)
 
     return (WIDTH, 2.7 + legend_inches(names)), draw
@@ -95,7 +95,7 @@ def tasks_over_time(group: Group) -> Drawing:
                 color=PALETTE[task % len(PALETTE)],
                 label=name,
             )
-        _accuracy_axes(axes, len(matrix))
+        accuracy_axes(axes, len(matrix))
         legend(axes, names, SMALL_WIDTH)
 
     return (SMALL_WIDTH, 2.4 + legend_inches(names, SMALL_WIDTH)), draw
@@ -129,7 +129,7 @@ def heat_map(group: Group) -> Drawing:
 
 
 def colour_on_heat_map(value: float) -> str:
-    """Of a number: black or white, whichever stands out more from what is below it."""
+    """The colour of a number: black or white, whichever stands out more from what is below it."""
     return "black" if value > 43 else "white"
 
 
@@ -163,18 +163,6 @@ def legend_inches(names: Sequence[str], width: float = WIDTH) -> float:
     rows = -(-len(names) // columns)
     by_column = [lines[start : start + rows] for start in range(0, len(lines), rows)]
     return 0.15 + 0.19 * max(sum(column) for column in by_column)
-
-
-def _columns(names: Sequence[str], width: float) -> int:
-    """As many as the longest name leaves room for."""
-    longest = max(map(len, names))
-    return next((n for n in (5, 4, 3, 2) if longest <= _letters(n, width) and n <= len(names)), 1)
-
-
-def _letters(columns: int, width: float) -> int:
-    """How many there is room for in one of the columns, beside its line."""
-    points = 72 * width / columns - 3.4 * LEGEND_FONT_SIZE
-    return int(points / (LETTER_WIDTH * LEGEND_FONT_SIZE))
 
 
 def svg(drawing: Drawing, title: str, description: str = "") -> Markup:
@@ -214,8 +202,20 @@ def svg(drawing: Drawing, title: str, description: str = "") -> Markup:
     return Markup(text.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1))
 
 
+def _columns(names: Sequence[str], width: float) -> int:
+    """As many as the longest name leaves room for."""
+    longest = max(map(len, names))
+    return next((n for n in (5, 4, 3, 2) if longest <= _letters(n, width) and n <= len(names)), 1)
+
+
+def _letters(columns: int, width: float) -> int:
+    """How many there is room for in one of the columns, beside its line."""
+    points = 72 * width / columns - 3.4 * LEGEND_FONT_SIZE
+    return int(points / (LETTER_WIDTH * LEGEND_FONT_SIZE))
+
+
 def _mean_matrix(group: Group) -> NDArray[np.float64]:
-    """Of the accuracies, in percent; NaN where some run has none."""
+    """The mean of the accuracies, in percent; NaN where some run has none."""
     mean: NDArray[np.float64] = 100 * np.mean(
         [matrix_of(run["top1"]) for run in group.runs], axis=0
     )
@@ -235,7 +235,8 @@ def _task_names(group: Group) -> list[str]:
     ]
 
 
-def _accuracy_axes(axes: Axes, num_tasks: int) -> None:
+def accuracy_axes(axes: Axes, num_tasks: int) -> None:
+    """Axes of accuracy, after each of some tasks."""
     axes.set_ylim(-3, 103)
     axes.set_xlim(1 - 0.05 * num_tasks, 1.05 * num_tasks)
     if num_tasks <= MAX_LINES:

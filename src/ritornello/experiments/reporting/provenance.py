@@ -13,6 +13,17 @@ def commands_of(groups: Sequence[Group]) -> list[str]:
     return list(dict.fromkeys(command for command in commands if command))
 
 
+def tested_on(groups: Sequence[Group]) -> list[str]:
+    """What the accuracies are of, each once; none if all are of the test samples."""
+    shares = list(dict.fromkeys(group.holdout for group in groups))
+    if shares == [0.0]:
+        return []
+    return [
+        f"{100 * share:g} % of the training samples, held out" if share else "the test samples"
+        for share in shares
+    ]
+
+
 def origin_of(groups: Sequence[Group]) -> dict[str, list[str]]:
     """Seeds, versions, machines, dates, and the source of the published figures.
 
@@ -34,9 +45,13 @@ def origin_of(groups: Sequence[Group]) -> dict[str, list[str]]:
     versions = [
         ", ".join(f"{name} {number}" for name, number in run["versions"].items()) for run in runs
     ]
+    orders = {order for group in groups for order in group.class_orders}
     found = {
         "Published": (group.published.source for group in groups if group.published),
+        "Tested on": tested_on(groups),
+        "Settings chosen by": [str(run["config"].get("tuned_on") or "") for run in runs],
         "Seeds": [_range(sorted({run["seed"] for run in runs}))],
+        "Class orders": [_range(sorted(orders))],
         "Machine": machines,
         "Versions": versions,
         "Date": [dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"],

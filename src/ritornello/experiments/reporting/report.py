@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,21 +16,19 @@ from rich.table import Table
 
 import ritornello
 from ritornello.experiments.recipes.published import family_of
-from ritornello.experiments.reporting import colours, figures, trade_offs
+from ritornello.experiments.reporting import colours, figures, stream, trade_offs
 from ritornello.experiments.reporting.figures import Drawing, svg
-from ritornello.experiments.reporting.provenance import commands_of, origin_of
+from ritornello.experiments.reporting.provenance import commands_of, origin_of, tested_on
 from ritornello.experiments.reporting.summaries import (
     buffer_of,
     duration,
     families_of,
     findings_of,
-    summary_of,
     times_incremental,
 )
-from ritornello.experiments.results.groups import Group, summarise
-from ritornello.experiments.results.labels import WITHOUT_BUFFER, Results
-
-__all__ = ["summary_of", "table_of", "table_of_tasks", "write_report"]
+from ritornello.experiments.results.groups import Group, Statistic
+from ritornello.experiments.results.labels import WITHOUT_BUFFER
+from ritornello.experiments.results.writing import Results
 
 MAX_OPEN = 8
 """With more groups, the plots of single groups are folded away."""
@@ -44,15 +42,22 @@ NO_BREAK = "\u00a0"
 TERMINAL_COLUMNS = {
     "seeds": "seeds",
     "avg top-1": "top1",
+    "averaged": "averaged",
+    "worst order": "worst",
     "top-5": "top5",
     "forgetting": "forgetting",
+    "anytime": "anytime",
+    "gap": "gap",
     "runtime": "runtime",
     "step: load/wait/train": "step",
     "published": "published",
 }
 """Header to what stands below it."""
 
-DISPENSABLE = ("step", "top5", "seeds")
+SOMETIMES = ("averaged", "worst", "anytime", "gap", "published")
+"""Columns that are there if some row has something to say in them."""
+
+DISPENSABLE = ("step", "top5", "seeds", "anytime", "gap", "worst")
 """Columns that a narrow terminal does without, the first one first: the report has them all."""
 
 LABEL_LETTERS = 24
@@ -77,6 +82,23 @@ class Row:
     step_ms: dict[str, float]
     """Its parts, mean of all steps."""
     emphasised: bool
+    averaged: str
+    """Top-1 of the running average of the weights."""
+    worst: str
+    """The lowest top-1 of an order of classes."""
+    orders: str
+    in_stream: dict[str, str]
+    """Header to text: see ``stream.FIGURES``."""
+
+    @property
+    def anytime(self) -> str:
+        """Average anytime accuracy."""
+        return self.in_stream["average anytime"]
+
+    @property
+    def gap(self) -> str:
+        """The stability gap."""
+        return self.in_stream["stability gap"]
 
     @property
     def runtime(self) -> str:
@@ -89,19 +111,22 @@ class Row:
         return "/".join(f"{milliseconds:.2f}" for milliseconds in self.step_ms.values()) + " ms"
 
 
-def table_of(results: Mapping[str, Results], width: int = 80) -> Table:
+def table_of(groups: Sequence[Group], width: int = 80) -> Table:
     """The table that a run ends with.
 
     Args:
-        results: a label, which is not looked at, to the results of a run.
+        groups: of the runs.
         width: of the terminal, in letters; columns that would be cut are left out.
     """
-    rows = _rows(summarise(results))
+    rows = _rows(groups)
     columns = dict(TERMINAL_COLUMNS)
     if all(row.seeds == "1" for row in rows):
         del columns["seeds"]
-    if not any(row.published for row in rows):
-        del columns["published"]
+    columns = {
+        header: name
+        for header, name in columns.items()
+        if name not in SOMETIMES or _says_anything(rows, name)
+    }
     longest_label = max(len(row.label) for row in rows)
     for dispensable in DISPENSABLE:
         widths = [
@@ -143,11 +168,11 @@ def table_of_tasks(results: Results, num_tasks: int = 10) -> Table:
     return table
 
 
-def write_report(results: Mapping[str, Results], path: Path) -> None:
+def write_report(groups: Sequence[Group], path: Path) -> None:
     """Writes the report, one HTML file with everything in it.
 
     Args:
-        results: from ``saved_results.load_results``.
+        groups: of the runs.
         path: of the file; its folder is made if need be.
     """
     environment = Environment(
@@ -156,7 +181,6 @@ def write_report(results: Mapping[str, Results], path: Path) -> None:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    groups = summarise(results)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(environment.get_template("report.html.j2").render(_contents(groups)))
 
@@ -181,6 +205,23 @@ def _contents(groups: Sequence[Group]) -> dict[str, Any]:
         "any_buffer": any(group.capacity is not None for group in groups),
         "any_multiple": any(row.multiple != NOTHING for row in rows),
         "any_published": any(row.published for row in rows),
+        "any_averaged": _says_anything(rows, "averaged"),
+        "any_worst": _says_anything(rows, "worst"),
+        "tested_on": " and ".join(tested_on(groups)) or "the test samples",
+        "stream_headers": list(stream.FIGURES),
+        "in_stream": [
+            (
+                group.label,
+                svg(
+                    stream.tasks_over_steps(group),
+                    f"Accuracy during the stream, {group.label}",
+                    stream.in_words(group),
+                ),
+            )
+            for group in groups
+            if stream.is_probed(group)
+        ],
+        "any_anytime": _says_anything(rows, "anytime"),
         "several_tasks": bool(in_time),
         "folded": len(groups) > MAX_OPEN,
         "charts": _charts(groups, in_time, rows),
@@ -221,14 +262,26 @@ def _charts(
 ) -> list[dict[str, Any]]:
     """The pictures of all groups together, those that there is something to see in."""
     several_seeds = any(group.num_runs > 1 for group in groups)
+    several_orders = any(len(group.class_orders) > 1 for group in groups)
     from_scratch = any(group.strategy == "from-scratch" for group in groups)
     charts: list[tuple[Drawing | None, str, str, str, str]] = [
         (
             figures.average_over_time(in_time) if in_time else None,
             "Accuracy after each task",
             "Mean over the tasks seen so far.",
-            "Bands: one standard deviation over the seeds.",
+            f"Bands: one standard deviation over {'the runs' if several_orders else 'the seeds'}.",
             f"after the last task {_listed(in_time)}",
+        ),
+        (
+            stream.average_over_stream(in_time),
+            "Accuracy during the stream",
+            "Mean over the tasks so far, on a part of their test samples. Lines: ends of tasks.",
+            f"Bands: one standard deviation over {'the runs' if several_orders else 'the seeds'}.",
+            ", ".join(
+                f"{group.label} {stream.figures_of(group)['average anytime']} on average"
+                for group in in_time
+                if stream.is_probed(group)
+            ),
         ),
         (
             trade_offs.accuracy_by_runtime(groups),
@@ -237,6 +290,14 @@ def _charts(
             + " The dotted line is what training from scratch reaches." * from_scratch,
             "Bars: one standard deviation.",
             ", ".join(f"{row.label} {row.top1} in {row.runtime}" for row in rows),
+        ),
+        (
+            trade_offs.closeness_by_runtime(groups),
+            "How close to training from scratch, at which price",
+            "Beside the points: past samples for each new one of a mini-batch (r/b); at 0 no "
+            "sample more than incremental training is trained on.",
+            "Points: means over the seeds.",
+            _listed(groups),
         ),
         (
             trade_offs.accuracy_by_capacity(groups),
@@ -282,7 +343,7 @@ def _ranks(groups: Sequence[Group]) -> str:
 
 
 def _descriptions(groups: Sequence[Group]) -> list[str]:
-    """Of each recipe, or of a family what its recipes have in common."""
+    """The description of each recipe, or what those of a family have in common."""
     found = []
     for alike in families_of(groups).values():
         texts = {str(group.first["config"].get("description") or "") for group in alike}
@@ -311,7 +372,7 @@ def _rows(groups: Sequence[Group]) -> list[Row]:
         rows.append(
             Row(
                 label=group.label,
-                seeds=str(group.num_runs),
+                seeds=str(len(group.seeds) if len(group.class_orders) > 1 else group.num_runs),
                 capacity=buffer_of(group),
                 top1=group.average_top1.in_percent(),
                 top5=group.average_top5.in_percent(),
@@ -323,9 +384,22 @@ def _rows(groups: Sequence[Group]) -> list[Row]:
                 published=_published_text(group),
                 step_ms={part: 1000 * steps[part] for part in figures.PARTS},
                 emphasised=with_buffer == 1 < len(groups) and group.strategy not in WITHOUT_BUFFER,
+                averaged=_text_of(group.figure("average_averaged_top1")),
+                worst=_text_of(group.worst_top1),
+                orders=str(len(group.class_orders) or 1),
+                in_stream=stream.figures_of(group),
             )
         )
     return rows
+
+
+def _says_anything(rows: Sequence[Row], name: str) -> bool:
+    """Whether some row has something to say in a column."""
+    return any(getattr(row, name) not in ("", NOTHING) for row in rows)
+
+
+def _text_of(figure: Statistic | None) -> str:
+    return NOTHING if figure is None else figure.in_percent()
 
 
 def _published_text(group: Group) -> str:

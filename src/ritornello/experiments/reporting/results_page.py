@@ -10,8 +10,9 @@ from typing import Any
 from ritornello.experiments.recipes.published import family_of
 from ritornello.experiments.reporting.provenance import commands_of, origin_of
 from ritornello.experiments.reporting.summaries import families_of, times_incremental
-from ritornello.experiments.results.groups import Group, Statistic, reference_for, summarise
-from ritornello.experiments.results.labels import WITHOUT_BUFFER, Results, labels_of
+from ritornello.experiments.results.groups import Group, Statistic, groups_of, reference_for
+from ritornello.experiments.results.labels import WITHOUT_BUFFER, labels_of
+from ritornello.experiments.results.writing import Results
 
 HAVE_COLUMNS = ("seed", "capacity", "global_num_representatives", "world_size")
 """Settings with a column of their own: the first column does not name them."""
@@ -23,7 +24,7 @@ def write_results_page(runs: Sequence[Results], path: Path, command: str) -> Non
     """Writes the page, in Markdown.
 
     Args:
-        runs: of any recipes, from ``saved_results.find_results``.
+        runs: of any recipes, from ``reading.find_results``.
         path: of the file; its folder is made if need be.
         command: what writes the page, as its first paragraph says.
     """
@@ -33,9 +34,7 @@ def write_results_page(runs: Sequence[Results], path: Path, command: str) -> Non
 
 def page_of(runs: Sequence[Results], command: str) -> str:
     """The page's text. It depends on the runs alone, not on their order or the time of day."""
-    families = families_of(
-        summarise({str(number): run for number, run in enumerate(_sorted(runs))})
-    )
+    families = families_of(groups_of(_sorted(runs)))
     parts = [
         "# Results",
         f"This page is generated: `{command}` writes it from saved results. Accuracies are means "
@@ -59,7 +58,7 @@ def page_of(runs: Sequence[Results], command: str) -> str:
 
 
 def _sorted(runs: Iterable[Results]) -> list[Results]:
-    """By family; within it by what a reader looks for first."""
+    """The runs by family; within it by what a reader looks for first."""
 
     def place(run: Results) -> tuple[Any, ...]:
         config, strategy = run["config"], run["strategy"]
@@ -82,10 +81,21 @@ def _section(groups: Sequence[Group]) -> list[str]:
     """The description, the table, and where its figures come from."""
     several_recipes = len({group.recipe for group in groups}) > 1
     header = ["strategy", "buffer", "ranks", "seeds", "top-1", "published", "difference (points)"]
+    further = {
+        header: figures
+        for header, figures in (
+            ("averaged weights", [group.figure("average_averaged_top1") for group in groups]),
+            ("worst order", [group.worst_top1 for group in groups]),
+        )
+        if any(figures)
+    }
+    header += further
     if several_recipes:
         header.insert(0, "recipe")
     rows = []
-    for label, group in zip(_labels(groups, HAVE_COLUMNS), groups, strict=True):
+    for number, (label, group) in enumerate(
+        zip(_labels(groups, HAVE_COLUMNS), groups, strict=True)
+    ):
         ours, theirs = _ours(group), group.published_figure
         rows.append(
             [
@@ -97,6 +107,7 @@ def _section(groups: Sequence[Group]) -> list[str]:
                 _percent(group, ours),
                 NOTHING if theirs is None else _percent(group, theirs) + _num_published(group),
                 NOTHING if theirs is None else f"{100 * (ours.mean - theirs.mean):+.1f}",
+                *(_cell(figures[number]) for figures in further.values()),
             ]
         )
     description = str(groups[0].first["config"].get("description", ""))
@@ -115,7 +126,7 @@ def _labels(groups: Sequence[Group], ignored: Collection[str]) -> list[str]:
     labels: dict[str, str] = {}
     for recipe in {group.recipe for group in groups}:
         alike = [group for group in groups if group.recipe == recipe]
-        found = labels_of([group.first for group in alike], ignored)
+        found = labels_of([group.in_common for group in alike], ignored)
         labels |= {group.label: label for group, label in zip(alike, found, strict=True)}
     return [labels[group.label] for group in groups]
 
@@ -131,6 +142,10 @@ def _percent(group: Group, figure: Statistic) -> str:
     published = group.published
     only_top5 = published is not None and published.top1 is None
     return ("top-5: " if only_top5 else "") + figure.in_percent().removesuffix(" %")
+
+
+def _cell(figure: Statistic | None) -> str:
+    return NOTHING if figure is None else figure.in_percent().removesuffix(" %")
 
 
 def _num_published(group: Group) -> str:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from ritornello.experiments.recipes.published import family_of
-from ritornello.experiments.results.groups import Group, num_train_samples, reference_for, summarise
-from ritornello.experiments.results.labels import WITHOUT_BUFFER, Results
+from ritornello.experiments.results.groups import Group, num_train_samples, reference_for
+from ritornello.experiments.results.labels import WITHOUT_BUFFER
 
 
-def summary_of(results: Mapping[str, Results]) -> str:
+def summary_of(groups: Sequence[Group]) -> str:
     """A few sentences that say what happened, for each recipe or family of recipes."""
-    summaries = {
-        family: _summary(groups) for family, groups in families_of(summarise(results)).items()
-    }
+    summaries = {family: _summary(alike) for family, alike in families_of(groups).items()}
     if len(summaries) == 1:
         return next(iter(summaries.values()))
     return " ".join(f"{family}: {text}" for family, text in summaries.items() if text)
@@ -44,7 +42,7 @@ def buffer_of(group: Group) -> str:
 
 
 def duration(seconds: float) -> str:
-    """In the unit that a reader would choose: "8.9 s", "12.5 min", "37.8 h"."""
+    """A time in the unit that a reader would choose: "8.9 s", "12.5 min", "37.8 h"."""
     if seconds < 100:
         return f"{seconds:.1f} s"
     if seconds < 100 * 60:
@@ -125,6 +123,8 @@ def _seeds(groups: Sequence[Group]) -> str:
     if numbers == [1]:
         return ""
     text = f"up to {numbers[-1]}" if len(numbers) > 1 else str(numbers[0])
+    if any(len(group.class_orders) > 1 for group in groups):
+        return f" (Means of {text} runs, over orders of classes, ± the sample standard deviation.)"
     return f" (Means of {text} seeds, ± the sample standard deviation.)"
 
 

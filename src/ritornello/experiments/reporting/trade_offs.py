@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from fractions import Fraction
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -127,6 +128,67 @@ def accuracy_by_runtime(groups: Sequence[Group]) -> Drawing | None:
     return (WIDTH, 3.0 + (legend_inches(names) if in_legend else 0.0)), draw
 
 
+def closeness_by_runtime(groups: Sequence[Group]) -> Drawing | None:
+    """Accuracy in percent of from scratch, against runtime in multiples of incremental training.
+
+    A line joins groups that differ in nothing but the representatives per step.
+
+    Returns:
+        None if there is no line, or some group has nothing to compare with.
+    """
+    references = [
+        (reference_for(group, groups, "incremental"), reference_for(group, groups, "from-scratch"))
+        for group in groups
+    ]
+    labels = labels_of(
+        [group.first for group in groups], ignored=["seed", "global_num_representatives"]
+    )
+    lines: dict[str, list[tuple[Group, float, float]]] = {}
+    for label, group, (fastest, best) in zip(labels, groups, references, strict=True):
+        if fastest is None or best is None or not (fastest.seconds.mean and best.average_top1.mean):
+            return None
+        price = group.seconds.mean / fastest.seconds.mean
+        closeness = 100 * group.average_top1.mean / best.average_top1.mean
+        lines.setdefault(label, []).append((group, price, closeness))
+    if all(len(line) < 2 for line in lines.values()):
+        return None
+    colours = colours_of([line[0][0] for line in lines.values()])
+
+    def draw(axes: Axes) -> None:
+        for number, ((label, line), colour) in enumerate(zip(lines.items(), colours, strict=True)):
+            line = sorted(line, key=lambda each: _num_representatives(each[0]))
+            prices, closenesses = [each[1] for each in line], [each[2] for each in line]
+            marker = MARKERS[number % len(MARKERS)]
+            axes.plot(prices, closenesses, marker=marker, color=colour, label=label)
+            if len(line) < 2:
+                continue
+            for group, price, closeness in line:
+                share = Fraction(
+                    _num_representatives(group), group.first["config"]["global_batch_size"]
+                )
+                axes.annotate(
+                    str(share),
+                    (price, closeness),
+                    (4, -11),
+                    textcoords="offset points",
+                    fontsize=LEGEND_FONT_SIZE,
+                    color=INK,
+                )
+        axes.axhline(100, color=INK, lw=0.8, linestyle=":")
+        axes.set_xlim(left=0)
+        axes.set_ylim(-3, 112)
+        axes.set_xlabel("training time (multiples of incremental training)")
+        axes.set_ylabel("average top-1 (% of from scratch)")
+        axes.grid(alpha=0.25)
+        legend(axes, list(lines))
+
+    return (WIDTH, 3.0 + legend_inches(list(lines))), draw
+
+
+def _num_representatives(group: Group) -> int:
+    return int(group.first["config"].get("global_num_representatives", 0))
+
+
 def _lines_by_capacity(groups: Sequence[Group]) -> dict[str, list[Group]]:
     """A label to the groups that differ in the capacity, by ascending capacity.
 
@@ -136,7 +198,7 @@ def _lines_by_capacity(groups: Sequence[Group]) -> dict[str, list[Group]]:
         (group for group in groups if group.capacity is not None),
         key=lambda group: group.capacity or 0,
     )
-    labels = labels_of([group.first for group in sized], ignored=["seed", "capacity"])
+    labels = labels_of([group.in_common for group in sized], ignored=["seed", "capacity"])
     recipes = {group.recipe for group in sized}
     families = {family_of(recipe) for recipe in recipes}
     lines: dict[str, list[Group]] = {}

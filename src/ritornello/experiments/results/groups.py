@@ -1,23 +1,18 @@
-"""Sweeps: many runs of one recipe, what tells them apart, and their means over seeds."""
+"""Groups of runs that differ in nothing but the seed, or the class order that a number draws."""
 
 from __future__ import annotations
 
 import json
 import statistics
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ritornello.experiments.recipes.published import family_of
 from ritornello.experiments.recipes.recipe import Published
-from ritornello.experiments.results.labels import WITHOUT_BUFFER, Results, labels_of, settings_of
-
-
-def num_train_samples(run: Results) -> int:
-    """Of the whole data set; older results only tell those of each task."""
-    total = run.get("train_samples")
-    return int(total or sum(task["train_samples"] for task in run["tasks"]))
+from ritornello.experiments.results.labels import WITHOUT_BUFFER, labels_of, settings_of
+from ritornello.experiments.results.writing import Results
 
 
 @dataclass(frozen=True)
@@ -36,10 +31,10 @@ class Statistic:
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that differ in nothing but the seed."""
+    """Runs that differ in nothing but the seed and the order of classes that a number draws."""
 
     label: str
-    """Without the seed."""
+    """Without the seed and the order."""
     runs: tuple[Results, ...]
 
     @property
@@ -53,18 +48,23 @@ class Group:
         return self.runs[0]
 
     @property
+    def in_common(self) -> Results:
+        """The first run, for labels: nothing in it tells it from the others but the seed."""
+        return _of_any_order(self.first)
+
+    @property
     def recipe(self) -> str:
-        """Of all of them, its name."""
+        """The name of the recipe that all of them ran."""
         return str(self.first["recipe"])
 
     @property
     def strategy(self) -> str:
-        """Of all of them."""
+        """The strategy of all of them."""
         return str(self.first["strategy"])
 
     @property
     def num_tasks(self) -> int:
-        """So far."""
+        """How many there have been so far."""
         return len(self.first["top1"])
 
     @property
@@ -101,9 +101,39 @@ class Group:
         return sorted({run["seed"] for run in self.runs})
 
     @property
+    def class_orders(self) -> list[int]:
+        """The numbers that have drawn orders of classes, in ascending order, each once."""
+        orders = {run["config"].get("class_order") for run in self.runs}
+        return sorted(each for each in orders if isinstance(each, int))
+
+    @property
+    def worst_top1(self) -> Statistic | None:
+        """``average_top1`` with the order of classes that it is lowest with, mean over the seeds.
+
+        None without several orders.
+        """
+        if len(self.class_orders) < 2:
+            return None
+        of_orders: dict[int, list[float]] = {}
+        for run in self.runs:
+            of_orders.setdefault(run["config"]["class_order"], []).append(run["average_top1"])
+        return _statistic(min(of_orders.values(), key=statistics.fmean))
+
+    @property
+    def holdout(self) -> float:
+        """The share of the training samples that all accuracies are of; 0: of the test samples."""
+        return float(self.first["config"].get("holdout", 0.0))
+
+    @property
     def average_top1(self) -> Statistic:
         """Over all tasks at the end, from 0 to 1."""
         return self._over_runs("average_top1")
+
+    def figure(self, name: str) -> Statistic | None:
+        """A figure by its name in ``results.json``; None where a run has none."""
+        if any(run.get(name) is None for run in self.runs):
+            return None
+        return self._over_runs(name)
 
     @property
     def average_top5(self) -> Statistic:
@@ -127,7 +157,7 @@ class Group:
 
     @property
     def seconds(self) -> Statistic:
-        """Of training, evaluations left out."""
+        """The time that training took, evaluations left out."""
         return self._over_runs("seconds")
 
     @property
@@ -140,32 +170,30 @@ class Group:
         }
 
     def _over_runs(self, name: str) -> Statistic:
-        values = [float(run[name]) for run in self.runs]
-        std = statistics.stdev(values) if len(values) > 1 else None
-        return Statistic(statistics.fmean(values), std)
+        return _statistic([float(run[name]) for run in self.runs])
 
 
-def summarise(results: Mapping[str, Results]) -> list[Group]:
-    """Groups runs that differ in nothing but the seed, in order of first appearance.
+def groups_of(runs: Iterable[Results]) -> list[Group]:
+    """Groups runs that differ in nothing but seed and class order, in order of first appearance.
 
-    Args:
-        results: a label, which is not looked at, to the results of a run.
+    An order counts as such a difference where a number draws it (``class_order``).
 
     Returns:
         The groups, each with a label of its own.
     """
     grouped: dict[str, list[Results]] = {}
-    for run in results.values():
-        settings = settings_of(run) | {"seed": None}
+    for run in runs:
+        settings = settings_of(_of_any_order(run)) | {"seed": None}
         grouped.setdefault(json.dumps(settings, sort_keys=True), []).append(run)
-    labels = labels_of([runs[0] for runs in grouped.values()], ignored=["seed"])
+    firsts = [_of_any_order(alike[0]) for alike in grouped.values()]
+    labels = labels_of(firsts, ignored=["seed"])
     # Settings that only newer versions write down make groups that no label tells apart.
     seen: Counter[str] = Counter()
     groups = []
-    for label, runs in zip(labels, grouped.values(), strict=True):
+    for label, alike in zip(labels, grouped.values(), strict=True):
         seen[label] += 1
         number = f" ({seen[label]})" if seen[label] > 1 else ""
-        groups.append(Group(label + number, tuple(runs)))
+        groups.append(Group(label + number, tuple(alike)))
     return groups
 
 
@@ -185,3 +213,21 @@ def reference_for(group: Group, groups: Sequence[Group], strategy: str) -> Group
         if each.strategy == strategy and circumstances(each) == circumstances(group)
     ]
     return next((each for each in alike if each.recipe == group.recipe), next(iter(alike), None))
+
+
+def _statistic(values: Sequence[float]) -> Statistic:
+    std = statistics.stdev(values) if len(values) > 1 else None
+    return Statistic(statistics.fmean(values), std)
+
+
+def _of_any_order(run: Results) -> Results:
+    """A run as it is with any order of classes that a number draws."""
+    if not isinstance(run["config"].get("class_order"), int):
+        return run
+    return {**run, "config": {**run["config"], "class_order": "drawn"}}
+
+
+def num_train_samples(run: Results) -> int:
+    """The training samples of the whole data set; older results only tell those of each task."""
+    total = run.get("train_samples")
+    return int(total or sum(task["train_samples"] for task in run["tasks"]))

@@ -1,26 +1,29 @@
-"""Labels."""
+"""Which settings a run had, and a label that tells it apart from others."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from ritornello.experiments.recipes import published
-from ritornello.experiments.recipes.recipe import DESCRIPTIONS
+from ritornello.experiments.recipes.recipe import COMPOSITIONS, DESCRIPTIONS
+from ritornello.experiments.results.writing import Results
 from ritornello.experiments.strategies import STRATEGIES
 
-Results = Mapping[str, Any]
-"""Of one run, as ``results.json`` holds them."""
-
-
 WITHOUT_BUFFER = tuple(name for name, each in STRATEGIES.items() if not each.rehearses)
-
+"""Strategies that have none."""
 
 REHEARSAL_SETTINGS = (
     "alpha",
     "beta",
     "loss_weights",
+    "composition",
+    "samples_per_step",
+    "first_share",
+    "share_floor",
+    "soft_targets",
+    "soft_temperature",
     "capacity",
     "global_num_representatives",
     "global_num_candidates",
@@ -32,6 +35,8 @@ REHEARSAL_SETTINGS = (
 )
 """Settings that change nothing where the strategy has no buffer."""
 
+PROPORTIONAL_SETTINGS = ("samples_per_step", "first_share", "share_floor")
+"""Settings that change nothing where steps are not composed in proportion."""
 
 SHORT_NAMES = {"global_num_representatives": "r", "global_num_candidates": "c"}
 
@@ -41,6 +46,8 @@ def settings_of(run: Results) -> dict[str, Any]:
     left_out = {*DESCRIPTIONS, "strategy", "seed"}
     if run["strategy"] in WITHOUT_BUFFER:
         left_out.update(REHEARSAL_SETTINGS)
+    if run["config"].get("composition") != "proportional":
+        left_out.update(PROPORTIONAL_SETTINGS)
     return {
         "recipe": run["recipe"],
         "strategy": run["strategy"],
@@ -72,7 +79,10 @@ def labels_of(runs: Sequence[Results], ignored: Collection[str] = ()) -> list[st
     groups: dict[tuple[str, str], list[Results]] = {}
     for run in runs:
         groups.setdefault((run["recipe"], run["strategy"]), []).append(run)
-    varying = {key: varying_settings(group, ignored) for key, group in groups.items()}
+    varying = {
+        key: varying_settings(group, ignored) - _implied_settings(group)
+        for key, group in groups.items()
+    }
     several_recipes = len({recipe for recipe, _ in groups}) > 1
     labels = []
     for run in runs:
@@ -84,6 +94,20 @@ def labels_of(runs: Sequence[Results], ignored: Collection[str] = ()) -> list[st
         ]
         labels.append(", ".join([_name_of(run, several_recipes), *parts]))
     return labels
+
+
+def _implied_settings(runs: Sequence[Results]) -> set[str]:
+    """Settings that every run has as its composition brings them with it."""
+    configs = [run["config"] for run in runs]
+    if any("composition" not in config for config in configs):
+        return set()
+    usual = [(config, COMPOSITIONS.get(config["composition"], {})) for config in configs]
+    names = set[str]().union(*(settings for _, settings in usual))
+    return {
+        name
+        for name in names
+        if all(config.get(name) == settings.get(name) for config, settings in usual)
+    }
 
 
 def _name_of(run: Results, several_recipes: bool) -> str:
@@ -99,6 +123,8 @@ def _name_of(run: Results, several_recipes: bool) -> str:
 def _in_words(name: str, value: Any) -> str:
     if name == "world_size":
         return f"{value} rank{'s' if value > 1 else ''}"
+    if name == "composition":
+        return str(value)
     if isinstance(value, bool):
         value = "on" if value else "off"
     elif isinstance(value, float):

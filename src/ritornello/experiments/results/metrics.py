@@ -32,6 +32,16 @@ def average_after_each_task(matrix: Matrix) -> list[float]:
     return [_mean(row[: number + 1]) for number, row in enumerate(matrix)]
 
 
+def average_incremental_accuracy(matrix: Matrix) -> float:
+    """The mean of ``average_after_each_task`` (Rebuffi et al. 2017, iCaRL)."""
+    return _mean(np.array(average_after_each_task(matrix)))
+
+
+def plasticity(matrix: Matrix) -> float:
+    """Mean accuracy on a task when it has just been learnt: how well the new is learnt at all."""
+    return _mean(np.diag(matrix))
+
+
 def forgetting(matrix: Matrix) -> float:
     """Mean drop from a task's best accuracy to its last one (Chaudhry et al. 2018).
 
@@ -65,12 +75,6 @@ def forward_transfer(matrix: Matrix, at_start: NDArray[np.float64]) -> float:
     return _mean(np.diag(matrix, k=1) - at_start[1:])
 
 
-def _mean(values: Matrix) -> float:
-    """Over what was measured; 0 if nothing was."""
-    measured = values[np.isfinite(values)]
-    return float(measured.mean()) if len(measured) else 0.0
-
-
 def top_k_correct(logits: Tensor, labels: Tensor, ks: tuple[int, ...]) -> Tensor:
     """How many samples have their label among the ``k`` largest logits, for each ``k``.
 
@@ -85,3 +89,9 @@ def top_k_correct(logits: Tensor, labels: Tensor, ks: tuple[int, ...]) -> Tensor
     largest = logits.topk(min(max(ks), logits.shape[1]), dim=1).indices
     hits = largest == labels[:, None]
     return torch.stack([hits[:, :k].any(dim=1).sum() for k in ks])
+
+
+def _mean(values: Matrix) -> float:
+    """The mean of what was measured; 0 if nothing was."""
+    measured = values[np.isfinite(values)]
+    return float(measured.mean()) if len(measured) else 0.0

@@ -7,8 +7,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ritornello.experiments.results.labels import Results, labels_of
+from ritornello.experiments.results.labels import labels_of
 from ritornello.experiments.results.run_folder import COMPLETE, IN_WORK
+from ritornello.experiments.results.writing import Results
 
 FORMAT = 1
 
@@ -27,12 +28,23 @@ ARCHIVED = (
     "top5",
     "average_top1",
     "average_top5",
+    "averaged_top1",
+    "averaged_top5",
+    "average_averaged_top1",
+    "average_averaged_top5",
+    "average_incremental_top1",
+    "plasticity",
+    "average_anytime_top1",
+    "stability_gap",
+    "min_accuracy",
+    "worst_case_accuracy",
     "forgetting",
     "backward_transfer",
     "forward_transfer",
     "seconds",
     "step_seconds",
     "train_samples",
+    "samples_per_step",
     "buffer",
 )
 """What an archive keeps of a run."""
@@ -114,33 +126,6 @@ def archive(runs: Iterable[Results], path: Path) -> None:
     path.write_text(f'{{"format": {FORMAT}, "runs": [\n{lines}\n]}}\n')
 
 
-def _compact(run: Results) -> dict[str, Any]:
-    compact = {name: run[name] for name in ARCHIVED if name in run}
-    for name in ("top1", "top5"):
-        compact[name] = [
-            [None if each is None else round(each, 4) for each in row] for row in run[name]
-        ]
-    if compact.get("buffer"):
-        compact["buffer"] = {k: v for k, v in run["buffer"].items() if k != "held_per_class"}
-    return compact
-
-
-def _result_files(folder: Path) -> list[Path]:
-    singles = sorted(each for each in folder.rglob("results.json") if not _is_in_work(each))
-    comparisons = [
-        each
-        for each in sorted(folder.rglob("comparison.json"))
-        if not any(single.is_relative_to(each.parent) for single in singles)
-    ]
-    return sorted(singles + comparisons)
-
-
-def _is_in_work(path: Path) -> bool:
-    """Whether results are those of an extension that has not ended: see ``living_folder``."""
-    folder = path.parent
-    return folder.name in (IN_WORK, COMPLETE) and (folder.parent / "results.json").exists()
-
-
 def runs_in(path: Path) -> Iterator[Results]:
     """The runs of a ``results.json``, a ``comparison.json`` or an archive.
 
@@ -163,3 +148,30 @@ def runs_in(path: Path) -> Iterator[Results]:
                 f"{path} holds no results of format {FORMAT}, as 'ritornello run' writes them"
             )
         yield run
+
+
+def _compact(run: Results) -> dict[str, Any]:
+    compact = {name: run[name] for name in ARCHIVED if name in run}
+    for name in {"top1", "top5", "averaged_top1", "averaged_top5"} & set(compact):
+        compact[name] = [
+            [None if each is None else round(each, 4) for each in row] for row in run[name]
+        ]
+    if compact.get("buffer"):
+        compact["buffer"] = {k: v for k, v in run["buffer"].items() if k != "held_per_class"}
+    return compact
+
+
+def _result_files(folder: Path) -> list[Path]:
+    singles = sorted(each for each in folder.rglob("results.json") if not _is_in_work(each))
+    comparisons = [
+        each
+        for each in sorted(folder.rglob("comparison.json"))
+        if not any(single.is_relative_to(each.parent) for single in singles)
+    ]
+    return sorted(singles + comparisons)
+
+
+def _is_in_work(path: Path) -> bool:
+    """Whether results are those of an extension that has not ended: see ``run_folder``."""
+    folder = path.parent
+    return folder.name in (IN_WORK, COMPLETE) and (folder.parent / "results.json").exists()

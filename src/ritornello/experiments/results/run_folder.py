@@ -1,8 +1,8 @@
-"""A run's folder that is replaced as a whole, and goes on living under the same names.
+"""A run's folder: one job at a time writes into it, and what is there is whole at any moment.
 
-::
+A run that is extended is replaced as a whole, and goes on living under the same names::
 
-    FOLDER/results.json, model.pt, buffer/     the run as it is
+    FOLDER/results.json, model.pt, buffer/     the run as it is (and averaged.pt)
     FOLDER/extension/                          what will take its place; of no importance until ...
     FOLDER/extended/                           ... it is renamed to this, when all is on disk
 
@@ -12,8 +12,6 @@ crash comes in between, ``part_of`` finds each part where it is, and ``finish`` 
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
 import os
 import platform
@@ -22,13 +20,20 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from ritornello.saving.files import sync_folder
+from ritornello.saving.files import (
+    LOCK,
+    FolderInUseError,
+    lock,
+    sync_folder,
+    unlock,
+    write_text,
+)
 
 IN_WORK, COMPLETE = "extension", "extended"
 
-PARTS = ("model.pt", "buffer", "results.json")
+PARTS = ("model.pt", "averaged.pt", "buffer", "results.json")
 
 
 def part_of(folder: Path, name: str) -> Path:
@@ -40,10 +45,7 @@ def part_of(folder: Path, name: str) -> Path:
 def replace(folder: Path) -> None:
     """Has what is ``IN_WORK`` take the place of what there was."""
     work = folder / IN_WORK
-    for name in ("model.pt", "results.json"):  # the buffer is on disk already
-        with (work / name).open("rb") as file:
-            os.fsync(file.fileno())
-    sync_folder(work)
+    sync_folder(work)  # the files are on disk already
     work.rename(folder / COMPLETE)
     sync_folder(folder)
     finish(folder)
@@ -64,34 +66,12 @@ def finish(folder: Path) -> None:
     shutil.rmtree(complete)
 
 
-PARTIAL = ".partial"
-
-
-def on_disk(file: IO[Any]) -> None:
-    """Has what was written into a file on disk, before anything relies on it."""
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _sync(folder: Path) -> None:
-    """Has the names in a folder on disk, too."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-NAME = ".lock"
-"""The file in the folder; it stays there, and only says who had it last."""
-
-
 @contextmanager
 def locked(folder: Path, wait_seconds: float = 0.0) -> Iterator[None]:
     """Holds the lock of a folder, which is made if need be.
 
     The system takes the lock away with the process, however it ends; a forked process does not
-    inherit it. Where the file system has no locks, nothing is locked.
+    inherit it. The file ``LOCK`` says who had it last.
 
     Args:
         folder: to lock.
@@ -101,33 +81,29 @@ def locked(folder: Path, wait_seconds: float = 0.0) -> Iterator[None]:
         FileExistsError: another process holds the lock.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    deadline = time.monotonic() + wait_seconds
-    with (folder / NAME).open("a+") as file:
-        while True:
-            try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except OSError as error:
-                if error.errno in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
-                    break
-                if time.monotonic() > deadline:
-                    file.seek(0)
-                    raise FileExistsError(
-                        f"--output {folder}: another job is writing there ({file.read()}); wait "
-                        "for its end, or give another folder"
-                    ) from None
-            time.sleep(0.2)
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {platform.node()}")
-        file.flush()
+    descriptor = _lock(folder, time.monotonic() + wait_seconds)
+    try:
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, f"process {os.getpid()} on {platform.node()}".encode())
         yield
+    finally:
+        unlock(descriptor)
+
+
+def _lock(folder: Path, deadline: float) -> int:
+    while True:
+        try:
+            return lock(folder, is_inherited=False)
+        except FolderInUseError:
+            if time.monotonic() > deadline:
+                raise FileExistsError(
+                    f"--output {folder}: another job is writing there "
+                    f"({(folder / LOCK).read_text()}); wait for its end, or give another folder"
+                ) from None
+        time.sleep(0.2)
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes beside, then renames: a reader never sees half a file."""
+    """Writes a file that is there as a whole or not at all, in a folder that is made if need be."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(".tmp")
-    with beside.open("w") as file:
-        file.write(json.dumps(content, indent=1))
-        on_disk(file)
-    beside.replace(path)
+    write_text(path, json.dumps(content, indent=1))

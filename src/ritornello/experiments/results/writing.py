@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -17,11 +17,14 @@ from torch import nn
 import ritornello
 from ritornello.experiments.data.data_set import DataSet
 from ritornello.experiments.data.scenarios import Task
+from ritornello.experiments.ranks.place import Place
 from ritornello.experiments.recipes.recipe import Recipe
-from ritornello.experiments.results import metrics
+from ritornello.experiments.results import anytime, metrics
+from ritornello.experiments.results.anytime import Probe
 from ritornello.records import accelerators
 
-Results = dict[str, Any]
+Results = Mapping[str, Any]
+"""What ``results.json`` holds, of one run."""
 
 
 @dataclass
@@ -37,6 +40,8 @@ class StepSeconds:
     saving: float = 0.0
     """Making checkpoints; part of no step."""
     num_steps: int = 0
+    probing: float = 0.0
+    """Evaluating the model on the way; part of no step."""
 
 
 @dataclass
@@ -49,47 +54,28 @@ class TaskLog:
     top5: list[list[float | None]] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     steps: list[int] = field(default_factory=list)
+    averaged_top1: list[list[float | None]] = field(default_factory=list)
+    """Of the running average of the weights, where there is one."""
+    averaged_top5: list[list[float | None]] = field(default_factory=list)
+    probes: list[Probe] = field(default_factory=list)
 
 
-def results_of(
-    recipe: Recipe,
-    tasks: Sequence[Task],
-    log: TaskLog,
-    seconds: StepSeconds,
-    *,
-    num_resumed: int,
-    buffer: dict[str, Any] | None,
-    model: nn.Module,
-    device: torch.device,
-    num_ranks: int,
-    data: DataSet,
-) -> Results:
-    """Everything that ``results.json`` holds.
+def setting_of(recipe: Recipe, data: DataSet, tasks: Sequence[Task], place: Place) -> Results:
+    """What ``results.json`` says of a run before it has begun, with where and when it was.
 
     Args:
         recipe: with sizes of all ranks.
+        data: that the model is trained on.
         tasks: of the stream.
-        log: of all tasks.
-        seconds: of all tasks' steps.
-        num_resumed: how often the run has gone on from a checkpoint.
-        buffer: its statistics, if there is one.
-        model: trained.
-        device: it was trained on.
-        num_ranks: by how many.
-        data: that it was trained on.
+        place: of this rank.
     """
-    top1, top5 = metrics.matrix_of(log.top1), metrics.matrix_of(log.top5)
-    # A task that is not trained on when it comes can be neither forgotten nor transferred.
-    learnt = top1 if all(log.steps) else top1[-1:]
-    at_start = log.at_start
-    assert at_start is not None
-    steps = max(1, seconds.num_steps)
+    device = place.device
     return {
         "format": 1,
         "recipe": recipe.name,
         "strategy": recipe.strategy,
         "seed": recipe.seed,
-        "world_size": num_ranks,
+        "world_size": place.num_ranks,
         "config": asdict(recipe),
         "versions": {
             "ritornello": ritornello.__version__,
@@ -122,6 +108,24 @@ def results_of(
             }
             for task in tasks
         ],
+    }
+
+
+def outcome_of(log: TaskLog, seconds: StepSeconds) -> Results:
+    """What ``results.json`` says of accuracies and of time.
+
+    Args:
+        log: of all tasks.
+        seconds: of all tasks' steps.
+    """
+    top1, top5 = metrics.matrix_of(log.top1), metrics.matrix_of(log.top5)
+    # A task that is not trained on when it comes can be neither forgotten nor transferred.
+    learns_in_time = all(log.steps)
+    learnt = top1 if learns_in_time else top1[-1:]
+    at_start = log.at_start
+    assert at_start is not None
+    steps = max(1, seconds.num_steps)
+    return {
         "top1": log.top1,
         "top5": log.top5,
         "top1_at_start": at_start[0],
@@ -133,6 +137,12 @@ def results_of(
         "forward_transfer": metrics.forward_transfer(
             learnt, np.array(at_start[0], dtype=np.float64)
         ),
+        "average_incremental_top1": (
+            metrics.average_incremental_accuracy(top1) if learns_in_time else None
+        ),
+        "plasticity": metrics.plasticity(top1) if learns_in_time else None,
+        **_of_average(log),
+        **_of_probes(log, seconds, learns_in_time),
         "seconds": sum(log.seconds),
         "seconds_per_task": log.seconds,
         "steps_per_task": log.steps,
@@ -141,11 +151,28 @@ def results_of(
             "wait": seconds.in_buffer / steps,
             "train": (seconds.step - seconds.in_buffer) / steps,
         },
-        "resumed": num_resumed,
-        "seconds_saving": seconds.saving,
-        "buffer": buffer,
-        "weights_sha256": weights_digest(model),
     }
+
+
+def _of_average(log: TaskLog) -> Results:
+    """Accuracies of the running average of the weights, if there is one."""
+    if not log.averaged_top1:
+        return {}
+    return {
+        "averaged_top1": log.averaged_top1,
+        "averaged_top5": log.averaged_top5,
+        "average_averaged_top1": metrics.average_accuracy(metrics.matrix_of(log.averaged_top1)),
+        "average_averaged_top5": metrics.average_accuracy(metrics.matrix_of(log.averaged_top5)),
+    }
+
+
+def _of_probes(log: TaskLog, seconds: StepSeconds, learns_in_time: bool) -> Results:
+    """What probes have shown, if there were any."""
+    if not log.probes:
+        return {}
+    is_whole = learns_in_time and log.probes[-1]["task"] == len(log.steps) - 1
+    figures = anytime.figures_of(log.probes) if is_whole else {}
+    return {"probes": log.probes, **figures, "seconds_probing": seconds.probing}
 
 
 def _absolute_path(recipe: Recipe) -> str | None:

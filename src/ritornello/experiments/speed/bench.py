@@ -22,11 +22,9 @@ from ritornello.rounds.round import STAGES
 NUM_BLOCKS = 5
 """Rounds and plain copies take turns, so that a busy moment of the machine hits both."""
 
-
 LIST_WORDS = 2
 """int64 per representative in the lists of a class-balanced policy: each list has room for as
 much again as it holds."""
-
 
 MOST_STEPS = 200
 """Per block, beside training; more make no steadier mean."""
@@ -38,7 +36,7 @@ class Workload:
 
     name: str
     shape: tuple[int, ...]
-    """Of one image; each has an int64 label beside it."""
+    """The shape of one image; each has an int64 label beside it."""
     dtype: torch.dtype
     batch_size: int
     num_candidates: int
@@ -64,7 +62,7 @@ WORKLOADS = {
 
 
 @dataclass
-class Rounds:
+class RoundTimes:
     """Rounds of one workload over one transport; medians (the plan: mean), of the slowest rank."""
 
     workload: str
@@ -78,9 +76,9 @@ class Rounds:
     """A plain gather of r rows and scatter of c rows in an array of the shard's size, on all
     ranks at once."""
     update_seconds: float
-    """Of the trainer's thread per step: join, copy of the candidates."""
+    """The trainer's thread's time per step: join, copy of the candidates."""
     cpu_seconds: float
-    """Of all threads of the rank, per round and update."""
+    """Processor time of all threads of the rank, per round and update."""
     record_bytes: int
     rows_per_round: int
     """r + c."""
@@ -89,7 +87,7 @@ class Rounds:
 
     @property
     def ratio(self) -> float:
-        """Of a round to the plain copy."""
+        """A round's time, in multiples of the plain copy's."""
         return self.round_seconds / self.plain_seconds
 
     @property
@@ -104,7 +102,6 @@ class Beside:
 
     workload: str
     transport: str
-    rounds_per_exchange: int
     alone_seconds: float
     """The training step without a buffer."""
     step_seconds: float
@@ -114,7 +111,7 @@ class Beside:
     join_seconds: float
     """In ``update``: joining mini-batch and representatives."""
     hidden_seconds: float
-    """Of the round, while the step runs."""
+    """The part of the round during which the step runs."""
 
 
 def check_bench(
@@ -154,7 +151,7 @@ def check_bench(
 
 def measure_rounds(
     workload: Workload, transport: str, num_rounds: int, selection: str = "per-class-random"
-) -> Rounds:
+) -> RoundTimes:
     """Times rounds with no training between them.
 
     Args:
@@ -189,7 +186,7 @@ def measure_rounds(
     plan_seconds = float(np.mean(stages.pop("plan")))
     rounds = np.sum(list(stages.values()), axis=0)
     medians = {name: float(np.median(spent)) for name, spent in stages.items()}
-    mine = Rounds(
+    mine = RoundTimes(
         workload=workload.name,
         transport=transport,
         num_ranks=num_ranks,
@@ -203,16 +200,12 @@ def measure_rounds(
         rows_per_round=workload.num_representatives + workload.num_candidates,
         bytes_per_representative=stats.record_bytes + 8.0 * LIST_WORDS,
     )
-    slowest: Rounds = max(_everybodys(mine), key=lambda each: each.round_seconds)
+    slowest: RoundTimes = max(_everybodys(mine), key=lambda each: each.round_seconds)
     return slowest
 
 
 def measure_beside(
-    workload: Workload,
-    transport: str,
-    step_milliseconds: float,
-    seconds: float,
-    rounds_per_exchange: int = 1,
+    workload: Workload, transport: str, step_milliseconds: float, seconds: float
 ) -> Beside:
     """Times a real training step with and without rounds beside it.
 
@@ -221,16 +214,13 @@ def measure_beside(
         transport: by its name.
         step_milliseconds: how long the step shall take, alone.
         seconds: how long to measure, for each of both.
-        rounds_per_exchange: of the buffer.
     """
     batch = workload.batch()
     step = _training_step(step_milliseconds / 1e3)
     num_steps = int(seconds / NUM_BLOCKS / (step_milliseconds / 1e3))
     num_steps = min(MOST_STEPS, max(10, num_steps))
     alone, beside = [], []
-    with _filled_buffer(
-        workload, transport, "per-class-random", rounds_per_exchange=rounds_per_exchange
-    ) as buffer:
+    with _filled_buffer(workload, transport, "per-class-random") as buffer:
         before = buffer.stats(per_class=False)
         for _ in range(NUM_BLOCKS):
             _barrier()
@@ -249,7 +239,6 @@ def measure_beside(
     mine = Beside(
         workload=workload.name,
         transport=transport,
-        rounds_per_exchange=rounds_per_exchange,
         alone_seconds=float(np.mean(alone)),
         step_seconds=float(np.mean(beside)),
         exposed_seconds=spent["seconds_waited"] + spent["seconds_offering"],
@@ -270,7 +259,7 @@ def measure_all(
     """Everything, on one rank of several; what rank 0 returns is of all.
 
     Returns:
-        "rounds" and "beside": lists of ``Rounds`` and ``Beside``, as plain dicts.
+        "rounds" and "beside": lists of ``RoundTimes`` and ``Beside``, as plain dicts.
     """
     chosen = [WORKLOADS[name] for name in workloads]
     rounds = [
@@ -279,10 +268,9 @@ def measure_all(
         for transport in transports
     ]
     beside = [
-        measure_beside(workload, transports[0], milliseconds, seconds, num_draws)
+        measure_beside(workload, transports[0], milliseconds, seconds)
         for workload in chosen
         for milliseconds in step_milliseconds
-        for num_draws in ((1, 8) if milliseconds < 5 else (1,))
     ]
     return {
         "rounds": [asdict(each) for each in rounds],
@@ -314,9 +302,7 @@ class _PlainCopy:
 
 
 @contextmanager
-def _filled_buffer(
-    workload: Workload, transport: str, selection: str, rounds_per_exchange: int = 1
-) -> Iterator[RehearsalBuffer]:
+def _filled_buffer(workload: Workload, transport: str, selection: str) -> Iterator[RehearsalBuffer]:
     num_ranks = dist.get_world_size() if dist.is_initialized() else 1
     capacity = workload.rows_per_rank * num_ranks
     with RehearsalBuffer(
@@ -325,7 +311,6 @@ def _filled_buffer(
         num_candidates=workload.num_candidates,
         selection=selection,
         transport=transport,
-        rounds_per_exchange=rounds_per_exchange,
         timeout_seconds=120.0,
     ) as buffer:
         images, labels = replace(workload, batch_size=1).batch()[0], torch.arange(512) % 10

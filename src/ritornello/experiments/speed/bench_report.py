@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from rich.console import Group
 from rich.table import Table
 
-from ritornello.experiments.speed.bench import Beside, Rounds
+from ritornello.experiments.speed.bench import Beside, RoundTimes
 from ritornello.rounds.round import STAGES
 from ritornello.version import __version__
 
@@ -41,13 +41,13 @@ def write_bench(measured: dict[str, Any], folder: Path) -> None:
     }
     text = json.dumps({"machine": machine, **measured}, indent=2)
     (folder / "bench.json").write_text(text + "\n")
-    rounds = [Rounds(**each) for each in measured["rounds"]]
+    rounds = [RoundTimes(**each) for each in measured["rounds"]]
     figure_of_rounds(rounds).savefig(folder / "bench.png", dpi=130)
 
 
 def tables_of(measured: dict[str, Any]) -> Group:
     """What was measured, for the terminal: at most 80 columns wide."""
-    rounds = [Rounds(**each) for each in measured["rounds"]]
+    rounds = [RoundTimes(**each) for each in measured["rounds"]]
     parts: list[Any] = [
         f"[bold]Rounds on {rounds[0].num_ranks} rank(s), no training between[/bold]: µs",
         _table(
@@ -87,11 +87,10 @@ def tables_of(measured: dict[str, Any]) -> Group:
         parts += [
             f"\n[bold]Beside a training step: {measured['beside'][0]['transport']}[/bold]",
             _table(
-                ("k", "step ms", "exposed µs", "% of step", "join µs", "hidden µs", "slower"),
+                ("step ms", "exposed µs", "% of step", "join µs", "hidden µs", "slower"),
                 [
                     (
                         each,
-                        str(each.rounds_per_exchange),
                         f"{1e3 * each.alone_seconds:.2f}",
                         _micro(each.exposed_seconds),
                         f"{100 * each.exposed_seconds / each.alone_seconds:.2f}",
@@ -102,26 +101,13 @@ def tables_of(measured: dict[str, Any]) -> Group:
                     for each in (Beside(**fields) for fields in measured["beside"])
                 ],
             ),
-            "Means. k: rounds_per_exchange. step ms: without a buffer; slower: the step\n"
-            "beside rounds, without update. exposed: what update waits and copies, without\n"
-            "the join.",
+            "Means. step ms: without a buffer; slower: the step beside rounds, without\n"
+            "update. exposed: what update waits and copies, without the join.",
         ]
     return Group(*parts)
 
 
-def _table(columns: tuple[str, ...], rows: list[tuple[Any, ...]]) -> Table:
-    """A table of figures, each row beginning with the workload."""
-    table = Table(box=None, padding=(0, 1, 0, 0))
-    table.add_column("workload", no_wrap=True)
-    for name in columns:
-        left = name == "transport"
-        table.add_column(name, justify="left" if left else "right", no_wrap=True)
-    for measured, *figures in rows:
-        table.add_row(measured.workload, *figures)
-    return table
-
-
-def figure_of_rounds(rounds: list[Rounds]) -> Figure:
+def figure_of_rounds(rounds: list[RoundTimes]) -> Figure:
     """One panel per workload: a bar per transport, made of its stages, and the plain copy."""
     workloads = list(dict.fromkeys(each.workload for each in rounds))
     figure = Figure(figsize=(2.6 + 2.4 * len(workloads), 3.6), layout="constrained")
@@ -147,6 +133,18 @@ def figure_of_rounds(rounds: list[Rounds]) -> Figure:
     num_ranks = rounds[0].num_ranks
     figure.suptitle(f"One round on {num_ranks} rank{'s' if num_ranks > 1 else ''}", fontsize=11)
     return figure
+
+
+def _table(columns: tuple[str, ...], rows: list[tuple[Any, ...]]) -> Table:
+    """A table of figures, each row beginning with the workload."""
+    table = Table(box=None, padding=(0, 1, 0, 0))
+    table.add_column("workload", no_wrap=True)
+    for name in columns:
+        left = name == "transport"
+        table.add_column(name, justify="left" if left else "right", no_wrap=True)
+    for measured, *figures in rows:
+        table.add_row(measured.workload, *figures)
+    return table
 
 
 def _micro(seconds: float) -> str:

@@ -21,7 +21,7 @@ from ritornello.rounds.random_streams import Purpose, Streams
 from ritornello.testing import chi_square_p_value
 
 FALSE_ALARM_RATE = 0.001
-"""Of each test of fairness: how often a fair draw is called unfair."""
+"""How often each test of fairness calls a fair draw unfair."""
 
 BLOCK = 2**20
 """Indices that are looked at together."""

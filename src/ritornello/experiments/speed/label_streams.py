@@ -112,7 +112,7 @@ class VirtualRank:
         self._selection = Streams(seed, Purpose.SELECTION, rank)
 
     def admit(self, labels: Ints, num_candidates: int | None, step: int) -> None:
-        """Offers a mini-batch, as ``RehearsalBuffer`` and ``Rounds`` do."""
+        """Offers a mini-batch, as ``RehearsalBuffer`` does."""
         if num_candidates is not None and num_candidates < len(labels):
             draws = self._candidates.at(step).random(len(labels))
             labels = labels[draws < num_candidates / len(labels)]

@@ -174,7 +174,7 @@ class SimulatedRanks:
 
 
 @dataclass(frozen=True)
-class Results:
+class SimulationResults:
     """Everything that a simulation found."""
 
     simulation: Simulation
@@ -219,7 +219,7 @@ def simulate(
     machine: Machine,
     sampling: SamplingPolicy | None = None,
     report: Callable[[str], None] = lambda _: None,
-) -> Results:
+) -> SimulationResults:
     """Simulates each number of ranks, and predicts the time of a step for all powers of two.
 
     Args:
@@ -252,7 +252,7 @@ def simulate(
         )
         for load in _loads(simulation, machine.ranks_per_node, policy, simulated)
     ]
-    return Results(simulation, machine, growth, simulated, step_times)
+    return SimulationResults(simulation, machine, growth, simulated, step_times)
 
 
 def simulate_ranks(

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from rich.table import Table
 
 from ritornello.experiments.speed.draw_statistics import FALSE_ALARM_RATE
-from ritornello.experiments.speed.simulate import Results, SimulatedRanks
+from ritornello.experiments.speed.simulate import SimulatedRanks, SimulationResults
 from ritornello.experiments.speed.step_time import StepTime
 
 
-def tables(results: Results) -> list[Table]:
+def tables(results: SimulationResults) -> list[Table]:
     """The tables that a simulation ends with."""
     return [
         _fairness_table(results.simulated),
@@ -20,7 +20,7 @@ def tables(results: Results) -> list[Table]:
     ]
 
 
-def summary(results: Results) -> str:
+def summary(results: SimulationResults) -> str:
     """A few sentences that say what was found."""
     unfair = [each.num_ranks for each in results.simulated if not each.fairness.is_fair]
     if unfair:

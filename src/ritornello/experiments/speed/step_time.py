@@ -16,7 +16,7 @@ import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ritornello.experiments.speed.bench import WORKLOADS, Rounds
+from ritornello.experiments.speed.bench import WORKLOADS, RoundTimes
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Machine:
     name: str
     description: str
     seconds_per_sample: float
-    """Of training, on one rank."""
+    """What training on it takes, on one rank."""
     gradient_bytes: float
     """All-reduced in each step."""
     overlap: float
@@ -147,7 +147,7 @@ def benched_machine(folder: Path) -> Machine:
             f"{folder} holds no bench.json: give the output of ritornello bench"
         )
     try:
-        measured = [Rounds(**each) for each in json.loads(path.read_text())["rounds"]]
+        measured = [RoundTimes(**each) for each in json.loads(path.read_text())["rounds"]]
         largest = max(measured, key=lambda each: each.record_bytes)
         smallest = min(measured, key=lambda each: each.record_bytes)
     except (ValueError, TypeError, KeyError) as error:
@@ -212,7 +212,7 @@ class StepTime:
 
     @property
     def round_seconds(self) -> float:
-        """Of the whole round."""
+        """The time of the whole round."""
         return self.admit_seconds + self.plan_seconds + self.exchange_seconds + self.stage_seconds
 
 

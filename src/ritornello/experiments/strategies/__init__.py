@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 from ritornello.buffer import RehearsalBuffer
 from ritornello.experiments.recipes.recipe import Recipe
@@ -22,6 +24,7 @@ from ritornello.experiments.strategies.gdumb import GDumb
 from ritornello.experiments.strategies.incremental import Incremental
 from ritornello.experiments.strategies.joint import Joint
 from ritornello.experiments.strategies.rehearsal import Rehearsal
+from ritornello.experiments.strategies.soft_targets import SoftTargets
 from ritornello.policies.class_shares import (
     ClassBalanced,
     FirstOffered,
@@ -63,6 +66,7 @@ __all__ = [
     "Joint",
     "Rehearsal",
     "RehearsalStrategy",
+    "SoftTargets",
     "Strategy",
     "strategy_named",
     "strategy_of",
@@ -100,34 +104,34 @@ def strategy_of(
         criterion: the loss of each sample.
     """
     kind = strategy_named(recipe.strategy)
-    sizes = GlobalSizes(
-        rank,
-        num_ranks,
-        recipe.global_batch_size,
-        recipe.global_num_representatives,
-        recipe.seed,
-    )
-    if not issubclass(kind, RehearsalStrategy):
-        return kind(criterion=criterion, sizes=sizes)
+    common: dict[str, Any] = {"criterion": criterion}
+    rate: dict[str, Any] = {"num_representatives": 0}
+    if recipe.is_proportional and kind.rehearses:  # all ranks have equally many samples
+        rate["most_representatives"] = recipe.composed_samples // num_ranks - 1
+    else:
+        common["sizes"] = GlobalSizes(
+            rank,
+            num_ranks,
+            recipe.global_batch_size,
+            max(num_ranks, recipe.global_num_representatives),
+            recipe.seed,
+        )
+        # The largest part; ranks whose part is smaller leave one out.
+        rate["num_representatives"] = -(-recipe.global_num_representatives // num_ranks)
+    if recipe.soft_targets and kind is Rehearsal:
+        kind, common["num_classes"] = SoftTargets, num_classes
     # Exemplars were chosen already; of a stream, every c-th may do.
     candidates = recipe.global_num_candidates if recipe.remembers == "stream" else None
-    buffer = RehearsalBuffer(
+    new_buffer = partial(
+        RehearsalBuffer,
         recipe.num_stored(num_train_samples),
-        # The largest part; ranks whose part is smaller leave one out.
-        num_representatives=-(-recipe.global_num_representatives // num_ranks),
+        **rate,
         num_candidates=None if candidates is None else candidates // num_ranks,
         selection=_selection_of(recipe, num_classes),
         sampling=recipe.sampling,
-        num_draws=kind.num_draws,
         seed=recipe.seed,
     )
-    return kind(
-        buffer,
-        criterion=criterion,
-        sizes=sizes,
-        offers_stream=recipe.remembers == "stream",
-        **kind.options(recipe),
-    )
+    return kind.of(recipe, new_buffer, **common)
 
 
 def _selection_of(recipe: Recipe, num_classes: int) -> str | SelectionPolicy:

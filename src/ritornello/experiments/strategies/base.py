@@ -45,7 +45,7 @@ class GlobalSizes:
     num_past: int
     """``N * r``; each rank draws as many as the first one, and leaves out what is too much."""
     seed: int = 0
-    """Of what is left out."""
+    """The seed by which it is chosen what is left out."""
 
     def __post_init__(self) -> None:
         if self.num_past < self.num_ranks:
@@ -94,6 +94,15 @@ class Strategy:
     """Whether the model is re-initialised at each task."""
     rehearses: ClassVar[bool] = False
     """Whether there is a rehearsal buffer."""
+    observes: ClassVar[bool] = False
+    """Whether a task's samples only pass by, before it trains on the buffer alone: ``observe``."""
+    stores_logits: ClassVar[bool] = False
+    """Whether what is stored has the model's logits with it."""
+
+    buffer: RehearsalBuffer | None = None
+    """The rehearsal buffer; None if there is none."""
+    goes_by_distances: bool = False
+    """Whether the buffer's distances are to be measured before each epoch."""
 
     def __init__(
         self, *, criterion: Criterion = cross_entropy, sizes: GlobalSizes | None = None
@@ -102,12 +111,31 @@ class Strategy:
         self.task_number = 0
 
     def training_tasks(self, tasks: Sequence[Task], number: int) -> Sequence[Task]:
-        """Of all tasks, those whose samples are trained on when task ``number`` has come."""
+        """The tasks, of all, whose samples are trained on when task ``number`` has come."""
         return tasks[number : number + 1]
+
+    @classmethod
+    def of(
+        cls, recipe: Recipe, new_buffer: Callable[..., RehearsalBuffer], **common: Any
+    ) -> Strategy:
+        """The strategy of a recipe, with a buffer if it rehearses.
+
+        Args:
+            recipe: what to take the strategy's own settings from.
+            new_buffer: makes the buffer, given ``num_draws``; all ranks take part.
+            common: the arguments that all strategies have.
+        """
+        return cls(**common)
 
     def begin_task(self, number: int, classes: Sequence[int] = ()) -> None:
         """Says that task ``number`` (from 0) begins, and which classes it brings, if known."""
         self.task_number = number
+
+    def end_task(self, model: nn.Module) -> None:
+        """Says that the running task has been learnt; all ranks call it, with the same weights."""
+
+    def observe(self, images: Tensor, labels: Tensor) -> None:
+        """Sees a mini-batch without learning from it, where the strategy ``observes``."""
 
     def backward(
         self,
@@ -138,6 +166,10 @@ class Strategy:
     def mean_new(self, losses: Tensor) -> Tensor:
         """The mean over the new samples of all ranks, where DDP averages over the ranks."""
         return self._mean(losses, self.sizes.num_new if self.sizes else None)
+
+    def widening(self, num_classes: int) -> Callable[[Any], Any] | None:
+        """What makes representatives of fewer classes fit a model of more; None: they do."""
+        return None
 
     def stats(self) -> dict[str, Any] | None:
         """What the results say about the buffer, if there is one."""
@@ -183,6 +215,8 @@ class RehearsalStrategy(Strategy):
         sizes: see ``Strategy``.
         offers_stream: whether candidates come from the mini-batches; else the buffer is filled
             by others, such as with exemplars at a task's end.
+        goes_by_distances: whether the buffer's sampling policy does ("grasp"), so that the
+            training loop measures them before each epoch.
 
     Raises:
         ValueError: the buffer makes another number of draws.
@@ -190,7 +224,8 @@ class RehearsalStrategy(Strategy):
 
     rehearses: ClassVar[bool] = True
     num_draws: ClassVar[int] = 1
-    stores_logits: ClassVar[bool] = False
+
+    buffer: RehearsalBuffer
 
     def __init__(
         self,
@@ -199,6 +234,7 @@ class RehearsalStrategy(Strategy):
         criterion: Criterion = cross_entropy,
         sizes: GlobalSizes | None = None,
         offers_stream: bool = True,
+        goes_by_distances: bool = False,
     ) -> None:
         super().__init__(criterion=criterion, sizes=sizes)
         if buffer.num_draws != self.num_draws:
@@ -207,8 +243,22 @@ class RehearsalStrategy(Strategy):
                 f"{buffer.num_draws}"
             )
         self.buffer, self.offers_stream = buffer, offers_stream
+        self.goes_by_distances = goes_by_distances
         self._num_past: int | None = None
         self._dice = np.random.default_rng([sizes.seed, sizes.rank] if sizes else 0)
+
+    @classmethod
+    def of(
+        cls, recipe: Recipe, new_buffer: Callable[..., RehearsalBuffer], **common: Any
+    ) -> Strategy:
+        """See ``Strategy.of``."""
+        return cls(
+            new_buffer(num_draws=cls.num_draws),
+            offers_stream=recipe.remembers == "stream",
+            goes_by_distances=recipe.sampling == "grasp",
+            **common,
+            **cls.options(recipe),
+        )
 
     @classmethod
     def options(cls, recipe: Recipe) -> dict[str, Any]:
@@ -226,20 +276,25 @@ class RehearsalStrategy(Strategy):
         """Offers a mini-batch, and so starts the round that draws for the next step."""
         self.buffer.offer(leaves if self.offers_stream else tuple(leaf[:0] for leaf in leaves))
 
-    def augment(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """The augmented mini-batch: ``draw``, join, ``offer``."""
+    def augment(self, *leaves: Tensor) -> tuple[Tensor, ...]:
+        """The augmented mini-batch: ``draw``, join, ``offer``.
+
+        Args:
+            leaves: a mini-batch as the buffer stores it, images and labels first.
+        """
         if self.offers_stream and not self._leaves_out:
-            joined = self.buffer.update((images, labels))
+            joined = self.buffer.update(leaves)
             self._num_past = None
             if self.sizes is not None:
-                self._num_past = self.sizes.global_past(len(joined[1]) - len(labels))
-            return joined[0], joined[1]
+                self._num_past = self.sizes.global_past(len(joined[1]) - len(leaves[1]))
+            return tuple(joined)
         past = self.draw()
-        self.offer(images, labels)
+        self.offer(*leaves)
         if not past:
             self._num_past = 0
-            return images, labels
-        return torch.cat((images, past[0].images)), torch.cat((labels, past[0].labels))
+            return leaves
+        pairs = zip(leaves, past[0], strict=False)  # behind them past logits that are None
+        return tuple(torch.cat((new, old)) for new, old in pairs if old is not None)
 
     def mean_past(self, losses: Tensor) -> Tensor:
         """The mean over the representatives that all ranks have just drawn."""

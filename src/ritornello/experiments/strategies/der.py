@@ -5,6 +5,8 @@ Source: Buzzega et al., "Dark Experience for General Continual Learning" (NeurIP
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -77,6 +79,10 @@ class DER(RehearsalStrategy):
         stored = logits.detach().to(self.logits_dtype)
         self._finite_logits.look(stored, self.task_number)
         self.offer(images, labels, stored)
+
+    def widening(self, num_classes: int) -> Callable[[Any], Any]:
+        """See ``Strategy.widening``; here their logits are too few."""
+        return partial(with_further_logits, num_classes=num_classes)
 
     def state_dict(self) -> dict[str, Any]:
         """See ``Strategy.state_dict``.

@@ -21,6 +21,7 @@ class GDumb(RehearsalStrategy):
     """
 
     restarts: ClassVar[bool] = True
+    observes: ClassVar[bool] = True
 
     def observe(self, images: Tensor, labels: Tensor) -> None:
         """Offers a mini-batch without learning from it."""

@@ -41,9 +41,12 @@ class Rehearsal(RehearsalStrategy):
         """The mean over the augmented mini-batch."""
         num_new = len(labels)
         images, labels = self.augment(images, labels)
-        losses = self.criterion(model(images), labels)
-        if self.loss_weights == "by-sample" or len(labels) == num_new:
+        return self.weighed(self.criterion(model(images), labels), num_new)
+
+    def weighed(self, losses: Tensor, num_new: int) -> Tensor:
+        """The mean of the losses of an augmented mini-batch, new samples first."""
+        if self.loss_weights == "by-sample" or len(losses) == num_new:
             return self.mean_all(losses)
         weight = 1 / (self.task_number + 1)
-        new, past = losses.split([num_new, len(labels) - num_new])
+        new, past = losses.split([num_new, len(losses) - num_new])
         return weight * self.mean_new(new) + (1 - weight) * self.mean_past(past)

@@ -28,13 +28,13 @@ import torch
 from ritornello.errors import CheckpointError
 from ritornello.experiments.ranks.group import Ranks
 from ritornello.experiments.ranks.progress import say
-from ritornello.experiments.results.run_folder import PARTIAL, _sync, on_disk
+from ritornello.saving.files import PARTIAL, new_file, sync_folder
 
 FORMAT = 1
 
 
 @dataclass(frozen=True)
-class Snapshot:
+class RunSnapshot:
     """What one rank knows of a run between two steps."""
 
     count: int
@@ -79,7 +79,7 @@ class Checkpoints:
         self._folder, self._num_kept, self._ranks = folder, num_kept, ranks
         self._damaged: set[Path] = set()
 
-    def write(self, snapshot: Snapshot) -> Path:
+    def write(self, snapshot: RunSnapshot) -> Path:
         """Writes a checkpoint. Blocks until it is on disk.
 
         Raises:
@@ -106,11 +106,11 @@ class Checkpoints:
             raise
         with self._ranks.together(f"cannot write {final}"):
             if is_main:
-                _sync(partial)
+                sync_folder(partial)
                 if final.exists():  # of a run that went on from an older one
                     shutil.rmtree(final)
                 partial.rename(final)
-                _sync(self._folder)
+                sync_folder(self._folder)
                 self._remove_others(final)
         return final
 
@@ -175,7 +175,7 @@ class Checkpoints:
             shutil.rmtree(each)
 
 
-def _write_files(folder: Path, snapshot: Snapshot, of_ranks: list[dict[str, Any]]) -> None:
+def _write_files(folder: Path, snapshot: RunSnapshot, of_ranks: list[dict[str, Any]]) -> None:
     state = io.BytesIO()
     torch.save({"trainer": snapshot.tensors, "ranks": of_ranks}, state)
     description = {"format": FORMAT, "where": snapshot.where, **snapshot.description}
@@ -185,9 +185,8 @@ def _write_files(folder: Path, snapshot: Snapshot, of_ranks: list[dict[str, Any]
     }
     sums = [f"{hashlib.sha256(each).hexdigest()}  {name}\n" for name, each in contents.items()]
     for name, content in {**contents, "SHA256SUMS": "".join(sums).encode()}.items():
-        with (folder / name).open("wb") as file:
+        with new_file(folder / name) as file:
             file.write(content)
-            on_disk(file)
 
 
 def _check(folder: Path) -> None:

@@ -15,6 +15,7 @@ from ritornello.experiments.data.data_set import DataSet
 from ritornello.experiments.data.scenarios import Task, task_mask
 from ritornello.experiments.data.stream import TaskImages, load_batches
 from ritornello.experiments.models.network import Network
+from ritornello.experiments.ranks.place import Place
 from ritornello.experiments.recipes.recipe import Recipe
 from ritornello.experiments.results import metrics
 
@@ -36,57 +37,52 @@ class Evaluation:
         recipe: of the run.
         data: its data set.
         tasks: of the stream.
-        device: of this rank.
-        rank: this rank.
-        num_ranks: how many there are.
+        place: of this rank.
     """
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        data: DataSet,
-        tasks: Sequence[Task],
-        device: torch.device,
-        rank: int,
-        num_ranks: int,
-    ) -> None:
-        self._tasks, self._device, self._num_workers = tasks, device, recipe.num_workers
-        self._rank, self._num_ranks = rank, num_ranks
+    def __init__(self, recipe: Recipe, data: DataSet, tasks: Sequence[Task], place: Place) -> None:
+        self._tasks, self._place, self._num_workers = tasks, place, recipe.num_workers
         self._images = TaskImages(data.test, tasks, testing=True)
         self.mask: Tensor | None = None
         """bool ``[num_classes, num_classes]``: which classes compete with a sample's; None: all."""
         if recipe.scenario == "task-incremental":
-            self.mask = task_mask(tasks, data.num_classes).to(device)
+            self.mask = task_mask(tasks, data.num_classes).to(place.device)
 
     @torch.no_grad()
-    def accuracies(self, network: Network) -> Accuracies:
-        """The same on every rank; blocks until all have called it."""
-        correct = torch.zeros(len(self._tasks), 2, dtype=torch.int64)
+    def accuracies(self, network: Network, num_tasks: int | None = None) -> Accuracies:
+        """The same on every rank; blocks until all have called it.
+
+        Args:
+            network: to evaluate; it is in evaluation mode afterwards.
+            num_tasks: the first ones alone; None: all.
+        """
+        tasks = self._tasks[:num_tasks]
+        correct = torch.zeros(len(tasks), 2, dtype=torch.int64)
         network.eval()
-        parts = self._positions()
+        parts = self._positions(tasks)
         batches = load_batches(
-            self._images, (part for _, part in parts), self._num_workers, self._device
+            self._images, (part for _, part in parts), self._num_workers, self._place.device
         )
         for (number, _), (images, labels) in zip(parts, batches, strict=True):
             logits = network(images)
             if self.mask is not None:
                 logits = logits.masked_fill(~self.mask[labels], -torch.inf)
             correct[number] += metrics.top_k_correct(logits, labels, (1, 5)).cpu()
-        if self._num_ranks > 1:
+        if self._place.num_ranks > 1:
             dist.all_reduce(correct)
         accuracies = Accuracies()
-        for task, (top1, top5) in zip(self._tasks, correct.tolist(), strict=True):
+        for task, (top1, top5) in zip(tasks, correct.tolist(), strict=True):
             size = len(task.test_indices)
             accuracies.top1.append(top1 / size if size else None)
             accuracies.top5.append(top5 / size if size else None)
         return accuracies
 
-    def _positions(self) -> list[tuple[int, NDArray[np.int64]]]:
+    def _positions(self, tasks: Sequence[Task]) -> list[tuple[int, NDArray[np.int64]]]:
         """This rank's part of each task's test samples, in mini-batches: task, positions."""
         parts, first = [], 0
-        for number, task in enumerate(self._tasks):
+        for number, task in enumerate(tasks):
             end = first + len(task.test_indices)
-            mine = np.arange(first + self._rank, end, self._num_ranks)
+            mine = np.arange(first + self._place.rank, end, self._place.num_ranks)
             batches = np.array_split(mine, -(-len(mine) // BATCH_SIZE) or 1)
             parts += [(number, batch) for batch in batches if len(batch)]
             first = end

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
@@ -10,21 +11,26 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ritornello.experiments.data.data_set import DataSet, LabelledImages
+from ritornello.buffer import RehearsalBuffer
+from ritornello.experiments.data.data_set import DataSet, LabelledBatch, LabelledImages
 from ritornello.experiments.data.scenarios import Task
-from ritornello.experiments.data.stream import load_batches
+from ritornello.experiments.data.stream import TaskImages, load_batches
+from ritornello.experiments.ranks.place import Place
 from ritornello.experiments.recipes.recipe import Recipe
-from ritornello.experiments.strategies import RehearsalStrategy, strategy_named
+from ritornello.experiments.strategies import strategy_named
 from ritornello.policies import exemplars
 from ritornello.policies.share_scores import rank_of_exemplar
 
 Ints = NDArray[np.int64]
 
 CHOICES = ("random", "herding", "closest-to-mean")
-"""How exemplars are chosen: see ``ritornello.exemplars``."""
+"""How exemplars are chosen: see ``ritornello.policies.exemplars``."""
 
 BATCH_SIZE = 256
 """Samples that are embedded, or offered, at a time."""
+
+EXEMPLARS = 1_000_005
+"""What the random choice of exemplars is keyed by, beside the seed and the task."""
 
 
 def check(recipe: Recipe, data: DataSet, tasks: Sequence[Task]) -> None:
@@ -55,10 +61,48 @@ def check(recipe: Recipe, data: DataSet, tasks: Sequence[Task]) -> None:
         )
 
 
+def remember(
+    buffer: RehearsalBuffer,
+    recipe: Recipe,
+    data: DataSet,
+    tasks: Sequence[Task],
+    embed: Callable[[Tensor], Tensor],
+    place: Place,
+) -> float:
+    """Fills the buffer with exemplars of the task that has ended; all ranks take part.
+
+    Args:
+        buffer: to fill.
+        recipe: with sizes of all ranks.
+        data: its data set.
+        tasks: all so far; the last one has ended.
+        embed: features of images.
+        place: of this rank.
+
+    Returns:
+        The seconds that it took to offer them.
+    """
+    number = len(tasks) - 1
+    images = TaskImages(data.train, tasks[number:])
+    num_seen = len(set[int]().union(*labels_of_tasks(data, tasks)))
+    num_sharing = data.num_classes if recipe.fixed_shares else num_seen
+    chosen = choose(
+        recipe.remembers,
+        images.labels,
+        recipe.num_stored(len(data.train)) // num_sharing,
+        np.random.default_rng([recipe.seed, number, EXEMPLARS]),
+        lambda classes: features_over_ranks(classes, images, embed, place, recipe.num_workers),
+    )
+    hands = deal(chosen, place.num_ranks)
+    began = time.perf_counter()
+    store(buffer, images, hands, place, recipe.num_workers)
+    return time.perf_counter() - began
+
+
 def labels_of_tasks(data: DataSet, tasks: Sequence[Task]) -> list[set[int]]:
     """The labels of each task's training samples, which may be more than its own classes.
 
-    Of a task whose samples are gone, its classes.
+    For a task whose samples are gone, its classes.
     """
     return [
         set(task.classes)
@@ -113,57 +157,50 @@ def deal(chosen: dict[int, Ints], num_ranks: int) -> list[Ints]:
 
 
 def store(
-    strategy: RehearsalStrategy,
+    buffer: RehearsalBuffer,
     images: LabelledImages,
     hands: list[Ints],
-    rank: int,
+    place: Place,
     num_workers: int,
-    device: torch.device,
 ) -> None:
     """Offers a rank's exemplars; all ranks take part in equally many rounds."""
     num_rounds = -(-max(len(hand) for hand in hands) // BATCH_SIZE)
-    parts = [hands[rank][i * BATCH_SIZE : (i + 1) * BATCH_SIZE] for i in range(num_rounds)]
-    nothing = nothing_like(images, device)
-    batches = load_batches(images, [part for part in parts if len(part)], num_workers, device)
+    parts = [hands[place.rank][i * BATCH_SIZE : (i + 1) * BATCH_SIZE] for i in range(num_rounds)]
+    nothing = nothing_like(images, place.device)
+    batches = load_batches(images, [part for part in parts if len(part)], num_workers, place.device)
     for part in parts:
-        strategy.buffer.draw()
-        strategy.buffer.offer(next(batches) if len(part) else nothing)
+        buffer.draw()
+        buffer.offer(next(batches) if len(part) else nothing)
 
 
 def features_over_ranks(
     classes: list[Ints],
     images: LabelledImages,
     embed: Callable[[Tensor], Tensor],
-    rank: int,
-    num_ranks: int,
+    place: Place,
     num_workers: int,
-    device: torch.device,
 ) -> Iterator[Tensor]:
     """The features ``[n, d]`` of each class's samples, on all ranks; each embeds a part of them."""
     batches = []
     for positions in classes:
         # All ranks embed equally many, as they are gathered; what is too much is cut off below.
-        size = -(-len(positions) // num_ranks)
-        padded = np.resize(positions, size * num_ranks)
-        own = padded[rank * size : (rank + 1) * size]
+        size = -(-len(positions) // place.num_ranks)
+        padded = np.resize(positions, size * place.num_ranks)
+        own = padded[place.rank * size : (place.rank + 1) * size]
         batches.append(np.array_split(own, -(-size // BATCH_SIZE)))
     loaded = load_batches(
-        images, [batch for of_class in batches for batch in of_class], num_workers, device
+        images, [batch for of_class in batches for batch in of_class], num_workers, place.device
     )
     for positions, of_class in zip(classes, batches, strict=True):
         features = torch.cat([embed(next(loaded)[0]).cpu() for _ in of_class])
-        if num_ranks > 1:
-            everyone = [torch.empty_like(features) for _ in range(num_ranks)]
+        if place.num_ranks > 1:
+            everyone = [torch.empty_like(features) for _ in range(place.num_ranks)]
             dist.all_gather(everyone, features)
             features = torch.cat(everyone)
         yield features[: len(positions)]
 
 
-def nothing_like(images: LabelledImages, device: torch.device) -> tuple[Tensor, Tensor]:
+def nothing_like(images: LabelledImages, device: torch.device) -> LabelledBatch:
     """A mini-batch without samples, of the kind that a data set gives."""
     image, labels = images.__getitems__([0])
     return image[:0].to(device), labels[:0].to(device)
-
-
-EXEMPLARS = 1_000_005
-"""What the random choice of exemplars is keyed by, beside the seed and the task."""

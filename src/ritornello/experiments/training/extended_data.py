@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ritornello.experiments.data.data_set import DataSet, Joined, LabelledImages, Relabelled
+from ritornello.experiments.data.holdout import held_out
 from ritornello.experiments.data.load import load, load_arrival
 from ritornello.experiments.data.scenarios import Task, scenario_of
 from ritornello.experiments.recipes.recipe import Recipe
@@ -139,16 +140,18 @@ def _read(before: Results, path: str | None, places: dict[str, Path]) -> tuple[D
     Raises:
         OSError, ValueError: they cannot be read, or are others.
     """
+    recipe = Recipe.from_results(before["config"])
     if path is not None:
-        data = load_arrival(places[path], image_shape_of(before))
+        data = held_out(load_arrival(places[path], image_shape_of(before)), recipe.holdout)
         task = Task("", (), np.zeros(0, dtype=np.int64), np.arange(len(data.test)))
         return data, [task]
-    recipe, path = Recipe.from_results(before["config"]), before["data"]["path"]
+    path = before["data"]["path"]
     if path is not None and not places[path].exists():  # which might be downloaded otherwise
         raise FileNotFoundError(f"there is no {places[path]}")
     data = load(recipe.data, None if path is None else str(places[path]), recipe.image_size)
     if data.image_shape != image_shape_of(before):
         raise ValueError("the images have another shape")
+    data = held_out(data, recipe.holdout)
     return data, scenario_of(data, recipe)
 
 

@@ -21,15 +21,17 @@ from typing import Any
 import torch
 
 from ritornello.experiments.data.data_set import DataSet
+from ritornello.experiments.data.holdout import held_out
 from ritornello.experiments.data.load import load_arrival
 from ritornello.experiments.data.scenarios import Task
 from ritornello.experiments.ranks.group import Ranks
 from ritornello.experiments.ranks.interruption import NotedSignals
 from ritornello.experiments.ranks.launch import restarted
+from ritornello.experiments.ranks.place import Place, device_named
 from ritornello.experiments.ranks.progress import say
+from ritornello.experiments.recipes.recipe import Recipe
 from ritornello.experiments.results import run_folder as living_folder
 from ritornello.experiments.results.run_folder import IN_WORK, locked, part_of
-from ritornello.experiments.results.run_folder import NAME as LOCK
 from ritornello.experiments.results.writing import Results, TaskLog
 from ritornello.experiments.training import run as train
 from ritornello.experiments.training.checkpoints import Checkpoints
@@ -39,11 +41,18 @@ from ritornello.experiments.training.extended_data import (
     image_shape_of,
     with_new_task,
 )
-from ritornello.experiments.training.extension_plan import Extension, check_classes, counted, plan
-from ritornello.experiments.training.saver import Saver, Saving
+from ritornello.experiments.training.extension_plan import (
+    Extension,
+    check_classes,
+    counted,
+    plan,
+    results_in,
+)
+from ritornello.experiments.training.saver import CheckpointSettings, Saver
 from ritornello.experiments.training.tracking import PLACES, Tracking, telling
 from ritornello.experiments.training.trainer import Trainer
 from ritornello.records import accelerators
+from ritornello.saving.files import LOCK
 
 
 def extend(
@@ -55,7 +64,7 @@ def extend(
     output: str | Path | None = None,
     changes: Mapping[str, Any] | None = None,
     command: str = "",
-    saving: Saving = train.OFF,
+    saving: CheckpointSettings = train.OFF,
     tracking: Tracking = train.UNTRACKED,
 ) -> Results:
     """Goes on with a finished run: it learns what has arrived, rehearsing from its buffer.
@@ -94,30 +103,30 @@ def extend(
         ranks = stack.enter_context(Ranks())
         told = ranks.tell((str(folder), None if output is None else str(output)))
         folder, place = Path(told[0]), Path(told[1] or told[0])
-        settings: dict[str, Any] = {"name": name, "changes": changes, "num_ranks": ranks.num_ranks}
-        plan(folder, Path(data), **settings)  # so that nothing is locked that is no run
+        results_in(folder)  # so that nothing is locked that is no run
         with ranks.together("cannot begin"):
             if ranks.rank == 0:
                 for each in dict.fromkeys((folder, place)):
                     stack.enter_context(locked(each, wait_seconds=30.0 * restarted()))
                     living_folder.finish(each)
-        extension = plan(folder, Path(data), **settings)
+        # Only now: another job may have gone on with the run before it gave the lock back.
+        extension = plan(folder, Path(data), name=name, changes=changes, num_ranks=ranks.num_ranks)
         resumes = saving.is_on and (saving.resume or restarted())
-        done = ranks.tell(_done_before(extension, folder, place, resumes))
+        done: Results | None = ranks.tell(_done_before(extension, folder, place, resumes))
         if done is not None:
             if ranks.rank == 0:
                 say(f"{extension.name} has been learnt before; nothing is run")
-            return Results(done)
+            return done
         work = place / IN_WORK
         ranks.gather(None)  # all have looked before the first one begins to write
         if ranks.rank == 0:
             stack.enter_context(_made(work))
         signals = stack.enter_context(NotedSignals()) if saving.is_on else None
-        device = train.device_named(extension.recipe.device)
+        device = device_named(extension.recipe.device)
         stack.enter_context(accelerators.forked_random_state(device))
         arrived, tasks = _stream(extension, [Path(each) for each in tests], ranks)
         trainer = stack.enter_context(
-            Trainer(extension.recipe, arrived, device, ranks.rank, ranks.num_ranks, tasks)
+            Trainer(extension.recipe, arrived, Place(ranks.rank, ranks.num_ranks, device), tasks)
         )
         checkpoints = Checkpoints(work / "checkpoints", saving.keep, ranks)
         saver = None if signals is None else Saver(saving, checkpoints, ranks, signals)
@@ -126,17 +135,15 @@ def extend(
             f"or remove {work}"
         )
         if not (resumes and train.go_on(trainer, checkpoints, fix)):
-            model = part_of(folder, "model.pt")
-            with ranks.together(f"cannot read {model}"):
-                weights = torch.load(model, map_location="cpu", weights_only=True)
-            trainer.follow(_log_of(extension.before), weights, part_of(folder, "buffer"))
-            _test_before(trainer)
+            _follow(trainer, extension, ranks)
         figures = stack.enter_context(telling(tracking, place, trainer, ranks))
         results = _results(extension.before, trainer.train(saver, figures), command)
         train.write_outcome(work, results, trainer, ranks, keep_buffer=True)
         with ranks.together(f"cannot write into {place}"):
             if ranks.rank == 0:
                 living_folder.replace(place)
+                if trainer.network.average is None:  # one that is not gone on with
+                    (place / "averaged.pt").unlink(missing_ok=True)
     return results
 
 
@@ -149,6 +156,7 @@ def _stream(
     if any(each != earlier.not_read for each in ranks.gather(earlier.not_read)):
         raise ValueError("the ranks do not see the same data of earlier tasks: check their paths")
     new = load_arrival(extension.data, image_shape_of(before))
+    new = held_out(new, extension.recipe.holdout)
     data, tasks = with_new_task(before, new, extension.name, extension.data, earlier)
     new_classes = data.class_names[len(before["class_names"]) :]
     check_classes(extension.recipe, tasks, new_classes)
@@ -178,44 +186,68 @@ def _say_what_comes(
         say("the optimiser begins anew: its state is not kept between runs", style="yellow")
 
 
+def _follow(trainer: Trainer, extension: Extension, ranks: Ranks) -> None:
+    """Begins where the run has ended, and measures what it could do where that is not known."""
+    model, average = (part_of(extension.folder, name) for name in ("model.pt", "averaged.pt"))
+    weights = averaged = None
+    with ranks.together(f"cannot read {model}"):
+        weights = torch.load(model, map_location="cpu", weights_only=True)
+    if extension.recipe.averaged and extension.before["config"].get("averaged"):
+        with ranks.together(f"cannot read {average}"):
+            averaged = torch.load(average, map_location="cpu", weights_only=True)
+    log = _log_of(extension.before, extension.recipe)
+    buffer = part_of(extension.folder, "buffer")
+    trainer.follow(log, weights, buffer, averaged)
+    accuracies = trainer.evaluation.accuracies(trainer.network)
+    pairs_of = [(log.top1, accuracies.top1), (log.top5, accuracies.top5)]
+    if trainer.network.average is not None:
+        with trainer.network.averaged():
+            accuracies = trainer.evaluation.accuracies(trainer.network)
+        pairs_of += [(log.averaged_top1, accuracies.top1), (log.averaged_top5, accuracies.top5)]
+    for matrix, measured in pairs_of:
+        pairs = zip(matrix[-1], measured, strict=True)
+        matrix[-1] = [now if known is None else known for known, now in pairs]
+
+
 def _results(before: Results, newest: Results, command: str) -> Results:
     """Those of the run with its new task, as JSON would give them back."""
     about = {"date": newest["date"], "command": command, "world_size": newest["world_size"]}
-    return Results(
-        json.loads(
-            json.dumps(
-                newest
-                | {
-                    "command": command,
-                    "data": before["data"],
-                    "train_samples": before["train_samples"] + newest["train_samples"],
-                    "tasks": [*before["tasks"], newest["tasks"][-1] | about],
-                }
-            )
+    results: Results = json.loads(
+        json.dumps(
+            {
+                **newest,
+                "command": command,
+                "data": before["data"],
+                "train_samples": before["train_samples"] + newest["train_samples"],
+                "tasks": [*before["tasks"], newest["tasks"][-1] | about],
+            }
         )
     )
+    return results
 
 
-def _log_of(before: Results) -> TaskLog:
-    """What the run has written down, with a column for the new task."""
+def _log_of(before: Results, recipe: Recipe) -> TaskLog:
+    """What the run has written down, with a column for the new task.
+
+    Where the weights are averaged only from now on, it is not known how good the average was.
+    """
+    unknown = [[None] * len(row) for row in before["top1"]]
+    averaged = [before.get(name, unknown) for name in ("averaged_top1", "averaged_top5")]
+    if not recipe.averaged:
+        averaged = [[], []]
+    matrices = [
+        [[*row, None] for row in matrix] for matrix in (before["top1"], before["top5"], *averaged)
+    ]
     return TaskLog(
         at_start=([*before["top1_at_start"], None], [*before["top5_at_start"], None]),
-        top1=[[*row, None] for row in before["top1"]],
-        top5=[[*row, None] for row in before["top5"]],
+        top1=matrices[0],
+        top5=matrices[1],
+        averaged_top1=matrices[2],
+        averaged_top5=matrices[3],
         seconds=list(before["seconds_per_task"]),
         steps=list(before["steps_per_task"]),
+        probes=list(before.get("probes", [])),
     )
-
-
-def _test_before(trainer: Trainer) -> None:
-    """Measures what the run could do before the new task, where that is not known."""
-    accuracies = trainer.evaluation.accuracies(trainer.network)
-    for matrix, measured in (
-        (trainer.log.top1, accuracies.top1),
-        (trainer.log.top5, accuracies.top5),
-    ):
-        pairs = zip(matrix[-1], measured, strict=True)
-        matrix[-1] = [now if known is None else known for known, now in pairs]
 
 
 def _done_before(extension: Extension, folder: Path, place: Path, resumes: bool) -> Results | None:
@@ -226,9 +258,9 @@ def _done_before(extension: Extension, folder: Path, place: Path, resumes: bool)
         FileExistsError: the output holds something else.
     """
     if place != folder and (place / "results.json").exists():
-        found = json.loads((place / "results.json").read_text())
+        found: Results = json.loads((place / "results.json").read_text())
         if resumes and found["tasks"][-1]["name"] == extension.name:
-            return Results(found)
+            return found
     if extension.is_learnt:
         if resumes and place == folder:
             return extension.before

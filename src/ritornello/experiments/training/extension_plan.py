@@ -10,7 +10,7 @@ from typing import Any
 from rich.markup import escape
 
 from ritornello.experiments.data.scenarios import Task
-from ritornello.experiments.recipes.recipe import Recipe
+from ritornello.experiments.recipes.recipe import Recipe, with_changes
 from ritornello.experiments.results import reading as saved_results
 from ritornello.experiments.results.run_folder import part_of
 from ritornello.experiments.results.writing import Results
@@ -23,8 +23,11 @@ MAY_CHANGE = (
     *("epochs", "iterations", "global_batch_size"),
     *("optimiser", "keeps_optimiser", "learning_rate", "momentum", "weight_decay"),
     *("warmup_epochs", "milestones", "alpha", "beta", "loss_weights"),
+    *("composition", "samples_per_step", "first_share", "share_floor"),
+    *("soft_targets", "soft_temperature"),
     *("capacity", "global_num_representatives", "global_num_candidates", "sampling"),
     *("device", "num_workers"),
+    *("averaged", "probe_every"),
 )
 """The settings that a task may have otherwise than those before it."""
 
@@ -34,15 +37,15 @@ class Extension:
     """What is to be done; from ``plan``."""
 
     folder: Path
-    """Of the run."""
+    """Where the run is."""
     before: Results
-    """Of the run."""
+    """What the run has written down."""
     recipe: Recipe
     """With which the new task is learnt."""
     data: Path
     """What has arrived."""
     name: str
-    """Of the new task."""
+    """The new task's."""
     is_learnt: bool
     """Whether the run has learnt a task of that name already."""
 
@@ -83,7 +86,7 @@ def plan(
         ValueError: this run cannot go on like that; says why.
         CheckpointError: its buffer cannot be read.
     """
-    before = _results_in(folder)
+    before = results_in(folder)
     if not data.exists():
         raise FileNotFoundError(f"--data {data}: there is no such file or folder")
     recipe = _recipe(folder, before, changes or {})
@@ -144,6 +147,11 @@ def _recipe(folder: Path, before: Results, changes: Mapping[str, Any]) -> Recipe
             f"capacity={changes['capacity']}: say how many representatives; of a stream without "
             "end there are no fractions"
         )
+    if recipe.soft_targets and changes.get("soft_targets") == 0:
+        raise ValueError(
+            "soft_targets=0: the run's buffer stores soft targets; to go on without their effect "
+            "give them a small weight"
+        )
     if kind.rehearses:
         buffer = part_of(folder, "buffer")
         if not buffer.exists():
@@ -152,7 +160,7 @@ def _recipe(folder: Path, before: Results, changes: Mapping[str, Any]) -> Recipe
                 "without it: the run was made with --keep-buffer off"
             )
         recipe = replace(recipe, capacity=SavedFolder(buffer).manifest.capacity)
-    return replace(recipe, published=None, **changes)
+    return replace(with_changes(recipe, **changes), published=None)
 
 
 def _can_go_on() -> list[str]:
@@ -161,7 +169,7 @@ def _can_go_on() -> list[str]:
     ]
 
 
-def _results_in(folder: Path) -> Results:
+def results_in(folder: Path) -> Results:
     """What a finished run has written down.
 
     Raises:

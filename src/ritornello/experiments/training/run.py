@@ -18,28 +18,31 @@ import torch.distributed as dist
 
 from ritornello.errors import CheckpointError
 from ritornello.experiments.data.data_set import DataSet
+from ritornello.experiments.data.holdout import held_out
 from ritornello.experiments.data.load import load
-from ritornello.experiments.data.scenarios import SCENARIOS
+from ritornello.experiments.data.scenarios import IN_CLASS_ORDER, SCENARIOS
 from ritornello.experiments.models.augmentation import AUGMENTATIONS
 from ritornello.experiments.ranks.group import Ranks
 from ritornello.experiments.ranks.interruption import NotedSignals, RunInterruptedError
 from ritornello.experiments.ranks.launch import restarted
+from ritornello.experiments.ranks.place import Place, accelerator_named, device_named
 from ritornello.experiments.ranks.progress import say
 from ritornello.experiments.recipes.recipe import DESCRIPTIONS, Recipe
 from ritornello.experiments.results.reading import runs_in
-from ritornello.experiments.results.run_folder import locked, on_disk, write_json
+from ritornello.experiments.results.run_folder import locked, write_json
 from ritornello.experiments.results.writing import Results
-from ritornello.experiments.strategies import GDumb, RehearsalStrategy, strategy_named
+from ritornello.experiments.strategies import Rehearsal, strategy_named
 from ritornello.experiments.training import exemplars
 from ritornello.experiments.training.checkpoints import Checkpoints
-from ritornello.experiments.training.saver import Saver, Saving
+from ritornello.experiments.training.saver import CheckpointSettings, Saver
 from ritornello.experiments.training.tracking import Tracking, telling
 from ritornello.experiments.training.trainer import Trainer
 from ritornello.experiments.training.variants import folder_name
 from ritornello.policies.names import SAMPLING_POLICIES, SELECTION_POLICIES
 from ritornello.records import accelerators
+from ritornello.saving.files import new_file
 
-OFF = Saving()
+OFF = CheckpointSettings()
 """No checkpoints."""
 
 UNTRACKED = Tracking()
@@ -53,7 +56,7 @@ def compare(
     variants: Mapping[str, Recipe],
     output: str | None,
     command: str = "",
-    saving: Saving = OFF,
+    saving: CheckpointSettings = OFF,
     tracking: Tracking = UNTRACKED,
 ) -> dict[str, Results]:
     """Runs several recipes, one after another; data sets that they share are loaded once.
@@ -70,6 +73,19 @@ def compare(
     """
     for recipe in variants.values():
         check(recipe, _num_ranks())
+    saving.check()
+    tracking.check()
+    return _compare(variants, output, command, saving, tracking)
+
+
+def _compare(
+    variants: Mapping[str, Recipe],
+    output: str | None,
+    command: str,
+    saving: CheckpointSettings,
+    tracking: Tracking,
+) -> dict[str, Results]:
+    """See ``compare``; all is checked."""
     loaded: dict[tuple[Any, ...], DataSet] = {}
     comparison = {}
     signals = NotedSignals() if saving.is_on else None
@@ -83,7 +99,7 @@ def compare(
             return loaded[key]
 
         folder = None if output is None else f"{output}/{folder_name(label)}"
-        comparison[label] = run(recipe, folder, data, command, saving, signals, tracking)
+        comparison[label] = _run(recipe, folder, data, command, saving, tracking, signals)
         if output is not None and _rank() == 0:
             write_json(Path(output) / "comparison.json", comparison)
     return comparison
@@ -94,21 +110,20 @@ def run(
     output: str | None = None,
     data: DataSet | Callable[[], DataSet] | None = None,
     command: str = "",
-    saving: Saving = OFF,
-    signals: NotedSignals | None = None,
+    saving: CheckpointSettings = OFF,
     tracking: Tracking = UNTRACKED,
 ) -> Results:
     """Runs a recipe, or goes on with a run.
 
     Args:
         recipe: what to run.
-        output: the folder for ``results.json``, ``model.pt``, ``buffer`` and ``checkpoints``, by
-            the first rank's word; None: nothing is written. All ranks must see the folder.
+        output: the folder for ``results.json``, ``model.pt``, ``averaged.pt``, ``buffer`` and
+            ``checkpoints``, by the first rank's word; None: nothing is written. All ranks must see
+            the folder.
         data: the data set, or what loads it, if it is not the recipe's own.
         command: what was typed, for the results.
         saving: whether and when there are checkpoints, and whether to go on from one. A rank that
             an elastic launcher has started again always goes on.
-        signals: what notes them, if the runs before have noted there, too.
         tracking: which trackers get figures on the way; their files are in the output folder.
 
     Returns:
@@ -124,6 +139,19 @@ def run(
     check(recipe, _num_ranks())
     saving.check()
     tracking.check()
+    return _run(recipe, output, data, command, saving, tracking)
+
+
+def _run(
+    recipe: Recipe,
+    output: str | None,
+    data: DataSet | Callable[[], DataSet] | None,
+    command: str,
+    saving: CheckpointSettings,
+    tracking: Tracking,
+    signals: NotedSignals | None = None,
+) -> Results:
+    """See ``run``; all is checked. The runs before have noted their signals in ``signals``."""
     with ExitStack() as stack:
         ranks = stack.enter_context(Ranks())
         output = ranks.tell(output)
@@ -138,9 +166,9 @@ def run(
                     stack.enter_context(locked(folder, wait_seconds=30.0 * restarted()))
         resumes = folder is not None and saving.is_on and (saving.resume or restarted())
         if folder is not None and resumes:
-            done = ranks.tell(finished(recipe, folder, ranks.num_ranks))
+            done: Results | None = ranks.tell(finished(recipe, folder, ranks.num_ranks))
             if done is not None:
-                return Results(done)
+                return done
         is_one_of_several = signals is not None
         signals = stack.enter_context(signals or NotedSignals()) if saving.is_on else None
         # One that came in the last evaluation of the run before, or while its buffer was saved.
@@ -150,7 +178,10 @@ def run(
         stack.enter_context(accelerators.forked_random_state(device))
         data = data() if callable(data) else data
         data = data or load(recipe.data, recipe.data_path, recipe.image_size)
-        trainer = stack.enter_context(Trainer(recipe, data, device, ranks.rank, ranks.num_ranks))
+        data = held_out(data, recipe.holdout)
+        trainer = stack.enter_context(
+            Trainer(recipe, data, Place(ranks.rank, ranks.num_ranks, device))
+        )
         saver = checkpoints = None
         if folder is not None and signals is not None:
             checkpoints = Checkpoints(folder / "checkpoints", saving.keep, ranks)
@@ -168,6 +199,20 @@ def run(
         if checkpoints is not None:
             checkpoints.remove()
     return results
+
+
+def run_checked(
+    recipes: Mapping[str, Recipe],
+    output: str | None,
+    command: str,
+    saving: CheckpointSettings,
+    tracking: Tracking,
+) -> Results | dict[str, Results]:
+    """``run`` of one recipe, or ``compare`` of several, where all was checked before the launch."""
+    if len(recipes) > 1:
+        return _compare(recipes, output, command, saving, tracking)
+    [recipe] = recipes.values()
+    return _run(recipe, output, None, command, saving, tracking)
 
 
 def finished(recipe: Recipe, folder: Path, num_ranks: int) -> Results | None:
@@ -205,7 +250,7 @@ def check(recipe: Recipe, num_ranks: int) -> None:
     kind = strategy_named(recipe.strategy)
     recipe.check(num_ranks)
     if recipe.device not in ("auto", "cpu"):
-        _accelerator_named(recipe.device)
+        accelerator_named(recipe.device)
     for name, allowed in (
         ("scenario", SCENARIOS),
         ("augmentation", AUGMENTATIONS),
@@ -214,13 +259,43 @@ def check(recipe: Recipe, num_ranks: int) -> None:
     ):
         if getattr(recipe, name) not in allowed:
             raise ValueError(f"{name}={getattr(recipe, name)!r}: there are {', '.join(allowed)}")
+    if kind.rehearses and not recipe.is_proportional:
+        for name in ("samples_per_step", "first_share"):
+            if getattr(recipe, name) is not None:
+                raise ValueError(
+                    f"{name}={getattr(recipe, name)} with composition={recipe.composition!r}: only "
+                    "composition='proportional' has it; leave it out"
+                )
+    for name, is_set in (
+        ("composition", recipe.is_proportional),
+        ("soft_targets", recipe.soft_targets > 0),
+    ):
+        if is_set and kind.rehearses and kind is not Rehearsal:
+            without = "append" if name == "composition" else 0
+            raise ValueError(
+                f"{name}={getattr(recipe, name)!r} with strategy={recipe.strategy!r}: it weighs "
+                f"new and past samples in its own way; use 'rehearsal', or {name}={without!r}"
+            )
+    if isinstance(recipe.class_order, int):
+        if recipe.class_order < 0:
+            raise ValueError(f"class_order={recipe.class_order}: it must not be negative")
+        if recipe.scenario not in IN_CLASS_ORDER:
+            raise ValueError(
+                f"class_order={recipe.class_order} with scenario={recipe.scenario!r}: classes come "
+                f"one after another in {', '.join(IN_CLASS_ORDER)} alone"
+            )
     if recipe.remembers == "stream":
         return
     if recipe.remembers not in exemplars.CHOICES:
         raise ValueError(
             f"remembers={recipe.remembers!r}: there are stream, {', '.join(exemplars.CHOICES)}"
         )
-    if issubclass(kind, RehearsalStrategy) and (kind.stores_logits or kind is GDumb):
+    if recipe.soft_targets and kind is Rehearsal:
+        raise ValueError(
+            f"remembers={recipe.remembers!r} with soft_targets={recipe.soft_targets}: exemplars "
+            "are stored without logits; use remembers='stream'"
+        )
+    if kind.stores_logits or kind.observes:
         raise ValueError(
             f"remembers={recipe.remembers!r}: the strategy {recipe.strategy!r} fills its buffer "
             "from the stream; use remembers='stream'"
@@ -265,7 +340,7 @@ def go_on(trainer: Trainer, checkpoints: Checkpoints, fix: str = "give another -
         except CheckpointError as error:
             checkpoints.reject(found, error)
             continue
-        if trainer.rank == 0:
+        if trainer.place.rank == 0:
             say(f"resumed at {trainer.where}")
         return True
     return False
@@ -300,14 +375,16 @@ def write_outcome(
     folder: Path, results: Results, trainer: Trainer, ranks: Ranks, keep_buffer: bool
 ) -> None:
     """Writes what a finished run leaves; the results last, as they say that all is there."""
-    strategy = trainer.strategy
+    buffer = trainer.strategy.buffer
     with ranks.together(f"cannot write into {folder}"):
         if ranks.rank == 0:
-            with (folder / "model.pt").open("wb") as file:
+            with new_file(folder / "model.pt") as file:
                 torch.save(trainer.network.model.state_dict(), file)
-                on_disk(file)
-        if keep_buffer and isinstance(strategy, RehearsalStrategy):
-            strategy.buffer.save(folder / "buffer")
+            if (average := trainer.network.average) is not None:
+                with new_file(folder / "averaged.pt") as file:
+                    torch.save(average.module.state_dict(), file)
+        if keep_buffer and buffer is not None:
+            buffer.save(folder / "buffer")
     with ranks.together(f"cannot write into {folder}"):
         if ranks.rank == 0:
             write_json(folder / "results.json", results)
@@ -319,27 +396,3 @@ def _rank() -> int:
 
 def _num_ranks() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def device_named(name: str) -> torch.device:
-    """This rank's device.
-
-    Raises:
-        ValueError: it is not there.
-    """
-    cpu = torch.device("cpu")
-    if name == "auto":
-        return accelerators.current_device() if accelerators.is_available() else cpu
-    if name == "cpu":
-        return cpu
-    return accelerators.with_index(_accelerator_named(name))
-
-
-def _accelerator_named(name: str) -> torch.device:
-    try:
-        device = accelerators.named(name.partition(":")[0])  # which one, the launcher has said
-    except ValueError as error:
-        raise ValueError(f"device={name!r}: {error}; use 'cpu'") from None
-    if device is None:
-        raise ValueError(f"device={name!r}: there are auto, cpu, and accelerators such as cuda")
-    return device

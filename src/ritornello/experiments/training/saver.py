@@ -9,14 +9,14 @@ from typing import Literal
 
 from ritornello.experiments.ranks.group import Ranks
 from ritornello.experiments.ranks.interruption import Agreement, NotedSignals, RunInterruptedError
-from ritornello.experiments.training.checkpoints import Checkpoints, Snapshot
+from ritornello.experiments.training.checkpoints import Checkpoints, RunSnapshot
 
 MINUTES = 10.0
 """Between two checkpoints, where nothing else is said."""
 
 
 @dataclass(frozen=True)
-class Saving:
+class CheckpointSettings:
     """What is kept of a run, when, and whether to go on from it.
 
     There are checkpoints if any of the flags asks for them; see ``is_on``.
@@ -70,7 +70,7 @@ class Saver:
 
     def __init__(
         self,
-        saving: Saving,
+        saving: CheckpointSettings,
         checkpoints: Checkpoints,
         ranks: Ranks,
         signals: NotedSignals,
@@ -85,7 +85,7 @@ class Saver:
         self._agreement = Agreement(ranks)
         self._last = time.monotonic()
 
-    def between_steps(self, count: int, snapshot: Callable[[], Snapshot]) -> None:
+    def between_steps(self, count: int, snapshot: Callable[[], RunSnapshot]) -> None:
         """Saves if it is time, or if the run is to stop.
 
         Args:
@@ -101,11 +101,11 @@ class Saver:
         if number or is_due or (self._every is not None and count % self._every == 0):
             self._save(number, snapshot())
 
-    def at_task_end(self, count: int, snapshot: Callable[[], Snapshot]) -> None:
+    def at_task_end(self, count: int, snapshot: Callable[[], RunSnapshot]) -> None:
         """Saves. See ``between_steps``."""
         self._save(self._agreement.hear_now(self._signals.number), snapshot())
 
-    def _save(self, number: int, snapshot: Snapshot) -> None:
+    def _save(self, number: int, snapshot: RunSnapshot) -> None:
         self._checkpoints.write(snapshot)
         self._last = time.monotonic()
         if number:

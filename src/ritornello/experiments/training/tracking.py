@@ -15,8 +15,7 @@ import numpy as np
 from torch import Tensor
 
 from ritornello.experiments.ranks.group import Ranks
-from ritornello.experiments.results import metrics
-from ritornello.experiments.strategies import RehearsalStrategy
+from ritornello.experiments.results import anytime, metrics
 from ritornello.rounds.stats import BufferStats
 
 if TYPE_CHECKING:
@@ -90,7 +89,7 @@ def _made(tracking: Tracking, folder: Path, trainer: Trainer, stack: ExitStack) 
     if "tensorboard" in tracking.track:
         first_step = trainer.num_steps_done + 1
         # What comes at a task's end has the number of its last step, and is to come again.
-        if trainer.position.step and trainer.position.step == trainer.num_steps(
+        if trainer.position.step and trainer.position.step == trainer.schedule.num_steps(
             trainer.position.task
         ):
             first_step -= 1
@@ -103,7 +102,7 @@ def _made(tracking: Tracking, folder: Path, trainer: Trainer, stack: ExitStack) 
                     project=os.environ.get("WANDB_PROJECT", "ritornello"),
                     name=f"{recipe.name}-{recipe.strategy}-seed-{recipe.seed}",
                     group=recipe.name,
-                    config=asdict(recipe) | {"num_ranks": trainer.num_ranks},
+                    config=asdict(recipe) | {"num_ranks": trainer.place.num_ranks},
                     settings={"console": "off"},
                 )
             )
@@ -161,6 +160,20 @@ class RunFigures:
             }
         self._tell(figures)
 
+    def after_probe(self) -> None:
+        """Tells what a probe has found of the tasks so far, in percent."""
+        if not self._trackers:
+            return
+        curves = anytime.curves_of(self._trainer.log.probes[-1:])
+        figures = {
+            "probe_percent/average": curves.average,
+            "probe_percent/lowest_old": curves.lowest_old,
+            "probe_percent/newest": curves.newest,
+        }
+        self._tell(
+            {name: 100 * float(curve[0]) for name, curve in figures.items() if np.isfinite(curve)}
+        )
+
     def _of_steps(self) -> dict[str, float]:
         """The means of the steps since the last time."""
         trainer, now = self._trainer, replace(self._trainer.seconds)
@@ -190,7 +203,10 @@ class RunFigures:
             "top1_percent/average": metrics.average_accuracy(top1),
             "top5_percent/average": metrics.average_accuracy(top5),
         }
-        if all(log.steps):  # else no task was learnt when it came; see ``results_of``
+        if log.averaged_top1:
+            averaged = metrics.matrix_of(log.averaged_top1)[:, :num_seen]
+            shares["averaged_top1_percent/average"] = metrics.average_accuracy(averaged)
+        if all(log.steps):  # else no task was learnt when it came; see ``outcome_of``
             shares["top1_percent/forgetting"] = metrics.forgetting(top1)
         for number, accuracy in enumerate(top1[-1], start=1):
             if np.isfinite(accuracy):
@@ -199,11 +215,11 @@ class RunFigures:
 
     def _stats(self, per_class: bool) -> BufferStats | None:
         """The buffer's; what they wait for its round counts as of a step, as other waits do."""
-        strategy = self._trainer.strategy
-        if not isinstance(strategy, RehearsalStrategy):
+        buffer = self._trainer.strategy.buffer
+        if buffer is None:
             return None
         began = time.perf_counter()
-        stats = strategy.buffer.stats(per_class)
+        stats = buffer.stats(per_class)
         self._trainer.seconds.step += time.perf_counter() - began
         return stats
 

@@ -16,25 +16,31 @@ def variants(
     recipe: Recipe,
     strategies: Sequence[str],
     *,
+    compositions: Sequence[str] = (),
     capacities: Sequence[int | float] = (),
     representatives: Sequence[int] = (),
     candidates: Sequence[int] = (),
     samplings: Sequence[str] = (),
     selections: Sequence[str] = (),
+    class_orders: Sequence[int] = (),
     seeds: Sequence[int] = (),
 ) -> dict[str, Recipe]:
     """The product of everything given; what is not given is as in the recipe.
 
-    A strategy without a buffer appears once per seed, not once per setting of the buffer.
+    A strategy without a buffer appears once per order of classes and seed, not once per setting of
+    the buffer. Nothing appended (no representatives, where several compositions are compared) is
+    incremental training, and left out.
 
     Args:
         recipe: what all of them have in common.
         strategies: see ``strategies``.
+        compositions: of a step.
         capacities: of the whole buffer.
         representatives: of all ranks together.
         candidates: of all ranks together.
         samplings: sampling policies.
         selections: selection policies.
+        class_orders: numbers that draw the order in which classes arrive.
         seeds: of everything random.
 
     Returns:
@@ -47,6 +53,7 @@ def variants(
     if not strategies:
         raise ValueError("strategies: give at least one")
     buffer_settings = {
+        "composition": compositions,
         "capacity": capacities,
         "global_num_representatives": representatives,
         "global_num_candidates": candidates,
@@ -56,9 +63,14 @@ def variants(
     varied = {name: values for name, values in buffer_settings.items() if values}
     recipes: dict[Recipe, None] = {}  # An ordered set: what is given twice runs once.
     for strategy in strategies:
-        settings = varied if uses_buffer(strategy) else {}
+        settings = dict(varied) if uses_buffer(strategy) else {}
+        if class_orders:
+            settings["class_order"] = class_orders
         for values in itertools.product(*settings.values(), seeds or (recipe.seed,)):
             changes = dict(zip((*settings, "seed"), values, strict=True))
+            is_append = changes.get("composition") == "append" and len(set(compositions)) > 1
+            if is_append and changes.get("global_num_representatives") == 0:
+                continue
             recipes[with_changes(recipe, strategy=strategy, **changes)] = None
     as_results = [
         {

@@ -1,0 +1,156 @@
+"""What a run trains on when a task has come: how many steps, and with which mini-batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from itertools import repeat
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ritornello.composition import ComposedSteps
+from ritornello.experiments.data.data_set import DataSet, LabelledBatch
+from ritornello.experiments.data.scenarios import Task
+from ritornello.experiments.data.stream import (
+    TaskImages,
+    load_batches,
+    positions_of_passes,
+    steps_per_pass,
+)
+from ritornello.experiments.ranks.place import Place
+from ritornello.experiments.recipes.recipe import Recipe
+from ritornello.experiments.strategies import Strategy
+from ritornello.experiments.training import exemplars
+
+
+class Schedule:
+    """The steps and mini-batches of every task, on one rank.
+
+    Args:
+        recipe: with sizes of all ranks.
+        data: its data set.
+        tasks: of the stream.
+        strategy: says which tasks' samples it trains on, and whether it trains on them at all.
+        place: of this rank.
+    """
+
+    def __init__(
+        self, recipe: Recipe, data: DataSet, tasks: Sequence[Task], strategy: Strategy, place: Place
+    ) -> None:
+        self._recipe, self._data, self._tasks = recipe, data, tasks
+        self._strategy, self._place = strategy, place
+        self.is_composed = recipe.is_proportional and strategy.rehearses
+        # One task's: its steps are asked for again and again.
+        self._composed = lru_cache(maxsize=1)(self._composed_steps)
+
+    @property
+    def samples_per_step(self) -> int:
+        """New and past ones that a step trains on, of all ranks together."""
+        recipe, strategy = self._recipe, self._strategy
+        if self.is_composed:
+            return recipe.composed_samples
+        num_new = 0 if strategy.observes else recipe.global_batch_size
+        num_draws = 0 if strategy.buffer is None else strategy.buffer.num_draws
+        return num_new + num_draws * recipe.global_num_representatives
+
+    def num_past(self, number: int, step: int) -> int | None:
+        """How many past samples join a step of a task on each rank; None: as many as always.
+
+        Args:
+            number: of the task.
+            step: from 0; the one after the last takes as many as the last.
+        """
+        if not self.is_composed:
+            return None
+        steps = self._composed(number)
+        epoch, within = divmod(step, len(steps))
+        if epoch == steps.num_epochs:
+            epoch, within = epoch - 1, len(steps)
+        steps.set_epoch(epoch)
+        return steps.num_past(within)
+
+    def num_steps(self, number: int) -> int:
+        """The steps that the strategy trains for when a task has come."""
+        if self._recipe.iterations is not None:
+            return self._recipe.iterations * len(self._training_tasks(number))
+        return self._recipe.epochs * self.steps_per_epoch(number)
+
+    def steps_per_epoch(self, number: int) -> int:
+        """Full global mini-batches in one pass; what is left over comes another epoch."""
+        recipe = self._recipe
+        if self._strategy.observes:  # a pass over what the buffer can hold by then
+            num_seen = sum(task.num_train for task in self._tasks[: number + 1])
+            num_held = min(num_seen, recipe.num_stored(len(self._data.train)))
+            return max(1, num_held // recipe.global_num_representatives)
+        if self.is_composed:
+            return len(self._composed(number))
+        images = self._training_images(number)
+        return 0 if images is None else steps_per_pass(len(images), recipe.global_batch_size)
+
+    def batches(self, number: int, first: int) -> Iterator[LabelledBatch]:
+        """This rank's mini-batches of a task, from step ``first`` on; empty if it only observes."""
+        if self._strategy.observes:
+            return repeat(exemplars.nothing_like(self._data.train, self._place.device))
+        num_passes = -(-self.num_steps(number) // max(1, self.steps_per_epoch(number)))
+        return self._passes(number, num_passes, first)
+
+    def observed(self, number: int, first: int) -> Iterator[LabelledBatch]:
+        """What a strategy that ``observes`` sees before it trains: one pass, from ``first`` on."""
+        return self._passes(number, 1, first)
+
+    def _passes(self, number: int, num_passes: int, first: int) -> Iterator[LabelledBatch]:
+        images = self._training_images(number)
+        if images is None:
+            return
+        positions: Iterator[NDArray[np.int64]]
+        if self.is_composed:
+            positions = self._composed_positions(number, first)
+        else:
+            positions = positions_of_passes(
+                len(images),
+                self._recipe.global_batch_size,
+                (self._recipe.seed, number),
+                self._place.rank,
+                self._place.num_ranks,
+                num_passes=num_passes,
+                first=first,
+            )
+        yield from load_batches(images, positions, self._recipe.num_workers, self._place.device)
+
+    def _composed_positions(self, number: int, first: int) -> Iterator[NDArray[np.int64]]:
+        steps = self._composed(number)
+        first_epoch, within = divmod(first, len(steps))
+        for epoch in range(first_epoch, steps.num_epochs):
+            first_step = within if epoch == first_epoch else 0
+            yield from map(np.array, steps.positions(epoch, first_step))
+
+    def _composed_steps(self, number: int) -> ComposedSteps:
+        """What the steps of a task are made of."""
+        recipe, num_ranks = self._recipe, self._place.num_ranks
+        num_new = len(self._tasks[number].train_indices)
+        batch_size = recipe.global_batch_size // num_ranks
+        num_epochs = recipe.epochs
+        if recipe.iterations is not None:
+            steps_per_epoch = max(1, num_new // recipe.global_batch_size)
+            num_epochs = -(-recipe.iterations // steps_per_epoch)
+        return ComposedSteps(
+            num_new,
+            sum(task.num_train for task in self._tasks[:number]),
+            samples_per_step=recipe.composed_samples // num_ranks,
+            batch_size=batch_size,
+            num_epochs=num_epochs,
+            first_share=recipe.first_share,
+            floor=recipe.share_floor,
+            rank=self._place.rank,
+            num_ranks=num_ranks,
+            seed=recipe.seed,
+        )
+
+    def _training_tasks(self, number: int) -> Sequence[Task]:
+        return self._strategy.training_tasks(self._tasks, number)
+
+    def _training_images(self, number: int) -> TaskImages | None:
+        """The samples that the strategy trains on when a task has come; None: no training yet."""
+        tasks = self._training_tasks(number)
+        return TaskImages(self._data.train, tasks) if tasks else None

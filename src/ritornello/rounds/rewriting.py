@@ -1,0 +1,86 @@
+"""Which fields of stored records are made anew, and the values that a function gives for them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from ritornello.records.layout import Layout
+from ritornello.records.nesting import path_text
+
+
+class FieldsMadeAnew:
+    """The fields that a user has named.
+
+    Args:
+        layout: of the records.
+        label: the position of the class label among the fields.
+        fields: an index, key or attribute, or a tuple of them for a nested leaf; or a list.
+
+    Raises:
+        ValueError: there is no such leaf, it is the class label, or named twice; or none is.
+    """
+
+    def __init__(self, layout: Layout, label: int | None, fields: Any) -> None:
+        self._layout, self._is_list = layout, isinstance(fields, list)
+        self._names: list[Any] = fields if self._is_list else [fields]
+        if not self._names:
+            raise ValueError("rewrite: fields=[] names no leaf of the samples; name at least one")
+        positions = {field.path: position for position, field in enumerate(layout.fields)}
+        self._positions = list[int]()
+        for name in self._names:
+            position = positions.get(name if isinstance(name, tuple) else (name,))
+            if position is None:
+                raise ValueError(
+                    f"rewrite: fields={name!r} names no leaf of the samples; there are "
+                    f"{'; '.join(map(str, layout.fields))}. Give an index or key, a tuple of them "
+                    "for a nested leaf, or a list of such"
+                )
+            if position == label:
+                raise ValueError(
+                    f"rewrite: fields={name!r} is the class label, by which representatives were "
+                    "admitted: it stays; store what may change in a field of its own"
+                )
+            if position in self._positions:
+                raise ValueError(f"rewrite: fields={self._names!r} names {name!r} twice")
+            self._positions.append(position)
+
+    def values(self, result: Any, num_rows: int) -> dict[int, Tensor]:
+        """What a function has returned for some records, by the position of the field.
+
+        Raises:
+            TypeError, ValueError: other than was asked for; names the field.
+        """
+        given = self._by_position(result)
+        for position, value in given.items():
+            field = self._layout.fields[position]
+            what = f"rewrite: the function gave {path_text(field.path)}"
+            if not isinstance(value, Tensor):
+                raise TypeError(f"{what} as a {type(value).__name__}: it must be a tensor")
+            if value.dtype != field.dtype or tuple(value.shape) != (num_rows, *field.shape):
+                needed = f"{field.dtype} {[num_rows, *field.shape]}"
+                raise ValueError(
+                    f"{what} as {value.dtype} {list(value.shape)}, but for {num_rows} samples it "
+                    f"must be {needed}: nothing is converted, as that may lose something; the "
+                    "function must do so, as with .to(dtype)"
+                )
+        return given
+
+    def _by_position(self, result: Any) -> dict[int, Any]:
+        if not self._is_list:
+            return {self._positions[0]: result}
+        if isinstance(result, Mapping):
+            if set(result) != set(self._names):
+                raise ValueError(
+                    f"rewrite: the function gave {list(result)}, but must give {self._names}"
+                )
+            result = [result[name] for name in self._names]
+        if not isinstance(result, (tuple, list)) or len(result) != len(self._names):
+            found = len(result) if isinstance(result, (tuple, list)) else type(result).__name__
+            raise ValueError(
+                f"rewrite: the function gave {found}, but must give a tuple of "
+                f"{len(self._names)}, or a dict, for {self._names}"
+            )
+        return dict(zip(self._positions, result, strict=True))
