@@ -194,6 +194,21 @@ def test_what_is_there_right_after_a_load(
 
 
 @pytest.mark.parametrize("place", PLACES)
+def test_load_then_draw_on_another_stream(accelerator: str, place: str, tmp_path: Path) -> None:
+    def run(device: str, storage: str) -> list[Tensor]:
+        with RehearsalBuffer(60, **ARGUMENTS, storage=storage) as buffer:
+            for batch in batches(device, 12):
+                buffer.update(batch)
+            buffer.save(tmp_path / device)
+        with RehearsalBuffer(60, **ARGUMENTS, storage=storage) as buffer:
+            buffer.load(tmp_path / device)
+            with new_stream(device) if device != "cpu" else nullcontext():
+                return [leaf.cpu() for leaf in buffer.draw()]
+
+    assert same(*on_both(accelerator, place, run))
+
+
+@pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("calls", ["update", "draw and offer"])
 def test_streams_in_turn(accelerator: str, place: str, calls: str) -> None:
     """A trainer that changes its stream between steps, or between draw and offer."""
