@@ -36,8 +36,8 @@ class Mutant:
     file: str
     line: str
     instead: str = "pass"
-    tests: str = "streams"
-    """The test modules of ``tests/accelerator`` that run on it."""
+    tests: str = "accelerator/test_streams.py"
+    """That run on it."""
 
 
 STAGING, PREFETCH = "rounds/staging.py", "prefetch.py"
@@ -52,7 +52,7 @@ MUTANTS = (
         "begin_turn: a trainer on the CPU does not wait",
         STAGING,
         "self._turn_end.synchronize()",
-        tests="same_as_on_the_cpu",
+        tests="accelerator/test_same_as_on_the_cpu.py",
     ),
     Mutant("begin_turn: no record_stream", STAGING, "rows.record_stream(stream)"),
     Mutant(
@@ -127,7 +127,7 @@ MUTANTS = (
         STAGING,
         "return accelerators.on_streams(self._streams)",
         "return accelerators.on_streams(self._streams[:1])",
-        tests="several_devices",
+        tests="accelerator/test_several_devices.py",
     ),
     Mutant(
         "streams: new ones with new staging memory",
@@ -163,20 +163,7 @@ MUTANTS = (
         "records/accelerators.py",
         "values.pin_memory().to(device, non_blocking=True)",
         "values.to(device, non_blocking=True)",
-    ),
-    Mutant(
-        "state_dict: reads the shard on the trainer's stream",
-        "saving/state_dict.py",
-        "torch.from_numpy(to_host(snapshot.rows).copy())",
-        'snapshot.rows.to("cpu", copy=True)',
-        tests="several_devices",
-    ),
-    Mutant(
-        "labels: read on the caller's stream",
-        "rounds/round.py",
-        "with self._staging.worker_stream():  # after the last round's writes",
-        "if True:",
-        tests="same_as_on_the_cpu",
+        tests="records/test_accelerators.py",
     ),
     Mutant(
         "to_host: reads on the caller's stream",
@@ -184,7 +171,7 @@ MUTANTS = (
         """        with self._staging.worker_stream():
             return rows.cpu().numpy()""",
         "        return rows.cpu().numpy()",
-        tests="same_as_on_the_cpu",
+        tests="accelerator/test_same_as_on_the_cpu.py",
     ),
     Mutant(
         "overwrite: writes on the caller's stream",
@@ -277,8 +264,9 @@ def run_tests(sources: str, tests: str, output: Path) -> None:
     os.chdir(CHECKOUT)
     with output.open("w") as file, redirect_stdout(file), redirect_stderr(file):
         chosen = ["-m", "accelerator and not slow", "-k", SCHEDULES]
-        module = f"tests/accelerator/test_{tests}.py"
-        code = pytest.main(["-q", "-x", "-p", "no:cacheprovider", "--tb=no", *chosen, module])
+        code = pytest.main(
+            ["-q", "-x", "-p", "no:cacheprovider", "--tb=no", *chosen, f"tests/{tests}"]
+        )
     os._exit(int(code))
 
 

@@ -100,6 +100,16 @@ def test_mps_has_one_device_and_no_streams(monkeypatch: pytest.MonkeyPatch) -> N
     assert accelerators.name_of(device) == "mps"
 
 
+@WITHOUT
+@pytest.mark.accelerator
+def test_memory_that_is_given_away_after_a_copy() -> None:
+    with simulated.accelerator("lazy", late_pageable_copies=True) as name:
+        values = torch.arange(3)
+        copied = accelerators.copied_to(torch.device(name, 0), values)
+        values += 1
+        assert torch.equal(copied.cpu(), torch.arange(3))
+
+
 def test_a_copy_for_a_device_without_streams_blocks() -> None:
     values = torch.arange(3)
     assert torch.equal(accelerators.copied_to(torch.device("cpu"), values), values)
