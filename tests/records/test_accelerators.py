@@ -109,7 +109,7 @@ def test_a_copy_for_a_device_without_streams_blocks() -> None:
 
 @WITHOUT
 def test_a_run_on_one_that_is_not_there() -> None:
-    from ritornello.experiments.training.run import device_named
+    from ritornello.experiments.ranks.place import device_named
 
     assert device_named("auto") == torch.device("cpu")
     for name in ("cuda", "xpu:1"):
@@ -122,6 +122,6 @@ def test_a_run_on_one_that_is_not_there() -> None:
 @pytest.mark.accelerator
 @pytest.mark.parametrize("accelerator", ["lazy"], indirect=True)
 def test_a_run_on_one_that_is_there(accelerator: str) -> None:
-    from ritornello.experiments.training.run import device_named
+    from ritornello.experiments.ranks.place import device_named
 
     assert device_named("auto") == device_named(accelerator) == torch.device(accelerator, 0)

@@ -245,6 +245,11 @@ def test_gdumb_with_more_to_remember_than_a_task_brings() -> None:
             "capacity=9: with remembers='random' it must be at least the number of classes",
         ),
         ({"augmentation": "best"}, "augmentation='best': there are none"),
+        ({"class_order": -1}, "class_order=-1: it must not be negative"),
+        (
+            {"class_order": 1, "scenario": "instance-incremental"},
+            "class_order=1 with scenario='instance-incremental': classes come one after another in",
+        ),
         ({"samples_per_step": 20}, "samples_per_step=20 with composition='append': only"),
         ({"first_share": 0.5}, "first_share=0.5 with composition='append': only"),
         (
@@ -253,11 +258,6 @@ def test_gdumb_with_more_to_remember_than_a_task_brings() -> None:
         ),
         ({"soft_targets": 1.0, "strategy": "der"}, "'rehearsal', or soft_targets=0"),
         ({"soft_targets": 1.0, "remembers": "random"}, "exemplars are stored without logits"),
-        ({"class_order": -1}, "class_order=-1: it must not be negative"),
-        (
-            {"class_order": 1, "scenario": "instance-incremental"},
-            "class_order=1 with scenario='instance-incremental': classes come one after another in",
-        ),
         ({"global_batch_size": 0}, "global_batch_size=0: it must be at least 1"),
     ],
 )
