@@ -422,8 +422,7 @@ class Trainer:
     def _probe_tasks(self) -> None:
         """Tests the model on a part of the tasks so far; the task's time stands still meanwhile."""
         assert self._probe is not None
-        if self.place.device.type == "cuda":
-            torch.cuda.synchronize()
+        accelerators.synchronize(self.place.device)
         began = time.perf_counter()
         self.network.agree()
         number = self.position.task
