@@ -72,11 +72,6 @@ MUTANTS = (
         "        self._num_collected = num_rows",
     ),
     Mutant(
-        "collect: new memory is not recorded on the worker's stream",
-        STAGING,
-        "self._collected.record_stream(self._stream)",
-    ),
-    Mutant(
         "take: begins no turn",
         STAGING,
         """            self._begin_turn()

@@ -194,6 +194,21 @@ def test_what_is_there_right_after_a_load(
 
 
 @pytest.mark.parametrize("place", PLACES)
+def test_load_then_draw_on_another_stream(accelerator: str, place: str, tmp_path: Path) -> None:
+    def run(device: str, storage: str) -> list[Tensor]:
+        with RehearsalBuffer(60, **ARGUMENTS, storage=storage) as buffer:
+            for batch in batches(device, 12):
+                buffer.update(batch)
+            buffer.save(tmp_path / device)
+        with RehearsalBuffer(60, **ARGUMENTS, storage=storage) as buffer:
+            buffer.load(tmp_path / device)
+            with new_stream(device) if device != "cpu" else nullcontext():
+                return [leaf.cpu() for leaf in buffer.draw()]
+
+    assert same(*on_both(accelerator, place, run))
+
+
+@pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("calls", ["update", "draw and offer"])
 def test_streams_in_turn(accelerator: str, place: str, calls: str) -> None:
     """A trainer that changes its stream between steps, or between draw and offer."""
@@ -261,20 +276,18 @@ def test_memory_of_a_closed_buffer(accelerator: str, trainer: str, place: str) -
     """It comes again at once, also when the last round's copies are under way."""
 
     def run(device: str, storage: str) -> list[Tensor]:
-        out = []
+        out: list[Tensor] = []
         for number in range(3):
-            with (
-                new_stream(accelerator) if device != "cpu" and number else nullcontext(),
-                RehearsalBuffer(60, num_representatives=7, storage=storage) as buffer,
-            ):
-                for batch in batches(device, 8):
-                    out += [leaf.clone() for leaf in buffer.update(batch)]
-            del buffer
-            if device != "cpu":
-                torch.accelerator.synchronize()
-            for num_rows in (7, 16, 23, 60):  # as large as what was freed
-                sizes = [num_rows * 208] * 3
-                out += [torch.full((n,), num_rows, dtype=torch.uint8, device=device) for n in sizes]
+            with new_stream(accelerator) if device != "cpu" and number else nullcontext():
+                with RehearsalBuffer(60, num_representatives=7, storage=storage) as buffer:
+                    for batch in batches(device, 8):
+                        out += [leaf.clone() for leaf in buffer.update(batch)]
+                del buffer
+                for num_rows in (7, 16, 23, 60):  # as large as what was freed
+                    size = num_rows * 208
+                    for _ in range(3):
+                        out.append(torch.full((size,), num_rows, dtype=torch.uint8, device=device))
+                out = [leaf.cpu() for leaf in out]
         return out
 
     device = accelerator if trainer == "accelerator" else "cpu"

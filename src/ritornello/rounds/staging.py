@@ -102,10 +102,8 @@ class Staging:
         if self._stream is not None:
             self._begin_turn()
         if num_rows > len(self._collected):
+            # The worker has read it when its round ends: nothing of it is given away too early.
             self._collected = self._rows(num_rows, self.trainer_device)
-            if accelerators.has_streams(self.trainer_device):
-                assert self._stream is not None
-                self._collected.record_stream(self._stream)
         self._layout.pack(
             [leaf.to(self.trainer_device) for leaf in leaves], rows, self._collected[:num_rows]
         )
