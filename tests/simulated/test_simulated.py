@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import simulated
+from ritornello.records import accelerators
 from simulated import building
 
 pytestmark = [
@@ -119,11 +120,11 @@ def test_an_error_of_late_work_comes_to_who_waits() -> None:
 
 
 def test_other_tests_see_a_machine_without_it() -> None:
-    assert not torch.accelerator.is_available()
+    assert not accelerators.is_available()
     with simulated.accelerator("eager") as name:
-        assert torch.accelerator.is_available()
+        assert accelerators.is_available()
         assert torch.accelerator.current_accelerator() == torch.device(name)
-    assert not torch.accelerator.is_available()
+    assert not accelerators.is_available()
 
 
 def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> None:

@@ -229,7 +229,8 @@ class Staging:
         if not accelerators.has_streams(self.trainer_device):
             return
         stream = accelerators.current_stream(self.trainer_device)
-        if stream != self._trainer_stream:
+        # PyTorch 2.6 says of a stream and None that they do not differ.
+        if self._trainer_stream is None or stream != self._trainer_stream:
             # Freed, this memory is not given away before all who use it are done.
             for rows in (self._collected, self._delivered):
                 rows.record_stream(stream)
