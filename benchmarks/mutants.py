@@ -153,14 +153,6 @@ MUTANTS = (
         "    # Turns",
     ),
     Mutant(
-        "deliver: only where something was drawn",
-        "rounds/round.py",
-        """            self._enter("stage")
-            self._staging.deliver(plan.num_drawn, plan.order)""",
-        """                self._enter("stage")
-                self._staging.deliver(plan.num_drawn, plan.order)""",
-    ),
-    Mutant(
         "deliver: what was put in order is not waited for",
         STAGING,
         "self._stream is not None and order is None",

@@ -138,8 +138,8 @@ class Rounds:
                 self._enter("exchange")
                 received = self._staging.receive(plan.num_drawn)
                 self.transport.exchange(shard, plan, received)
-            self._enter("stage")
-            self._staging.deliver(plan.num_drawn, plan.order)
+                self._enter("stage")
+                self._staging.deliver(plan.num_drawn, plan.order)
         self._enter(None)
         kept = int(plan.send_counts[self.transport.rank])
         self.bytes_sent += (int(plan.send_counts.sum()) - kept) * self._layout.record_bytes

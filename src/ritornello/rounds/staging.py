@@ -199,7 +199,7 @@ class Staging:
         return self._received[:num_rows]
 
     def deliver(self, num_rows: int, order: Ints | None) -> None:
-        """Starts the copy of the received records to where the trainer takes them; ends the round.
+        """Starts the copy of the received records to where the trainer takes them.
 
         Args:
             num_rows: how many.
