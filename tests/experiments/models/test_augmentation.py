@@ -123,7 +123,7 @@ def test_no_augmentation_loads_no_kornia() -> None:
 
 
 def test_what_cannot_be() -> None:
-    with pytest.raises(ValueError, match="augmentation='mixup': there are none, crop-flip, "):
+    with pytest.raises(ValueError, match="augmentation='mixup': there are none, crop, crop-flip, "):
         Pixels((1, 8, 8), "mixup")
     for crop_size in (0, 9):
         message = rf"crop_size={crop_size}: it must be from 1 to .* stored images \(10 x 8\)"

@@ -281,22 +281,6 @@ def test_settings_that_change_are_kept(living: Path, arrived: Path) -> None:
     assert third["steps_per_task"][5] == 20
 
 
-def test_a_run_goes_on_composed_in_proportion(living: Path, arrived: Path) -> None:
-    """On another number of ranks, of days of unequal size, with soft targets from one day on."""
-    changes = {"composition": "proportional", "soft_targets": 1.0, "first_share": 0.6}
-    extend_so = partial(extend, changes=changes)
-    first = launch(2, extend_so, str(living), str(arrived / "second.npz"))
-    assert first["samples_per_step"] == 32
-    assert (first["config"]["sampling"], first["steps_per_task"][3]) == ("earlier-tasks", 5 * 16)
-    assert first["buffer"]["record_bytes"] == 112  # 64 pixels, a label, 8 logits
-    changes = {"composition": "append", "loss_weights": "by-sample"}
-    with pytest.raises(ValueError, match="soft_targets=0: the run's buffer stores soft targets"):
-        extend(living, arrived / "day-3", changes={"soft_targets": 0.0})
-    second = extend(living, arrived / "day-3", changes=changes)
-    assert second["config"]["sampling"] == "uniform"
-    assert second["average_top1"] > 0.7
-
-
 def test_averaged_weights_and_probes_go_on(arrived: Path, tmp_path: Path) -> None:
     train.run(recipe_of(arrived, averaged=0.9, probe_every=20), str(tmp_path))
     before = torch.load(tmp_path / "averaged.pt", weights_only=True)
@@ -336,6 +320,22 @@ def test_a_run_with_a_holdout_goes_on_with_one(arrived: Path, tmp_path: Path) ->
     assert first["tasks"][-1]["train_samples"] + first["tasks"][-1]["test_samples"] == 270
     second = extend(tmp_path, arrived / "day-3")
     assert None not in second["top1"][-1]
+
+
+def test_a_run_goes_on_composed_in_proportion(living: Path, arrived: Path) -> None:
+    """On another number of ranks, of days of unequal size, with soft targets from one day on."""
+    changes = {"composition": "proportional", "soft_targets": 1.0, "first_share": 0.6}
+    extend_so = partial(extend, changes=changes)
+    first = launch(2, extend_so, str(living), str(arrived / "second.npz"))
+    assert first["samples_per_step"] == 32
+    assert (first["config"]["sampling"], first["steps_per_task"][3]) == ("earlier-tasks", 5 * 16)
+    assert first["buffer"]["record_bytes"] == 112  # 64 pixels, a label, 8 logits
+    changes = {"composition": "append", "loss_weights": "by-sample"}
+    with pytest.raises(ValueError, match="soft_targets=0: the run's buffer stores soft targets"):
+        extend(living, arrived / "day-3", changes={"soft_targets": 0.0})
+    second = extend(living, arrived / "day-3", changes=changes)
+    assert second["config"]["sampling"] == "uniform"
+    assert second["average_top1"] > 0.7
 
 
 def test_a_day_of_a_folder_of_days(arrived: Path, tmp_path: Path) -> None:

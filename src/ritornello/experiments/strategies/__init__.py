@@ -113,7 +113,7 @@ def strategy_of(
             rank,
             num_ranks,
             recipe.global_batch_size,
-            max(num_ranks, recipe.global_num_representatives),
+            max(num_ranks, recipe.global_num_representatives),  # 0 where a step is composed
             recipe.seed,
         )
         # The largest part; ranks whose part is smaller leave one out.
