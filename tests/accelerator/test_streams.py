@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -109,6 +110,31 @@ def test_mini_batches_that_the_trainer_makes_on_the_device(
                 make(*stream[step + 2])
         assert same(augmented("cpu")[: len(got)], got)
         assert len(got) >= 2 * 2
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_mini_batches_that_the_loop_holds_longer(accelerator: str, place: str) -> None:
+    """One is used, and let go, just before the next but one is placed on the device."""
+    storage = accelerator if place == "accelerator" else place
+    may_go_on = threading.Semaphore(0)
+
+    def loader() -> Iterator[Batch]:
+        for number, batch in enumerate(pinned(batches("cpu", 12))):
+            assert number < 2 or may_go_on.acquire(timeout=60)
+            yield batch
+
+    got, held = [], None
+    with RehearsalBuffer(60, **ARGUMENTS, storage=storage) as buffer:
+        for joined in ritornello.rehearse(loader(), buffer, accelerator):
+            got += [leaf.clone() for leaf in joined]
+            is_first = held is None
+            if not is_first:
+                held.zero_()
+            held = joined[0]
+            del joined
+            if not is_first:
+                may_go_on.release()
+        assert same(augmented("cpu", 12), got)
 
 
 @pytest.mark.parametrize("place", PLACES)
