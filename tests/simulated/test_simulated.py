@@ -72,10 +72,14 @@ def test_pageable_memory_is_read_at_once_unless_said_otherwise(is_late: bool) ->
         assert copied.cpu().sum() == 5 * is_late
 
 
+NUM_ELEMENTS = 12_345
+"""A size of memory that no other test uses."""
+
+
 def race(name: str, wait: bool = False, record: bool = False, reuse: bool = False) -> None:
     """One stream writes, another reads; then the memory is given away again."""
     other = torch.Stream(name)
-    written = torch.zeros(100, device=name)
+    written = torch.zeros(NUM_ELEMENTS, device=name)
     if wait:
         other.wait_stream(torch.accelerator.current_stream())
     with torch.get_device_module(name).stream(other):
@@ -84,9 +88,9 @@ def race(name: str, wait: bool = False, record: bool = False, reuse: bool = Fals
         written.record_stream(other)
     if reuse:
         del written
-        torch.full((100,), 7.0, device=name)
+        torch.full((NUM_ELEMENTS,), 7.0, device=name)
     other.synchronize()
-    assert read.cpu().sum() == 100 or not wait
+    assert read.cpu().sum() == NUM_ELEMENTS or not wait
 
 
 @pytest.mark.parametrize("schedule", simulated.SCHEDULES)
