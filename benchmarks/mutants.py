@@ -166,14 +166,6 @@ MUTANTS = (
         tests="records/test_accelerators.py",
     ),
     Mutant(
-        "to_host: reads on the caller's stream",
-        "rounds/round.py",
-        """        with self._staging.worker_stream():
-            return rows.cpu().numpy()""",
-        "        return rows.cpu().numpy()",
-        tests="accelerator/test_same_as_on_the_cpu.py",
-    ),
-    Mutant(
         "overwrite: writes on the caller's stream",
         "rounds/round.py",
         """            with self._staging.worker_stream():
