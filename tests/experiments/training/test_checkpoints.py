@@ -376,6 +376,7 @@ def test_checkpoints_need_a_folder() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_real_kills(tmp_path: Path) -> None:
     """A short run of the benchmark, which takes minutes with its twenty kills."""
     program = Path(__file__).parents[3] / "benchmarks" / "kill_runs.py"
@@ -390,7 +391,7 @@ def test_real_kills(tmp_path: Path) -> None:
         start_new_session=True,
     ) as process:
         try:
-            printed, _ = process.communicate(timeout=110)
+            printed, _ = process.communicate(timeout=280)
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)

@@ -61,7 +61,7 @@ def tiny(folder: Path, **changes: Any) -> Any:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_the_recipe_runs_from_files_to_results_on_two_ranks(
     image_folder: Path, tmp_path: Path
 ) -> None:
