@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import copy
 import gc
+import math
 import os
 import pickle
 import threading
 import time
 import tracemalloc
 import weakref
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -244,6 +246,12 @@ def test_leaves_that_require_gradients() -> None:
         ({"storage": "tape"}, ValueError, "storage='tape': it must be 'auto', 'cpu'"),
         ({"storage": "file:/no/folder"}, ValueError, "/no/folder must be a folder that can be"),
         ({"timeout_seconds": 0}, ValueError, "timeout_seconds=0: it must be above 0"),
+        ({"timeout_seconds": math.inf}, ValueError, "=inf: .*and at most 31,622,400"),
+        ({"timeout_seconds": 1e300}, ValueError, "=1e.300: .*and at most 31,622,400"),
+        ({"timeout_seconds": math.nan}, ValueError, "timeout_seconds=nan: it must be above 0"),
+        ({"timeout_seconds": "5"}, TypeError, "timeout_seconds='5': it must be a number of s"),
+        ({"timeout_seconds": True}, TypeError, "timeout_seconds=True: it must be a number of"),
+        ({"asynchronous": "no"}, TypeError, "asynchronous='no': it must be True or False"),
         ({"label": None}, ValueError, "label=None: the policy class-balanced needs the class"),
     ],
 )
@@ -274,6 +282,33 @@ def test_rates_that_cannot_be_set(rate: Any, error: type[Exception], message: st
         assert repr(buffer.num_representatives) == "0"
     with pytest.raises(BufferClosedError, match="num_representatives after close"):
         buffer.num_representatives = 1
+
+
+def test_numbers_of_numpy(tmp_path: Path) -> None:
+    plain, numpys = (
+        RehearsalBuffer(
+            integer(20),
+            num_representatives=number(2.5),
+            most_representatives=integer(4),
+            num_candidates=integer(2),
+            num_draws=integer(1),
+            seed=integer(7),
+            label=integer(1),
+            timeout_seconds=number(60.0),
+        )
+        for integer, number in ((int, float), (np.int64, np.float32))
+    )
+    with plain, numpys:
+        for step in range(3):
+            assert torch.equal(plain.update(batch_of(step))[0], numpys.update(batch_of(step))[0])
+        numpys.save(tmp_path)
+        plain.load(tmp_path)
+        assert torch.equal(plain.update(batch_of(3))[0], numpys.update(batch_of(3))[0])
+        read = [list(each.representatives(np.int64(3))) for each in (plain, numpys)]
+        assert torch.equal(read[0][0][0], read[1][0][0])
+        for batch_size in (2.5, True, "3"):
+            with pytest.raises(TypeError, match="batch_size=.*: it must be an integer"):
+                plain.representatives(batch_size)
 
 
 def test_a_rate_that_is_fixed() -> None:

@@ -31,7 +31,7 @@ from ritornello.policies.sampling import SamplingPolicy
 from ritornello.policies.selection import SelectionPolicy
 from ritornello.records.nesting import Batch
 from ritornello.records.storage import Storage
-from ritornello.rounds.arguments import Arguments
+from ritornello.rounds.arguments import Arguments, check_count, check_seconds
 from ritornello.rounds.compiling import outside_graphs
 from ritornello.rounds.round import Rounds
 from ritornello.rounds.stats import BufferStats
@@ -134,8 +134,10 @@ class RehearsalBuffer:
         timeout_seconds: float = 300.0,
         asynchronous: bool = True,
     ) -> None:
-        if not timeout_seconds > 0:
-            raise ValueError(f"timeout_seconds={timeout_seconds}: it must be above 0")
+        check_seconds("timeout_seconds", timeout_seconds)
+        timeout_seconds = float(timeout_seconds)
+        if not isinstance(asynchronous, bool):
+            raise TypeError(f"asynchronous={asynchronous!r}: it must be True or False")
         place = Storage.of(storage)
         channel = open_transport(transport, process_group, timeout_seconds, place)
         try:
@@ -302,8 +304,7 @@ class RehearsalBuffer:
             PeerLostError, RoundError, BufferClosedError: see ``update``.
         """
         self._check_open("representatives")
-        if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size}: it must be at least 1")
+        check_count("batch_size", batch_size, minimum=1)
         self._steps.settle()
         return self._steps.read(batch_size)
 
@@ -345,8 +346,7 @@ class RehearsalBuffer:
             PeerLostError, RoundError, BufferClosedError: see ``update``.
         """
         self._check_open("rewrite")
-        if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size}: it must be at least 1")
+        check_count("batch_size", batch_size, minimum=1)
         self._steps.rewrite(function, fields, batch_size)
 
     def measure_distances(self, embed: Callable[[Batch], Tensor], batch_size: int = 256) -> None:

@@ -307,3 +307,114 @@ class Unregistered:
 def test_what_is_no_container_of_tensors(batch: Any, message: str) -> None:
     with make_buffer() as buffer, pytest.raises(TypeError, match=message):
         buffer.update(batch)
+
+
+def strange(kind: str) -> torch.Tensor:
+    """Four samples, in a tensor whose values are not all there in memory of its own."""
+    plain = torch.zeros(4, 2)
+    if kind == "meta":
+        return plain.to("meta")
+    if kind == "fake":
+        from torch._subclasses.fake_tensor import FakeTensorMode
+
+        return FakeTensorMode().from_tensor(plain)
+    if kind == "sparse":
+        return plain.to_sparse()
+    if kind == "quantised":
+        return torch.quantize_per_tensor(plain, 0.1, 0, torch.quint8)
+    if kind == "masked":
+        return torch.masked.masked_tensor(plain, plain == 0)
+    parts = [torch.zeros(number + 1) for number in range(4)]
+    return torch.nested.nested_tensor(parts, layout=getattr(torch, kind))
+
+
+@pytest.mark.filterwarnings("ignore")  # prototypes, and what is deprecated
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("meta", r"is without values; the buffer holds dense tensors only \(it only tells a sha"),
+        ("fake", r"is without values; .*it only tells a shape"),
+        ("sparse", r"is torch.sparse_coo; .*to_dense\(\) makes it one"),
+        ("quantised", r"is quantised, torch.quint8; .*int_repr\(\) or dequantize"),
+        ("masked", r"is a masked tensor; .*its mask as two leaves"),
+        ("jagged", r"is a nested tensor; .*torch.nested.to_padded_tensor pads it"),
+        ("strided", r"is a nested tensor; .*torch.nested.to_padded_tensor pads it"),
+    ],
+)
+def test_tensors_whose_values_are_elsewhere(kind: str, message: str) -> None:
+    leaf, labels = strange(kind), torch.arange(4)
+    for begins in (False, True):
+        with make_buffer(1) as buffer:
+            if begins:
+                buffer.update((torch.zeros(4, 2), labels))
+            with pytest.raises(TypeError, match=r"batch\[0\] " + message):
+                buffer.update((leaf, labels))
+            assert len(buffer.update((torch.zeros(4, 2), labels))[1]) == (7 if begins else 4)
+
+
+@pytest.mark.parametrize(
+    ("image", "logits", "advice"),
+    [
+        (torch.zeros(4, 3, 5, 5), torch.zeros(4, 2), r"Convert it, with to\(torch.uint8\), before"),
+        (torch.zeros(3, 5, 5).byte(), torch.zeros(2), r"Give a single sample .* unsqueeze\(0\)"),
+        (torch.zeros(4, 5, 5).byte(), torch.zeros(4, 2), "Give all samples 3 dimensions"),
+        (torch.zeros(4, 3, 6, 5).byte(), torch.zeros(4, 2), "Pad, crop or resize all samples"),
+        (
+            torch.zeros(4, 3, 5, 5).byte(),
+            torch.zeros(4, 3),
+            "Where .* as logits .* load it with convert=",
+        ),
+    ],
+)
+def test_advice_for_another_form(image: torch.Tensor, logits: torch.Tensor, advice: str) -> None:
+    with make_buffer(1) as buffer:
+        buffer.update((torch.zeros(4, 3, 5, 5).byte(), torch.arange(4), torch.zeros(4, 2)))
+        with pytest.raises(ValueError, match=f"fixed by the first mini-batch. {advice}"):
+            buffer.update((image, torch.arange(4), logits))
+
+
+def test_advice_for_another_form_after_a_load(tmp_path: Path) -> None:
+    with make_buffer(1) as buffer:
+        buffer.update(tensors(0))
+        buffer.save(tmp_path)
+    with make_buffer(1) as buffer:
+        buffer.load(tmp_path)
+        for other in (tensors(1)[0][:, :3], tensors(1)[0].long()):
+            with pytest.raises(ValueError, match=r"The buffer was loaded: load with convert= giv"):
+                buffer.update((other, tensors(1)[1]))
+        buffer.update(tensors(1))
+        with pytest.raises(ValueError, match=r"resize all samples to one shape$"):
+            buffer.update((tensors(1)[0][:, :3], tensors(1)[1]))
+
+
+@pytest.mark.parametrize(
+    ("labels", "advice"),
+    [
+        (torch.zeros(4, 1).long(), r"flatten\(\) makes it one number per sample"),
+        (torch.zeros(4, 5).long(), "Samples of several classes, .* selection='reservoir', label=N"),
+        (torch.zeros(4, 5), "Samples of several classes, and targets that are no class, need a po"),
+        (torch.zeros(4), r"Convert class numbers with long\(\); other targets need a policy with"),
+        (torch.zeros(4).bool(), r"Convert it with to\(torch.uint8\)"),
+    ],
+)
+def test_advice_for_labels(labels: torch.Tensor, advice: str) -> None:
+    with make_buffer(1) as buffer, pytest.raises(ValueError, match=f"which leaf it is. {advice}"):
+        buffer.update((torch.zeros(4, 2), labels))
+    with RehearsalBuffer(
+        20, num_representatives=3, selection="reservoir", label=None
+    ) as without_labels:
+        without_labels.update((torch.zeros(4, 2), labels))
+
+
+def test_more_representatives_than_fit_into_memory() -> None:
+    many = 10**11
+    for options, message in (
+        ({"num_representatives": many}, r"^num_representatives=100000000000: a step's"),
+        ({"num_representatives": 1, "most_representatives": many}, r"^most_representatives=1000"),
+        ({"num_representatives": 1, "num_draws": many}, r"num_representatives=1, num_draws=10000"),
+    ):
+        with (
+            RehearsalBuffer(many, **options) as buffer,
+            pytest.raises(MemoryError, match=message + r".* of 16 bytes need 3\d+.\d+ GB .* free$"),
+        ):
+            buffer.update((torch.zeros(4, 2), torch.arange(4)))

@@ -39,8 +39,6 @@ INTEGERS = {
     for name in ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
 }
 
-SHAPE_REMEDY = ". Pad, crop or resize all samples to one shape"
-
 LIST_REMEDY = (
     ". If a list holds a tensor for each sample, make it one tensor [b, ...], padded where "
     "lengths differ"
@@ -116,9 +114,8 @@ class Layout:
                 raise ValueError(
                     f"{path_text(field.path)} is {leaf.dtype} {shape} per sample, but the "
                     f"buffer's records hold {field.dtype} {list(field.shape)} there: "
-                    "dtype and shape are fixed by the first mini-batch"
-                    + SHAPE_REMEDY
-                    * (leaf.dtype == field.dtype)
+                    "dtype and shape are fixed by the first mini-batch. "
+                    + _remedy_for_another(leaf, field)
                 )
             if num_samples is None:
                 num_samples = num_in_leaf
@@ -223,7 +220,7 @@ class Layout:
             return None
         raise ValueError(
             f"the label {field} per sample: it must be one integer per sample, such as int64 []; "
-            "label= says which leaf it is"
+            f"label= says which leaf it is. {_remedy_for_label(field)}"
         )
 
     @property
@@ -257,12 +254,68 @@ def _check_leaf(path: Path, leaf: Any) -> None:
             f"{path_text(path)} is a {type(leaf).__name__}; the buffer holds tensors "
             f"({_remedy_for(leaf)})"
         )
-    if leaf.layout != torch.strided or leaf.is_quantized:
-        raise TypeError(f"{path_text(path)} is {leaf.layout}; the buffer holds dense tensors only")
+    if type(leaf) is not Tensor or leaf.layout != torch.strided or leaf.is_nested:
+        _check_kind(path, leaf)
+    if leaf.is_quantized or leaf.is_meta:
+        _check_kind(path, leaf)
     if leaf.dim() == 0:
         raise ValueError(
             f"{path_text(path)} has no dimensions; a mini-batch's leaf has the shape [b, ...]"
         )
+
+
+def _check_kind(path: Path, leaf: Tensor) -> None:
+    """Checks that a tensor's values are all there, in memory of its own."""
+    classes = {each.__name__ for each in type(leaf).__mro__}
+    for applies, kind, remedy in (
+        (leaf.is_nested, "a nested tensor", "torch.nested.to_padded_tensor pads it"),
+        (leaf.is_quantized, f"quantised, {leaf.dtype}", "offer its int_repr() or dequantize()"),
+        ("FakeTensor" in classes or leaf.is_meta, "without values", "it only tells a shape"),
+        (
+            "MaskedTensor" in classes,
+            "a masked tensor",
+            "offer its values, to_tensor(0), and its mask as two leaves",
+        ),
+        ("DTensor" in classes, "spread over ranks", "to_local() gives what is on this one"),
+        (leaf.layout != torch.strided, f"{leaf.layout}", "to_dense() makes it one"),
+    ):
+        if applies:
+            raise TypeError(
+                f"{path_text(path)} is {kind}; the buffer holds dense tensors only ({remedy})"
+            )
+
+
+def _remedy_for_another(leaf: Tensor, field: Field) -> str:
+    """What to do with a leaf that is not as those of the first mini-batch."""
+    if tuple(leaf.shape) == field.shape and leaf.dtype == field.dtype:
+        return "Give a single sample a batch dimension, with unsqueeze(0)"
+    if tuple(leaf.shape[1:]) == field.shape:
+        return f"Convert it, with to({field.dtype}), before it is offered"
+    if leaf.dim() - 1 != len(field.shape):
+        return f"Give all samples {len(field.shape)} dimensions"
+    if leaf.dim() == 2 and leaf.is_floating_point():
+        return (
+            "Where it has grown on purpose, as logits do with new classes, save the buffer and "
+            "load it with convert=, which gives stored samples the new form"
+        )
+    return "Pad, crop or resize all samples to one shape"
+
+
+def _remedy_for_label(field: Field) -> str:
+    """What to do with a class label that is not one integer."""
+    if shape_elements(field.shape) == 1 and field.shape:
+        return "flatten() makes it one number per sample"
+    if field.shape:
+        return (
+            "Samples of several classes, and targets that are no class, need a policy without "
+            "labels: selection='reservoir', label=None"
+        )
+    if field.dtype == torch.bool:
+        return "Convert it with to(torch.uint8)"
+    return (
+        "Convert class numbers with long(); other targets need a policy without labels: "
+        "selection='reservoir', label=None"
+    )
 
 
 def _remedy_for(leaf: Any) -> str:

@@ -13,6 +13,9 @@ from ritornello.policies.sampling import SamplingPolicy
 from ritornello.policies.selection import SelectionPolicy
 from ritornello.version import __version__
 
+MOST_SECONDS = 366 * 24 * 3600
+"""The longest time to wait; clocks cannot add much longer ones."""
+
 
 @dataclass(frozen=True)
 class Arguments:
@@ -61,7 +64,7 @@ class Arguments:
         Raises:
             ValueError, TypeError: names the argument, its value and the rule.
         """
-        _check_count("capacity", self.capacity, minimum=1)
+        check_count("capacity", self.capacity, minimum=1)
         if self.capacity < num_ranks:
             raise ValueError(
                 f"capacity={self.capacity}: it must be at least the number of ranks "
@@ -69,7 +72,7 @@ class Arguments:
             )
         _check_rate(self.num_representatives)
         if self.most_representatives is not None:
-            _check_count("most_representatives", self.most_representatives, minimum=1)
+            check_count("most_representatives", self.most_representatives, minimum=1)
             self._check_most(self.num_representatives)
             if self.most_representatives > self.capacity:
                 raise ValueError(
@@ -82,9 +85,9 @@ class Arguments:
                 f"capacity ({self.capacity}), as no rank draws a representative twice in a step"
             )
         if self.num_candidates is not None:
-            _check_count("num_candidates", self.num_candidates, minimum=1)
-        _check_count("num_draws", self.num_draws, minimum=1)
-        _check_count("seed", self.seed, minimum=0)
+            check_count("num_candidates", self.num_candidates, minimum=1)
+        check_count("num_draws", self.num_draws, minimum=1)
+        check_count("seed", self.seed, minimum=0)
         if self.seed >= 2**64:
             raise ValueError(f"seed={self.seed}: it must be below 2**64")
         if self.label is None:
@@ -126,11 +129,30 @@ class Arguments:
                 )
 
 
-def _check_count(name: str, value: Any, *, minimum: int) -> None:
+def check_count(name: str, value: Any, *, minimum: int) -> None:
+    """Checks an integer, one of NumPy's too.
+
+    Raises:
+        ValueError, TypeError: names it, its value and the rule.
+    """
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
         raise TypeError(f"{name}={value!r}: it must be an integer")
     if value < minimum:
         raise ValueError(f"{name}={value}: it must be at least {minimum}")
+
+
+def check_seconds(name: str, value: Any) -> None:
+    """Checks a time in seconds.
+
+    Raises:
+        ValueError, TypeError: names it, its value and the rule.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
+        raise TypeError(f"{name}={value!r}: it must be a number of seconds")
+    if not 0 < value <= MOST_SECONDS:  # which NaN is not either
+        raise ValueError(
+            f"{name}={value}: it must be above 0, and at most {MOST_SECONDS:,} (a year)"
+        )
 
 
 def _check_rate(rate: Any) -> None:

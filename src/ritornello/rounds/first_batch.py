@@ -41,7 +41,11 @@ class Begun:
             arguments: of the buffer.
             storage: where the shard lies.
             streams: of the worker; see ``Staging``.
+
+        Raises:
+            MemoryError: what is drawn in a step does not fit.
         """
+        _check_room(layout, arguments)
         num_draws = arguments.num_draws
         num_per_step = arguments.most_per_draw * num_draws
         staging = Staging(
@@ -50,17 +54,17 @@ class Begun:
         return cls(layout, label, staging)
 
 
-def check_room(layout: Layout, arguments: Arguments) -> None:
-    """Checks that the staging memory fits, before records of a size that is only read are believed.
-
-    Raises:
-        MemoryError: it does not.
-    """
+def _check_room(layout: Layout, arguments: Arguments) -> None:
+    """Checks that the staging memory fits: the system may give it, and end the process later."""
     num_per_step = arguments.most_per_draw * arguments.num_draws
-    free = free_memory_bytes()
-    if free is not None and 2 * num_per_step * layout.record_bytes > free:
+    needed, free = 2 * num_per_step * layout.record_bytes, free_memory_bytes()
+    if free is not None and needed > free:
+        rate = "num_representatives" if not arguments.rate_may_change else "most_representatives"
+        draws = f", num_draws={arguments.num_draws}" if arguments.num_draws > 1 else ""
         raise MemoryError(
-            f"{num_per_step} representatives of {layout.record_bytes} bytes do not fit"
+            f"{rate}={arguments.most_per_draw}{draws}: a step's representatives of "
+            f"{layout.record_bytes:,} bytes need {needed / 1e9:.2f} GB beside the shard, and "
+            f"{free / 1e9:.2f} GB are free"
         )
 
 

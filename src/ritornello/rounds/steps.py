@@ -25,7 +25,7 @@ from ritornello.records.layout import Layout
 from ritornello.records.nesting import Batch
 from ritornello.records.storage import Storage
 from ritornello.rounds.arguments import Arguments, plain
-from ritornello.rounds.first_batch import Begun, check_room, device_of
+from ritornello.rounds.first_batch import Begun, device_of
 from ritornello.rounds.joining import Joiner
 from ritornello.rounds.random_streams import Purpose, Streams
 from ritornello.rounds.rewriting import FieldsMadeAnew
@@ -39,6 +39,8 @@ logger = logging.getLogger(__name__)
 
 GRACE_SECONDS = 1.0
 """How much longer than a peer the trainer waits, so that the error that names the peer is first."""
+
+AFTER_LOAD = ". (The buffer was loaded: load with convert= gives its samples another form)"
 
 
 class Steps:
@@ -137,7 +139,7 @@ class Steps:
         if self.is_offered:
             raise RuntimeError(
                 "offer: the last offer's representatives have not been drawn yet; draw and "
-                "offer alternate"
+                "offer alternate (to fill the buffer alone, call update, and leave what it gives)"
             )
         begun, leaves = self._checked(batch)
         self._copy_candidates(begun.staging, leaves)
@@ -203,7 +205,8 @@ class Steps:
                 if labels.device.type == "cpu" or not begun.staging.on_gpu:
                     check_labels(labels.cpu().numpy(), self.rounds.selection.num_classes)
         except (TypeError, ValueError) as error:
-            raise type(error)(self.here(str(error))) from None
+            loaded = AFTER_LOAD if self._is_restored else ""
+            raise type(error)(self.here(str(error) + loaded)) from None
         return begun, leaves
 
     @property
@@ -401,7 +404,6 @@ class Steps:
         """
         if self.begun is not None:  # some ranks may know it from a mini-batch that was refused
             return
-        check_room(layout, self._arguments)
         device = torch.device("cpu")
         if on_gpu and accelerators.is_available():  # the first draw may come before any mini-batch
             device = accelerators.current_device()
