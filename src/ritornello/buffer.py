@@ -36,7 +36,7 @@ from ritornello.rounds.compiling import outside_graphs
 from ritornello.rounds.round import Rounds
 from ritornello.rounds.stats import BufferStats
 from ritornello.rounds.steps import Steps
-from ritornello.rounds.worker import EXIT_SECONDS, InlineWorker, ThreadWorker, Worker, shut_down
+from ritornello.rounds.worker import EXIT_SECONDS, Worker, shut_down
 from ritornello.saving.checkpointing import Checkpointing
 from ritornello.saving.converted import Converted
 from ritornello.saving.folder import SavedFolder
@@ -169,16 +169,14 @@ class RehearsalBuffer:
             channel.close()
             raise
         self._transport = channel
-        self._worker: Worker = (
-            ThreadWorker(rounds.run, name=f"ritornello-rank-{channel.rank}")
-            if asynchronous
-            else InlineWorker(rounds.run)
+        self._worker = Worker(name=f"ritornello-rank-{channel.rank}")
+        self._steps = Steps(
+            arguments, rounds, self._worker, place, timeout_seconds, bool(asynchronous)
         )
-        self._steps = Steps(arguments, rounds, self._worker, place, timeout_seconds)
         self._checkpointing = Checkpointing(arguments, self._steps, self._worker)
         self._num_draws = num_draws
         self._timeout_seconds = timeout_seconds
-        self._process = os.getpid()
+        self._process, self._is_open = os.getpid(), True
         # One path for close(), garbage collection and the interpreter's exit.
         self._end = partial(
             shut_down, self._worker, channel, self._checkpointing.finish, self._process
@@ -377,10 +375,10 @@ class RehearsalBuffer:
                 )
             )
         features = [embed(batch) for batch in self.representatives(batch_size)]
-        with self._steps.with_peers("measure_distances"):
-            self._steps.rounds.measure_distances(
-                torch.cat(features) if features else torch.zeros(0, 0)
-            )
+        joined = torch.cat(features).cpu() if features else torch.zeros((0, 0), device="cpu")
+        self._steps.with_peers(
+            "measure_distances", partial(self._steps.rounds.measure_distances, joined)
+        )
 
     def begin_task(self, name: str) -> None:
         """Says that a task begins: what is offered from now on is of it.
@@ -573,7 +571,7 @@ class RehearsalBuffer:
         )
 
     def _check_open(self, call: str) -> None:
-        if not self._finalizer.alive:
+        if not self._is_open:
             raise BufferClosedError(self._steps.here(f"{call} after close(): the buffer is closed"))
         if self._process != os.getpid():
             raise RuntimeError(
@@ -584,10 +582,12 @@ class RehearsalBuffer:
             raise self._steps.failure
 
     def _close(self, wait_seconds: float) -> None:
-        if self._process != os.getpid() or self._finalizer.detach() is None:
+        if self._process != os.getpid() or not self._finalizer.alive:
             return
+        self._is_open = False
         try:
             self._steps.finish(wait_seconds)
             self._checkpointing.finish(wait_seconds)
         finally:  # also after Ctrl-C
             self._end(min(wait_seconds, EXIT_SECONDS))
+        self._finalizer.detach()  # what an interrupt has left undone is for the next close
