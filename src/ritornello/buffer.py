@@ -32,7 +32,7 @@ from ritornello.policies.selection import SelectionPolicy
 from ritornello.records.nesting import Batch
 from ritornello.records.storage import Storage
 from ritornello.rounds.arguments import Arguments
-from ritornello.rounds.compiling import outside_graphs
+from ritornello.rounds.modes import outside_modes
 from ritornello.rounds.round import Rounds
 from ritornello.rounds.stats import BufferStats
 from ritornello.rounds.steps import Steps
@@ -221,7 +221,7 @@ class RehearsalBuffer:
         """
         return self._steps.num_past
 
-    @outside_graphs
+    @outside_modes
     def update(self, batch: Batch) -> Batch:
         """Adds representatives to a mini-batch, and offers the mini-batch to the buffer.
 
@@ -249,7 +249,7 @@ class RehearsalBuffer:
         self._steps.start_round()
         return augmented
 
-    @outside_graphs
+    @outside_modes
     def draw(self) -> Batch | None:
         """Takes the representatives that were drawn after the last offer.
 
@@ -269,7 +269,7 @@ class RehearsalBuffer:
         drawn = self._steps.draw("draw")
         return drawn if drawn is None or self.num_draws > 1 else drawn[0]
 
-    @outside_graphs
+    @outside_modes
     def offer(self, batch: Batch) -> None:
         """Offers a mini-batch: its candidates are copied, and a round starts.
 

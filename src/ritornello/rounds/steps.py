@@ -31,6 +31,7 @@ from ritornello.records.storage import Storage
 from ritornello.rounds.arguments import Arguments, plain
 from ritornello.rounds.first_batch import Begun, check_room, device_of
 from ritornello.rounds.joining import Joiner
+from ritornello.rounds.modes import outside_inference
 from ritornello.rounds.random_streams import Purpose, Streams
 from ritornello.rounds.rewriting import FieldsMadeAnew
 from ritornello.rounds.round import Rounds
@@ -431,7 +432,9 @@ class Steps:
                     "before the next update, draw or offer"
                 )
             num_rows = min(batch_size, rounds.num_held - first)
-            yield self._known.layout.rebuild(rounds.representatives(first, num_rows))
+            with outside_inference():
+                batch = self._known.layout.rebuild(rounds.representatives(first, num_rows))
+            yield batch
 
     def rewrite(self, function: Callable[[Batch], Any], fields: Any, batch_size: int) -> None:
         """See ``RehearsalBuffer.rewrite``."""
@@ -445,7 +448,9 @@ class Steps:
             raise self._with_rank(error) from None
         for first in range(0, rounds.num_held, batch_size):
             num_rows = min(batch_size, rounds.num_held - first)
-            result = function(layout.rebuild(rounds.representatives(first, num_rows)))
+            with outside_inference():
+                batch = layout.rebuild(rounds.representatives(first, num_rows))
+            result = function(batch)
             if self.num_offers != num_offers:
                 raise RuntimeError(
                     "rewrite: the function has called update, draw or offer: the buffer goes on "
