@@ -10,9 +10,14 @@ from __future__ import annotations
 import gc
 import json
 import os
+import random
+import signal
 import sys
+import threading
 import time
+import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -25,7 +30,7 @@ from torch import Tensor
 
 import ritornello
 from ritornello import RehearsalBuffer
-from ritornello.testing import check_consistent
+from ritornello.testing import check_consistent, spawn_ranks
 from ritornello.transports.base import Transport
 from ritornello.transports.local import LocalTransport
 
@@ -246,3 +251,113 @@ def test_an_interrupted_call_has_happened_or_not(
         assert not buffer._finalizer.alive
         assert buffer._worker._state.life.has_ended
     assert number > 10
+
+
+# Real signals, at random moments.
+
+SIGNALS: dict[int, Callable[[], BaseException]] = {
+    signal.SIGINT: KeyboardInterrupt,
+    signal.SIGTERM: partial(SystemExit, 143),
+    signal.SIGALRM: Late,
+    signal.SIGUSR1: partial(Preempted, 1),
+}
+"""What comes, and what its handler raises."""
+
+
+@dataclass
+class Outcome:
+    """What has become of interrupts."""
+
+    interrupts: int = 0
+    inside_calls: int = 0
+    came_through: int = 0
+    inconsistent: int = 0
+    lost: int = 0
+
+
+def interrupt_again_and_again(
+    rank: int, num_ranks: int, num_interrupts: int, folder: str
+) -> dict[bool, Outcome]:
+    """Interrupts a rank's calls at random moments; what has become of it, by ``asynchronous``."""
+    return {
+        asynchronous: interrupt_one_mode(
+            rank, num_ranks, num_interrupts, asynchronous, Path(folder) / str(asynchronous)
+        )
+        for asynchronous in (True, False)
+    }
+
+
+def interrupt_one_mode(
+    rank: int, num_ranks: int, num_interrupts: int, asynchronous: bool, folder: Path
+) -> Outcome:
+    """Interrupts, and looks after each whether all is as it should be.
+
+    What a buffer holds depends on the number of updates alone, as each has a mini-batch of its own.
+    With several ranks only updates are interrupted, which each rank repeats if it has not happened.
+    """
+    outcome, chance = Outcome(), random.Random(rank)
+    raised: list[BaseException] = []
+
+    def raise_what_belongs_to(number: int, _: object) -> None:
+        raised.append(SIGNALS[number]())
+        raise raised[-1]
+
+    for number in SIGNALS:
+        signal.signal(number, raise_what_belongs_to)
+
+    def batch() -> tuple[Tensor, Tensor]:
+        return batch_of(buffer._steps.num_offers * num_ranks + rank)
+
+    saved_first = folder / "first"
+    calls = [lambda: buffer.update(batch())]
+    if num_ranks == 1:
+        calls += [lambda: buffer.save(folder / "new"), lambda: buffer.load(saved_first)]
+    with make(asynchronous=asynchronous) as buffer:
+        buffer.update(batch())
+        buffer.save(saved_first)
+        for turn in range(num_interrupts):
+            raised.clear()
+            wanted = buffer._steps.num_offers + 1
+            call = calls[turn % len(calls)]
+            number = list(SIGNALS)[turn // len(calls) % len(SIGNALS)]
+            timer = threading.Timer(chance.random() * 0.001, os.kill, (os.getpid(), number))
+            came: BaseException | None = None
+            try:
+                timer.start()
+                while not raised:
+                    if num_ranks == 1 or buffer._steps.num_offers < wanted:
+                        call()
+            except BaseException as error:
+                came = error
+            outcome.interrupts += 1
+            outcome.came_through += came is raised[0]
+            frames = traceback.extract_tb(came.__traceback__) if came else []
+            outcome.inside_calls += any(each.filename.startswith(LIBRARY) for each in frames)
+            try:
+                while buffer._steps.num_offers < wanted and num_ranks > 1:
+                    buffer.update(batch())
+                check_consistent(buffer)
+            except AssertionError:
+                outcome.inconsistent += 1
+            except RuntimeError:
+                outcome.lost += 1
+                break
+        buffer.save(folder / "last")
+        num_offers, state = buffer._steps.num_offers, state_of(buffer)
+    with make() as other:
+        for step in range(num_offers):
+            other.update(batch_of(step * num_ranks + rank))
+        outcome.inconsistent += state_of(other) != state
+    return outcome
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_signals_at_random_moments_come_through_and_lose_nothing(
+    num_ranks: int, tmp_path: Path
+) -> None:
+    for outcomes in spawn_ranks(num_ranks, interrupt_again_and_again, num_ranks, 36, str(tmp_path)):
+        assert isinstance(outcomes, dict), outcomes
+        for outcome in outcomes.values():
+            assert outcome.interrupts == outcome.came_through == 36
+            assert outcome.inside_calls > 0
+            assert outcome.inconsistent == outcome.lost == 0
