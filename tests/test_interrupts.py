@@ -24,12 +24,14 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 import ritornello
 from ritornello import RehearsalBuffer
+from ritornello.policies.names import SELECTION_POLICIES
 from ritornello.testing import check_consistent, spawn_ranks
 from ritornello.transports.base import Transport
 from ritornello.transports.local import LocalTransport
@@ -251,6 +253,134 @@ def test_an_interrupted_call_has_happened_or_not(
         assert not buffer._finalizer.alive
         assert buffer._worker._state.life.has_ended
     assert number > 10
+
+
+def test_what_fails_after_an_interrupt_is_logged(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    """The buffer goes on, and the next save is made."""
+    began, go_on = threading.Event(), threading.Event()
+
+    def full(*_: object) -> None:
+        began.set()
+        go_on.wait(20.0)
+        raise OSError("No space left on device")
+
+    with filled() as buffer:
+        len(buffer)
+        with monkeypatch.context() as patch:
+            patch.setattr("ritornello.saving.writing.SaveUnderWay._write", full)
+            patch.setattr("ritornello.rounds.worker.Errand.wait", lambda *_: preempt())
+            with pytest.raises(Preempted):
+                buffer.save(tmp_path)
+            assert began.wait(20.0)
+        go_on.set()
+        buffer.update(batch_of(5))
+        assert "a call failed after an interrupt: " in caplog.text
+        assert "No space left on device" in caplog.text
+        buffer.save(tmp_path)
+        check_consistent(buffer)
+
+
+def preempt() -> None:
+    raise Preempted(0)
+
+
+def test_convert_may_ask_the_buffer(saved: Path) -> None:
+    """It is called by the worker, for which nobody else would answer."""
+    lengths = []
+
+    def convert(batch: Any) -> Any:
+        lengths.append(len(buffer))
+        return batch
+
+    with filled(steps=2) as buffer:
+        before = len(buffer)
+        buffer.load(saved / "alike", convert=convert)
+        assert set(lengths) == {before}
+        assert len(buffer) == 12
+
+
+def test_a_load_that_is_interrupted_while_it_waits_goes_on(
+    monkeypatch: pytest.MonkeyPatch, saved: Path
+) -> None:
+    with filled() as buffer, filled() as other:
+        len(buffer)
+        monkeypatch.setattr("ritornello.rounds.worker.Errand.wait", lambda *_: preempt())
+        with pytest.raises(Preempted):
+            buffer.load(saved / "alike")
+        monkeypatch.undo()
+        other.load(saved / "alike")
+        assert state_of(buffer) == state_of(other)
+
+
+def spoil_policy(buffer: RehearsalBuffer) -> None:
+    buffer._steps.rounds.selection.admit(np.full(50, 77), np.random.default_rng(0))
+
+
+def spoil_shard(buffer: RehearsalBuffer) -> None:
+    rows = buffer._steps.rounds.shard.rows  # type: ignore[union-attr]
+    rows[0] = rows[1]
+    rows[1] = rows[2]
+
+
+def spoil_contents(buffer: RehearsalBuffer) -> None:
+    contents = buffer._steps.rounds.contents
+    contents._labels[[0, 1, 2]] = contents._labels[[1, 2, 0]]
+
+
+def spoil_classes(buffer: RehearsalBuffer) -> None:
+    contents = buffer._steps.rounds.contents
+    contents._members[0].pop()
+
+
+def spoil_memory(buffer: RehearsalBuffer) -> None:
+    buffer._steps.rounds.sampling._earlier.append(10**6)  # type: ignore[attr-defined]
+
+
+def spoil_rounds(buffer: RehearsalBuffer) -> None:
+    buffer._steps.rounds.num_rounds += 1
+
+
+def spoil_sizes(buffer: RehearsalBuffer) -> None:
+    buffer._steps.rounds.contents.sizes[0] = 13
+
+
+def spoil_admissions(buffer: RehearsalBuffer) -> None:
+    buffer._steps.rounds.admitted_in[0] = 99
+
+
+@pytest.mark.parametrize(
+    ("spoil", "found"),
+    [
+        (spoil_policy, "the selection policy"),
+        (spoil_shard, "according to the selection policy"),
+        (spoil_contents, "according to the contents"),
+        (spoil_classes, "the contents contradicts"),
+        (spoil_memory, "the sampling policy contradicts"),
+        (spoil_rounds, "there were 6 rounds"),
+        (spoil_sizes, r"the shards hold \[13\]"),
+        (spoil_admissions, "some were admitted"),
+    ],
+)
+def test_the_check_finds_what_disagrees(
+    spoil: Callable[[RehearsalBuffer], None], found: str
+) -> None:
+    with filled() as buffer:
+        check_consistent(buffer)
+        spoil(buffer)
+        with pytest.raises(AssertionError, match=found):
+            check_consistent(buffer)
+
+
+def test_the_check_knows_every_policy() -> None:
+    for selection in SELECTION_POLICIES:
+        for sampling in ("uniform", "class-balanced", "grasp"):
+            with make(selection=selection, sampling=sampling) as buffer:
+                check_consistent(buffer)
+                for step in range(12):
+                    buffer.update(batch_of(step))
+                check_consistent(buffer)
 
 
 # Real signals, at random moments.

@@ -69,6 +69,8 @@ class RehearsalBuffer:
     Every rank makes one with the same arguments, and calls ``update`` equally often. With no
     process group it works the same on one process. The result depends on the seed, the number
     of ranks and the data alone, never on timing. Not thread-safe: one trainer thread uses it.
+    An interrupt, or whatever a signal handler raises, passes through every call; behind it the
+    buffer is whole, can be saved, and goes on.
 
     Source: Bouvier et al., "Efficient Data-Parallel Continual Learning with Asynchronous
     Distributed Rehearsal Buffers" (CCGrid 2024).
@@ -106,7 +108,7 @@ class RehearsalBuffer:
         timeout_seconds: how long a peer may be silent before a ``PeerLostError``. It must be
             longer than any pause that some ranks make and others do not, such as an evaluation
             on one rank.
-        asynchronous: False runs the same rounds inside ``offer``, with the same results.
+        asynchronous: False makes ``offer`` wait for its round, with the same results.
 
     Blocks until all ranks have made theirs.
 
@@ -330,7 +332,7 @@ class RehearsalBuffer:
                 one field a tensor ``[n, *shape]``, for a list of them a tuple in its order, or a
                 dict with its names; on any device. It does not use the buffer. If it raises,
                 batches before are rewritten, and all others are as they were. An interrupt, too,
-                leaves each record whole.
+                leaves each batch as it was or as it shall be.
             fields: which leaf of a sample, named as by ``label``, or a list of such. The class
                 label cannot be rewritten.
             batch_size: representatives at a time.
@@ -463,8 +465,8 @@ class RehearsalBuffer:
             folder: from ``save``.
             convert: gives samples another form as they are read, such as a wider field or one more:
                 from a batch of ``n`` representatives to one of as many, with the same labels at the
-                same place. Called more than once, for a few megabytes at a time. What was drawn
-                for the next step is then drawn again.
+                same place. Called more than once, for a few megabytes at a time, on the worker's
+                thread. What was drawn for the next step is then drawn again.
 
         Raises:
             CheckpointError: on every rank, if there is no saved buffer, it is damaged or of another

@@ -352,7 +352,8 @@ class Steps:
 
     def _end_call(self, call: Errand[Any]) -> None:
         """Waits for one that was interrupted."""
-        self._worker.finish(call)
+        if not self._worker.finish(call):  # it asks itself, as `convert` may
+            return
         self._call = None
         if call.error is not None:
             logger.warning("%s", self.here(f"a call failed after an interrupt: {call.error}"))
