@@ -32,11 +32,11 @@ from ritornello.policies.selection import SelectionPolicy
 from ritornello.records.nesting import Batch
 from ritornello.records.storage import Storage
 from ritornello.rounds.arguments import Arguments, check_count, check_seconds
-from ritornello.rounds.compiling import outside_graphs
+from ritornello.rounds.modes import outside_modes
 from ritornello.rounds.round import Rounds
 from ritornello.rounds.stats import BufferStats
 from ritornello.rounds.steps import Steps
-from ritornello.rounds.worker import EXIT_SECONDS, InlineWorker, ThreadWorker, Worker, shut_down
+from ritornello.rounds.worker import EXIT_SECONDS, Worker, shut_down
 from ritornello.saving.checkpointing import Checkpointing
 from ritornello.saving.converted import Converted
 from ritornello.saving.folder import SavedFolder
@@ -69,6 +69,8 @@ class RehearsalBuffer:
     Every rank makes one with the same arguments, and calls ``update`` equally often. With no
     process group it works the same on one process. The result depends on the seed, the number
     of ranks and the data alone, never on timing. Not thread-safe: one trainer thread uses it.
+    An interrupt, or whatever a signal handler raises, passes through every call; behind it the
+    buffer is whole, can be saved, and goes on.
 
     Source: Bouvier et al., "Efficient Data-Parallel Continual Learning with Asynchronous
     Distributed Rehearsal Buffers" (CCGrid 2024).
@@ -106,7 +108,7 @@ class RehearsalBuffer:
         timeout_seconds: how long a peer may be silent before a ``PeerLostError``. It must be
             longer than any pause that some ranks make and others do not, such as an evaluation
             on one rank.
-        asynchronous: False runs the same rounds inside ``offer``, with the same results.
+        asynchronous: False makes ``offer`` wait for its round, with the same results.
 
     Blocks until all ranks have made theirs.
 
@@ -171,16 +173,14 @@ class RehearsalBuffer:
             channel.close()
             raise
         self._transport = channel
-        self._worker: Worker = (
-            ThreadWorker(rounds.run, name=f"ritornello-rank-{channel.rank}")
-            if asynchronous
-            else InlineWorker(rounds.run)
+        self._worker = Worker(name=f"ritornello-rank-{channel.rank}")
+        self._steps = Steps(
+            arguments, rounds, self._worker, place, timeout_seconds, bool(asynchronous)
         )
-        self._steps = Steps(arguments, rounds, self._worker, place, timeout_seconds)
         self._checkpointing = Checkpointing(arguments, self._steps, self._worker)
         self._num_draws = num_draws
         self._timeout_seconds = timeout_seconds
-        self._process = os.getpid()
+        self._process, self._is_open = os.getpid(), True
         # One path for close(), garbage collection and the interpreter's exit.
         self._end = partial(
             shut_down, self._worker, channel, self._checkpointing.finish, self._process
@@ -225,7 +225,7 @@ class RehearsalBuffer:
         """
         return self._steps.num_past
 
-    @outside_graphs
+    @outside_modes
     def update(self, batch: Batch) -> Batch:
         """Adds representatives to a mini-batch, and offers the mini-batch to the buffer.
 
@@ -253,7 +253,7 @@ class RehearsalBuffer:
         self._steps.start_round()
         return augmented
 
-    @outside_graphs
+    @outside_modes
     def draw(self) -> Batch | None:
         """Takes the representatives that were drawn after the last offer.
 
@@ -273,7 +273,7 @@ class RehearsalBuffer:
         drawn = self._steps.draw("draw")
         return drawn if drawn is None or self.num_draws > 1 else drawn[0]
 
-    @outside_graphs
+    @outside_modes
     def offer(self, batch: Batch) -> None:
         """Offers a mini-batch: its candidates are copied, and a round starts.
 
@@ -333,7 +333,7 @@ class RehearsalBuffer:
                 one field a tensor ``[n, *shape]``, for a list of them a tuple in its order, or a
                 dict with its names; on any device. It does not use the buffer. If it raises,
                 batches before are rewritten, and all others are as they were. An interrupt, too,
-                leaves each record whole.
+                leaves each batch as it was or as it shall be.
             fields: which leaf of a sample, named as by ``label``, or a list of such. The class
                 label cannot be rewritten.
             batch_size: representatives at a time.
@@ -377,10 +377,10 @@ class RehearsalBuffer:
                 )
             )
         features = [embed(batch) for batch in self.representatives(batch_size)]
-        with self._steps.with_peers("measure_distances"):
-            self._steps.rounds.measure_distances(
-                torch.cat(features) if features else torch.zeros(0, 0)
-            )
+        joined = torch.cat(features).cpu() if features else torch.zeros((0, 0), device="cpu")
+        self._steps.with_peers(
+            "measure_distances", partial(self._steps.rounds.measure_distances, joined)
+        )
 
     def begin_task(self, name: str) -> None:
         """Says that a task begins: what is offered from now on is of it.
@@ -465,8 +465,8 @@ class RehearsalBuffer:
             folder: from ``save``.
             convert: gives samples another form as they are read, such as a wider field or one more:
                 from a batch of ``n`` representatives to one of as many, with the same labels at the
-                same place. Called more than once, for a few megabytes at a time. What was drawn
-                for the next step is then drawn again.
+                same place. Called more than once, for a few megabytes at a time, on the worker's
+                thread. What was drawn for the next step is then drawn again.
 
         Raises:
             CheckpointError: on every rank, if there is no saved buffer, it is damaged or of another
@@ -573,7 +573,7 @@ class RehearsalBuffer:
         )
 
     def _check_open(self, call: str) -> None:
-        if not self._finalizer.alive:
+        if not self._is_open:
             raise BufferClosedError(self._steps.here(f"{call} after close(): the buffer is closed"))
         if self._process != os.getpid():
             raise RuntimeError(
@@ -584,10 +584,12 @@ class RehearsalBuffer:
             raise self._steps.failure
 
     def _close(self, wait_seconds: float) -> None:
-        if self._process != os.getpid() or self._finalizer.detach() is None:
+        if self._process != os.getpid() or not self._finalizer.alive:
             return
+        self._is_open = False
         try:
             self._steps.finish(wait_seconds)
             self._checkpointing.finish(wait_seconds)
         finally:  # also after Ctrl-C
             self._end(min(wait_seconds, EXIT_SECONDS))
+        self._finalizer.detach()  # what an interrupt has left undone is for the next close

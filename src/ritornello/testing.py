@@ -1,13 +1,14 @@
-"""For tests: ranks as threads or processes, a conformance suite for transports, statistics."""
+"""For tests: ranks as threads or processes, checks of buffers and transports, statistics."""
 
 from __future__ import annotations
 
+import contextlib
 import pickle
 import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from functools import partial
 from typing import Any, TypeVar
@@ -17,11 +18,13 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from ritornello.buffer import RehearsalBuffer
 from ritornello.errors import BufferClosedError, PeerLostError
 from ritornello.policies.sampling import UniformSampling
 from ritornello.records.storage import Storage
 from ritornello.rounds.planner import plan_draw
 from ritornello.rounds.random_streams import Purpose, stream
+from ritornello.rounds.round import Rounds
 from ritornello.transports.base import Transport
 from ritornello.transports.collective import CollectiveTransport
 from ritornello.transports.local import LocalTransport
@@ -157,6 +160,73 @@ def _spawned(
     pipe.send_bytes(pickle.dumps(outcome))
     pipe.close()
     dist.destroy_process_group()
+
+
+def check_consistent(buffer: RehearsalBuffer) -> None:
+    """Checks that what a buffer knows of this rank's shard is what lies there.
+
+    Compares what the selection policy knows (which slots each class has), the records of the shard
+    (their labels, their rounds), and the contents that all ranks know (sizes, and for a sampling
+    policy that looks at labels who lies where). Waits for the running round; involves no other
+    rank, and changes nothing.
+
+    Raises:
+        AssertionError: says what disagrees.
+    """
+    buffer._steps.settle()
+    rounds, num_offers = buffer._steps.rounds, buffer._steps.num_offers
+    assert rounds.num_rounds == num_offers, (
+        f"{num_offers} mini-batches were offered, but there were {rounds.num_rounds} rounds"
+    )
+    sizes, limits = rounds.contents.sizes.tolist(), rounds.limits.tolist()
+    assert all(0 <= size <= limit for size, limit in zip(sizes, limits, strict=True)), (
+        f"the shards hold {sizes}, but have room for {limits}"
+    )
+    admitted_in = rounds.admitted_in[: rounds.num_held].tolist()
+    assert all(0 <= number < rounds.num_rounds for number in admitted_in), (
+        f"after {rounds.num_rounds} rounds some were admitted in the rounds {admitted_in}"
+    )
+    labels = rounds.labels()
+    for who, known in _labels_known(rounds):
+        assert np.array_equal(known, labels), (
+            f"slots hold the labels {labels.tolist()}, but according to {who} {known.tolist()}"
+        )
+
+
+def _labels_known(rounds: Rounds) -> Iterator[tuple[str, np.ndarray]]:
+    """Who knows what is in the slots of the shard: labels by slot."""
+    with contextlib.suppress(TypeError):  # a policy of one's own that cannot be saved
+        state = rounds.selection.state()
+        with _contradicts_nothing("the selection policy"):
+            rounds.new_selection().restore(state, rounds.num_held)
+        if {"labels", "counts", "slots"} <= state.keys():
+            known = np.zeros(rounds.num_held, dtype=np.int64)
+            known[state["slots"]] = np.repeat(state["labels"], state["counts"])
+            yield "the selection policy", known
+    if rounds.contents.knows_labels:
+        again = rounds.no_contents()
+        again.resize(rounds.contents.sizes)
+        with _contradicts_nothing("the contents"):
+            again.restore(rounds.contents.state())
+        yield "the contents", _of_rank(rounds, rounds.contents.labels)
+        yield "the classes of the contents", _of_rank(rounds, again.labels)
+        if remembered := rounds.sampling.state():
+            with _contradicts_nothing("the sampling policy"):
+                rounds.new_sampling().restore(remembered)
+
+
+@contextlib.contextmanager
+def _contradicts_nothing(who: str) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise AssertionError(f"{who} contradicts the shard, or itself: {error}") from error
+
+
+def _of_rank(rounds: Rounds, labels: np.ndarray) -> np.ndarray:
+    """This rank's part of the labels by global index."""
+    first = int(rounds.contents.sizes[: rounds.transport.rank].sum())
+    return labels[first : first + rounds.num_held]
 
 
 def chi_square_p_value(observed: np.ndarray, expected: np.ndarray | float) -> float:

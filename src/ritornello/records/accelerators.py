@@ -36,6 +36,12 @@ def current_device() -> torch.device:
     return with_index(torch.device(_kind().type))
 
 
+def use(device: torch.device) -> None:
+    """Makes an accelerator the one that this thread uses where no other is named."""
+    if has_streams(device):  # of others there is one
+        _module(device).set_device(device)
+
+
 def named(name: str) -> torch.device | None:
     """The accelerator of that name, such as ``"cuda"`` or ``"xpu:1"``. Does not use it.
 

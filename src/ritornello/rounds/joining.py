@@ -34,7 +34,7 @@ class _Block:
     """Memory that is lent to one tensor at a time."""
 
     def __init__(self, num_bytes: int) -> None:
-        self._bytes: Bytes = torch.empty(num_bytes, dtype=torch.uint8).numpy()
+        self._bytes: Bytes = torch.empty(num_bytes, dtype=torch.uint8, device="cpu").numpy()
         self._loan: weakref.ref[Bytes] | None = None
 
     @property
@@ -73,7 +73,7 @@ class Joiner:
         if samples is None:
             return torch.cat((leaf, layout.view(records, position).to(leaf.device)))
         if num_bytes < WORTH_BYTES:
-            memory = torch.empty(num_bytes, dtype=torch.uint8)
+            memory = torch.empty(num_bytes, dtype=torch.uint8, device="cpu")
         else:
             memory = self._free_block(num_bytes).lend()
         joined = memory.view(field.dtype).view(num_samples, *field.shape)

@@ -160,28 +160,29 @@ class Rounds:
         rows = self._staging.copy_for_trainer(self.shard.rows[first : first + num_rows])
         return self._layout.views(rows)
 
+    def placed(self, values: Mapping[int, torch.Tensor]) -> dict[int, torch.Tensor]:
+        """The trainer's values for ``rewrite``; on the trainer's thread."""
+        return {position: self._staging.placed(each) for position, each in values.items()}
+
     def rewrite(self, first: int, num_rows: int, values: Mapping[int, torch.Tensor]) -> None:
         """Replaces fields of this rank's representatives from a slot on.
-
-        Records are written as a whole, so that an interrupt leaves each as it was or shall be.
 
         Args:
             first: slot.
             num_rows: how many.
-            values: ``[num_rows, *shape]`` by the position of the field, on any device.
+            values: ``[num_rows, *shape]`` by the position of the field, from ``placed``.
 
         Raises:
             PeerLostError: another rank of this host does not end its round.
         """
         assert self.shard is not None
         slots = np.arange(first, first + num_rows)
-        placed = {position: self._staging.placed(each) for position, each in values.items()}
         self.transport.await_readers()
         if self.before_write is not None:
             self.before_write(slots)
         with self._staging.worker_stream():
             records = self.shard.rows[first : first + num_rows].clone()
-            for position, each in placed.items():
+            for position, each in values.items():
                 self._layout.view(records, position).copy_(each)
             self.shard.write(slots, records, np.arange(num_rows))
         self._staging.finish_writes()
@@ -205,7 +206,7 @@ class Rounds:
         ]
         self.sampling.measured(np.concatenate(places), np.concatenate(everyone))
 
-    # For who saves and restores it, on the trainer's thread while no round runs.
+    # For who saves and restores it, between two rounds.
 
     def to_host(self, rows: torch.Tensor) -> Bytes:
         """Rows of the shard in CPU memory, as they are after the last round."""

@@ -3,16 +3,20 @@
 A step takes what the last round has staged, joins it with the mini-batch, copies the candidates and
 starts the next round, which the worker runs. All of it runs on the trainer's thread, but for
 ``prepare``, which ``rehearse`` calls on a thread of its own.
+
+An exception out of a signal handler may come at any moment on the trainer's thread, and passes
+through. So where the steps are is one object, and to replace it one store: before it the step did
+not happen, behind it the worker ends the round whatever comes.
 """
 
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -27,12 +31,13 @@ from ritornello.records.storage import Storage
 from ritornello.rounds.arguments import Arguments, plain
 from ritornello.rounds.first_batch import Begun, device_of
 from ritornello.rounds.joining import Joiner
+from ritornello.rounds.modes import outside_inference
 from ritornello.rounds.random_streams import Purpose, Streams
 from ritornello.rounds.rewriting import FieldsMadeAnew
 from ritornello.rounds.round import Rounds
 from ritornello.rounds.staging import Staging, WorkerStreams
 from ritornello.rounds.stats import BufferStats
-from ritornello.rounds.worker import Worker
+from ritornello.rounds.worker import Errand, Worker
 from ritornello.transports.agreement import check_in_step
 
 logger = logging.getLogger(__name__)
@@ -41,6 +46,26 @@ GRACE_SECONDS = 1.0
 """How much longer than a peer the trainer waits, so that the error that names the peer is first."""
 
 AFTER_LOAD = ". (The buffer was loaded: load with convert= gives its samples another form)"
+
+
+Result = TypeVar("Result")
+
+
+class Place(NamedTuple):
+    """Where a rank's steps are."""
+
+    num_offers: int
+    is_offered: bool
+    num_past: int
+    last_round: Errand[int]
+    """What the next step gets: how many representatives are staged for it."""
+
+
+def ended_round(num_staged: int) -> Errand[int]:
+    """A round that has staged as many."""
+    errand = Errand(lambda: num_staged)
+    errand.run()
+    return errand
 
 
 class Steps:
@@ -52,13 +77,11 @@ class Steps:
         worker: that runs them.
         storage: where the shard lies.
         timeout_seconds: how long a round may take.
+        asynchronous: whether the trainer goes on while a round runs.
 
     Attributes:
         failure: what ended it; raised again by every later step.
         begun: what the first mini-batch has fixed; None before it.
-        num_offers: mini-batches offered so far.
-        is_offered: whether one was offered since the last draw.
-        num_past: representatives in what the trainer got last; see ``RehearsalBuffer.num_past``.
         rate: ``r`` of the rounds to come.
     """
 
@@ -69,26 +92,43 @@ class Steps:
         worker: Worker,
         storage: Storage,
         timeout_seconds: float,
+        asynchronous: bool = True,
     ) -> None:
         self.rounds, self._worker, self._storage = rounds, worker, storage
         self._arguments = arguments
         self._transport = rounds.transport
-        self._timeout_seconds = timeout_seconds
+        self._timeout_seconds, self._asynchronous = timeout_seconds, asynchronous
         self._candidate_streams = Streams(arguments.seed, Purpose.CANDIDATES, rounds.transport.rank)
-        # `rehearse` prepares on a thread of its own while the trainer may ask for stats.
-        self._settling = threading.Lock()
         self._worker_streams: WorkerStreams = {}
         self.begun: Begun | None = None
         self._joiner = Joiner()
-        self.num_offers = 0
-        self.is_offered = False
-        self._round_runs = False
-        self.num_staged = 0
-        self._num_joined = self.num_past = 0
+        self._place = Place(0, False, 0, ended_round(0))
+        self._call: Errand[Any] | None = None  # between two rounds, if it has not ended
+        self._num_joined = 0
         self.rate: float = plain(arguments.num_representatives)
         self.failure: RoundError | None = None
         self._is_restored = False  # and no mini-batch has come since
         self.seconds_waited = self.seconds_joining = self.seconds_offering = 0.0
+
+    @property
+    def num_offers(self) -> int:
+        """Mini-batches offered so far."""
+        return self._place.num_offers
+
+    @property
+    def is_offered(self) -> bool:
+        """Whether one was offered since the last draw."""
+        return self._place.is_offered
+
+    @property
+    def num_past(self) -> int:
+        """Representatives in what the trainer got last; see ``RehearsalBuffer.num_past``."""
+        return self._place.num_past
+
+    @property
+    def num_staged(self) -> int:
+        """Representatives for the next step, once the round has ended."""
+        return self._place.last_round.result
 
     # In a step.
 
@@ -111,12 +151,12 @@ class Steps:
     def draw(self, call: str) -> list[Batch] | None:
         """Copies of one step's representatives, a batch for each draw; None if there are none."""
         staged = self._staged(call)
-        self.is_offered = False
-        self.num_past = self._num_joined
-        if staged is None:
-            return None
-        began = time.perf_counter()
-        begun = self._known
+        drawn = None if staged is None else self._copies(staged)
+        self._place = self._place._replace(is_offered=False, num_past=self._num_joined)
+        return drawn
+
+    def _copies(self, staged: Tensor) -> list[Batch]:
+        began, begun = time.perf_counter(), self._known
         drawn = [
             begun.layout.rebuild(
                 [
@@ -136,7 +176,7 @@ class Steps:
         Raises:
             RuntimeError: the last ones have not been drawn.
         """
-        if self.is_offered:
+        if self._place.is_offered:
             raise RuntimeError(
                 "offer: the last offer's representatives have not been drawn yet; draw and "
                 "offer alternate (to fill the buffer alone, call update, and leave what it gives)"
@@ -148,13 +188,19 @@ class Steps:
     def start_round(self) -> None:
         """Starts the round of the candidates that were copied."""
         began = time.perf_counter()
-        self.num_offers += 1
-        self.is_offered = True
-        self.num_past = self._num_joined  # of a step that `rehearse` has prepared, only now
-        self.rounds.rate = self.rate
-        self._round_runs = True
-        self._worker.start(self._known.staging.candidates())
+        # What `rehearse` has prepared becomes the trainer's only now.
+        next_round = self._start(self.rate, self._num_joined)
+        if not self._asynchronous:
+            self._worker.finish(next_round, self._timeout_seconds + GRACE_SECONDS)
         self.seconds_offering += time.perf_counter() - began
+
+    def _start(self, rate: float, num_past: int) -> Errand[int]:
+        """From one store on the step has happened, and the round will run."""
+        self.rounds.rate = rate
+        next_round = Errand(partial(self.rounds.run, self._known.staging.candidates()))
+        self._place = Place(self._place.num_offers + 1, True, num_past, next_round)
+        self._worker.start(next_round)
+        return next_round
 
     def drop_prepared(self) -> None:
         """Drops what ``prepare`` has copied."""
@@ -163,16 +209,16 @@ class Steps:
 
     def _staged(self, call: str) -> Tensor | None:
         """Waits for the round; one step's representatives as records, None if there are none."""
-        if not self.is_offered:
-            if self.num_offers:
+        if not self._place.is_offered:
+            if self._place.num_offers:
                 raise RuntimeError(
                     f"{call}: no mini-batch was offered since the last draw; draw and offer "
                     "alternate: each offer starts a round, each draw takes its result"
                 )
             return None
         self.settle()
-        self._num_joined = self.num_staged
-        return self._known.staging.take(self.num_staged) if self.num_staged else None
+        num_staged = self._num_joined = self._place.last_round.result
+        return self._known.staging.take(num_staged) if num_staged else None
 
     def _copy_candidates(self, staging: Staging, leaves: list[Tensor]) -> None:
         began = time.perf_counter()
@@ -180,7 +226,7 @@ class Steps:
         num_candidates = self._arguments.num_candidates
         rows = None
         if num_candidates is not None and num_candidates < num_samples:
-            generator = self._candidate_streams.at(self.num_offers)
+            generator = self._candidate_streams.at(self._place.num_offers)
             chance = num_candidates / num_samples
             rows = (generator.random(num_samples) < chance).nonzero()[0]
         staging.collect(leaves, rows)
@@ -205,8 +251,7 @@ class Steps:
                 if labels.device.type == "cpu" or not begun.staging.on_gpu:
                     check_labels(labels.cpu().numpy(), self.rounds.selection.num_classes)
         except (TypeError, ValueError) as error:
-            loaded = AFTER_LOAD if self._is_restored else ""
-            raise type(error)(self.here(str(error) + loaded)) from None
+            raise self._with_rank(error, AFTER_LOAD if self._is_restored else "") from None
         return begun, leaves
 
     @property
@@ -219,62 +264,67 @@ class Steps:
         assert self.begun is not None
         return self.begun
 
-    def _begin(self, device: torch.device, layout: Layout, label: int | None) -> Begun:
+    def _begin(
+        self, device: torch.device, layout: Layout, label: int | None, staged: Tensor | None = None
+    ) -> Begun:
         begun = Begun.on(
             device, layout, label, self._arguments, self._storage, self._worker_streams
         )
+        if staged is not None:
+            begun.staging.put_back(staged)
         self.rounds.open(layout, label, begun.staging)
         self.begun = begun
         return begun
 
     def _meet(self, batch: Batch, begun: Begun, leaves: list[Tensor]) -> Begun:
         """Learns from the first mini-batch after a load what is not saved."""
-        self._is_restored = False
         layout, device = begun.layout.nested_as(batch), device_of(leaves)
         if device == begun.staging.trainer_device:
             begun.layout = layout
-            return begun
-        self.settle()
-        staged = self.staged_records()
-        begun = self._begin(device, layout, begun.label)
-        begun.staging.put_back(staged)
+        else:
+            self.settle()
+            begun = self._begin(device, layout, begun.label, self.staged_records())
+        self._is_restored = False
         return begun
 
     # Waiting for the worker.
 
     def settle(self) -> None:
         """Waits for the running round, if any."""
-        with self._settling:
-            if self.failure is not None:
-                raise self.failure
-            if not self._round_runs:
-                return
+        if self._call is not None:
+            self._end_call(self._call)
+        if self.failure is not None:
+            raise self.failure
+        last_round = self._place.last_round
+        if not last_round.has_ended:
             began = time.perf_counter()
             try:
-                self.num_staged = self._worker.result(self._timeout_seconds + GRACE_SECONDS)
-                self._round_runs = False
-            except KeyboardInterrupt:
-                raise
-            except BaseException as error:
-                self.failure = self._explain(error)
-                raise self.failure from error
+                in_time = self._worker.finish(last_round, self._timeout_seconds + GRACE_SECONDS)
             finally:
                 self.seconds_waited += time.perf_counter() - began
+            if not in_time:
+                self.failure = self._explain(TimeoutError())
+                raise self.failure
+        if last_round.error is not None:
+            self.failure = self._explain(last_round.error)
+            raise self.failure from last_round.error
 
     def finish(self, wait_seconds: float) -> None:
         """Ends the running round; no error is raised."""
-        with self._settling:
-            if self._round_runs and self.failure is None:
-                try:
-                    self.num_staged = self._worker.result(wait_seconds)
-                    self._round_runs = False
-                except Exception as error:
-                    self.failure = self._explain(error)
-                    logger.log(
-                        logging.WARNING if wait_seconds else logging.DEBUG,
-                        "the last round did not finish: %s",
-                        self.failure,
-                    )
+        if self._call is not None and self._worker.finish(self._call, wait_seconds):
+            self._call = None
+        last_round = self._place.last_round
+        if self.failure is not None or (last_round.has_ended and last_round.error is None):
+            return
+        in_time = self._worker.finish(last_round, wait_seconds)
+        error = last_round.error if in_time else TimeoutError()
+        if error is not None:
+            self.failure = self._explain(error)
+            logger.log(
+                logging.WARNING if wait_seconds else logging.DEBUG,
+                "the last round did not finish: %s",
+                self.failure,
+            )
 
     def _explain(self, error: BaseException) -> RoundError:
         """What the trainer sees of an error in the worker."""
@@ -282,6 +332,33 @@ class Steps:
         return round_error(error, where, self._timeout_seconds)
 
     # Between two rounds.
+
+    def between_rounds(self, act: Callable[[], Result]) -> Result:
+        """Has the worker do something while no round runs; blocks until it has.
+
+        It is done as a whole: an interrupt ends the waiting alone, and the next step waits for it.
+        """
+        self.settle()
+        device = accelerators.current_device() if accelerators.is_in_use() else None
+
+        @torch.no_grad()
+        def as_the_trainer() -> Result:
+            if device is not None:
+                accelerators.use(device)
+            return act()
+
+        self._call = call = Errand(as_the_trainer)
+        self._worker.finish(call)
+        self._call = None
+        return call.result
+
+    def _end_call(self, call: Errand[Any]) -> None:
+        """Waits for one that was interrupted."""
+        if not self._worker.finish(call):  # it asks itself, as `convert` may
+            return
+        self._call = None
+        if call.error is not None:
+            logger.warning("%s", self.here(f"a call failed after an interrupt: {call.error}"))
 
     def change_rate(self, rate: float) -> None:
         """Says how many are drawn from the next round on.
@@ -292,18 +369,20 @@ class Steps:
         try:
             self.rate = self._arguments.changed_rate(rate)
         except (TypeError, ValueError) as error:
-            raise type(error)(self.here(str(error))) from None
+            raise self._with_rank(error) from None
 
-    @contextmanager
-    def with_peers(self, call: str) -> Iterator[None]:
-        """Around what all ranks do together, after as many offers; waits for the running round.
+    def with_peers(self, call: str, act: Callable[[], Result]) -> Result:
+        """Has the worker do what all ranks do together, after as many offers; see above.
 
         Without one of them nothing goes on.
         """
-        self.settle()
-        with self._explaining(call):
-            check_in_step(self._transport, call, self.num_offers, self.is_offered)
-            yield
+
+        def act_in_step() -> Result:
+            with self._explaining(call):
+                check_in_step(self._transport, call, self.num_offers, self.is_offered)
+                return act()
+
+        return self.between_rounds(act_in_step)
 
     @contextmanager
     def _explaining(self, call: str) -> Iterator[None]:
@@ -316,20 +395,35 @@ class Steps:
             self.failure = PeerLostError(self.here(f"{call} failed: {error}"), error.peers)
             raise self.failure from error
 
-    def begin_task(self) -> None:
-        """Tells the sampling policy that a task begins; waits for the running round."""
-        sampling = self.rounds.sampling
-        if not sampling.needs_tasks:
+    def begin_task(self, mark: Callable[[], None]) -> None:
+        """Tells the sampling policy that a task begins; waits for the running round.
+
+        Args:
+            mark: makes a note of it.
+        """
+        rounds = self.rounds
+
+        def begin() -> None:
+            rounds.sampling.begin_task(rounds.contents)
+            mark()
+
+        if rounds.sampling.needs_tasks:
+            self.with_peers("begin_task", begin)  # else ranks would draw differently, unnoticed
+        else:
             self.settle()
-            return
-        with self.with_peers("begin_task"):  # else ranks would draw differently, unnoticed
-            sampling.begin_task(self.rounds.contents)
+            mark()
 
     def here(self, message: str) -> str:
         """The message, with the rank where there are several."""
         if self._transport.num_ranks == 1:
             return message
         return f"rank {self._transport.rank}: {message}"
+
+    def _with_rank(self, error: Exception, advice: str = "") -> Exception:
+        """The error, with advice, and the rank where there are several; of another type, as it is."""
+        if type(error) not in (TypeError, ValueError):
+            return error
+        return type(error)(self.here(str(error) + advice))
 
     def read(self, batch_size: int) -> Iterator[Batch]:
         """This rank's representatives; see ``RehearsalBuffer.representatives``."""
@@ -341,7 +435,9 @@ class Steps:
                     "before the next update, draw or offer"
                 )
             num_rows = min(batch_size, rounds.num_held - first)
-            yield self._known.layout.rebuild(rounds.representatives(first, num_rows))
+            with outside_inference():
+                batch = self._known.layout.rebuild(rounds.representatives(first, num_rows))
+            yield batch
 
     def rewrite(self, function: Callable[[Batch], Any], fields: Any, batch_size: int) -> None:
         """See ``RehearsalBuffer.rewrite``."""
@@ -352,10 +448,12 @@ class Steps:
         try:
             anew = FieldsMadeAnew(layout, self._known.label, fields)
         except ValueError as error:
-            raise ValueError(self.here(str(error))) from None
+            raise self._with_rank(error) from None
         for first in range(0, rounds.num_held, batch_size):
             num_rows = min(batch_size, rounds.num_held - first)
-            result = function(layout.rebuild(rounds.representatives(first, num_rows)))
+            with outside_inference():
+                batch = layout.rebuild(rounds.representatives(first, num_rows))
+            result = function(batch)
             if self.num_offers != num_offers:
                 raise RuntimeError(
                     "rewrite: the function has called update, draw or offer: the buffer goes on "
@@ -364,9 +462,13 @@ class Steps:
             try:
                 values = anew.values(result, num_rows)
             except (TypeError, ValueError) as error:
-                raise type(error)(self.here(str(error))) from None
-            with self._explaining("rewrite"):
-                rounds.rewrite(first, num_rows, values)
+                raise self._with_rank(error) from None
+            placed = rounds.placed(values)
+            self.between_rounds(partial(self._write, first, num_rows, placed))
+
+    def _write(self, first: int, num_rows: int, values: dict[int, Tensor]) -> None:
+        with self._explaining("rewrite"):
+            self.rounds.rewrite(first, num_rows, values)
 
     def stats(self, per_class: bool) -> BufferStats:
         """See ``RehearsalBuffer.stats``."""
@@ -418,17 +520,14 @@ class Steps:
         """Takes the place of a buffer after some rounds, with what it had staged, and its rate."""
         self.rate = rate
         self._known.staging.put_back(staged)
-        self.num_staged = len(staged)
-        self.num_offers, self.is_offered = num_rounds, is_offered
+        self._place = Place(num_rounds, is_offered, self.num_past, ended_round(len(staged)))
 
     def draw_again(self, rate: float) -> None:
-        """Runs a round without candidates, for what the next step draws.
+        """Has a round run without candidates, for what the next step draws.
 
         Args:
             rate: of this round alone, where it may change.
         """
         if self.is_offered:
-            self.rounds.rate = rate
-            self.num_offers += 1
-            self._round_runs = True
-            self._worker.start(self._known.staging.candidates())
+            self.drop_prepared()
+            self._start(rate, self.num_past)

@@ -1,173 +1,174 @@
-"""The worker: runs rounds in order, in a thread beside the trainer's, or inline."""
+"""The worker: a thread beside the trainer's that runs rounds in order, and all else that is whole.
+
+Signals reach the trainer's thread alone, and any exception may come out of their handlers, at any
+moment. So whatever must happen as a whole or not at all is an errand of the worker's: the trainer
+only hands it over and waits, and both can be done again after an interrupt.
+"""
 
 from __future__ import annotations
 
 import logging
+import math
 import os
 import queue
 import threading
-from abc import ABC, abstractmethod
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
 
-from ritornello.rounds.staging import Candidates
 from ritornello.transports.base import Transport
 
 logger = logging.getLogger(__name__)
 
-RunRound = Callable[[Candidates], int]
-Outcome = int | BaseException
+Result = TypeVar("Result")
 IdleWork = Callable[[], float | None]
 """Does a little; says after how many seconds it wants to be called again, or None: it has ended."""
 
 POLL_SECONDS = 1.0
-"""How often an idle worker looks whether it should end."""
+"""How often an idle worker looks whether it should end, and who waits for it whether it has."""
 
 EXIT_SECONDS = 5.0
 """How long a buffer that was never closed waits for its round when it is collected."""
 
 
-class Worker(ABC):
-    """Runs one round at a time: each ``start`` is followed by one ``result``."""
+class Errand(Generic[Result]):
+    """What the worker does for the trainer: a round, or what comes between two rounds.
 
-    @abstractmethod
-    def start(self, candidates: Candidates) -> None:
-        """Starts a round."""
+    What came of it stays here, so that nothing is lost if the trainer is interrupted while it waits
+    for it or takes it.
 
-    @abstractmethod
-    def result(self, timeout_seconds: float) -> int:
-        """Waits for the round's end; what it returned.
+    Args:
+        act: is called once.
+
+    Attributes:
+        error: what it raised.
+        has_begun: whether the worker is at it, or was.
+        has_ended: whether nothing is left to do.
+    """
+
+    _result: Result
+
+    def __init__(self, act: Callable[[], Result]) -> None:
+        self._act: Callable[[], Result] | None = act
+        self.error: BaseException | None = None
+        self.has_begun = self.has_ended = False
+        self._running = threading.Lock()
+        self._running.acquire()
+
+    def run(self) -> None:
+        """Does it; on the worker's thread."""
+        act, self._act = self._act, None  # nothing of a mini-batch may stay alive
+        if act is None:
+            return
+        self.has_begun = True
+        try:
+            self._result = act()
+        except BaseException as error:
+            logger.debug("an errand failed", exc_info=True)
+            self.error = error
+        self.has_ended = True
+        self._running.release()
+
+    def wait(self, seconds: float) -> bool:
+        """Whether it has ended within ``seconds``. May be interrupted, and called again."""
+        deadline = time.monotonic() + seconds
+        while not self.has_ended:
+            left = deadline - time.monotonic()
+            if left <= 0.0:
+                return False
+            # The lock only wakes: one that an interrupt leaves locked is not waited for again.
+            if self._running.acquire(timeout=min(left, POLL_SECONDS)):
+                self._running.release()
+        return True
+
+    @property
+    def result(self) -> Result:
+        """What came of it, once it has ended.
 
         Raises:
-            TimeoutError: it is still running.
-            BaseException: what the round raised.
+            BaseException: ``error``.
         """
-
-    @abstractmethod
-    def stop(self, wait_seconds: float) -> bool:
-        """Ends the worker; whether it has ended within ``wait_seconds``."""
-
-    @abstractmethod
-    def while_idle(self, work: IdleWork) -> None:
-        """Calls ``work`` between rounds, again and again until it has ended; one at a time."""
-
-    def call_at_end(self, call: Callable[[], None]) -> None:  # noqa: B027  (ends at once)
-        """Has a worker that did not stop in time call this when it ends."""
-
-
-class InlineWorker(Worker):
-    """Runs the round on the caller's thread, inside ``start``."""
-
-    def __init__(self, run: RunRound) -> None:
-        self._run = run
-        self._outcome: Outcome = 0
-
-    def start(self, candidates: Candidates) -> None:
-        """See ``Worker.start``."""
-        # An interrupt is the trainer's own and passes through.
-        try:
-            self._outcome = self._run(candidates)
-        except Exception as error:
-            self._outcome = error
-
-    def result(self, timeout_seconds: float) -> int:
-        """See ``Worker.result``."""
-        return _unwrap(self._outcome)
-
-    def while_idle(self, work: IdleWork) -> None:
-        """See ``Worker.while_idle``. Does at once what needs no waiting."""
-        while work() == 0.0:
-            pass
-
-    def stop(self, wait_seconds: float) -> bool:
-        """See ``Worker.stop``."""
-        return True
+        if self.error is not None:
+            raise self.error
+        return self._result
 
 
 @dataclass
 class _State:
     """What the thread holds: never the buffer, so that the buffer can be collected."""
 
-    run: RunRound
-    starts: queue.SimpleQueue[Candidates | IdleWork | None] = field(
+    starts: queue.SimpleQueue[Errand[Any] | IdleWork | None] = field(
         default_factory=queue.SimpleQueue
     )
-    outcomes: queue.SimpleQueue[Outcome] = field(default_factory=queue.SimpleQueue)
-    stopping: threading.Event = field(default_factory=threading.Event)
+    life: Errand[None] = field(default_factory=lambda: Errand(lambda: None))
+    is_stopping: bool = False
     at_end: Callable[[], None] | None = None
 
 
-class ThreadWorker(Worker):
-    """Runs rounds in a daemon thread of its own."""
+class Worker:
+    """A daemon thread that runs one errand after another, and in between what may be left."""
 
-    def __init__(self, run: RunRound, name: str) -> None:
-        self._state = _State(run)
+    def __init__(self, name: str) -> None:
+        self._state = _State()
         self._thread = threading.Thread(target=_serve, args=(self._state,), name=name, daemon=True)
         self._thread.start()
 
-    def start(self, candidates: Candidates) -> None:
-        """See ``Worker.start``."""
-        self._state.starts.put(candidates)
+    def start(self, errand: Errand[Result]) -> None:
+        """Has it run, once; may be called again for the same one, as after an interrupt."""
+        self._state.starts.put(errand)
 
-    def result(self, timeout_seconds: float) -> int:
-        """See ``Worker.result``."""
-        try:
-            outcome = self._state.outcomes.get(timeout=timeout_seconds)
-        except queue.Empty:
-            raise TimeoutError from None
-        return _unwrap(outcome)
+    def finish(self, errand: Errand[Result], seconds: float = math.inf) -> bool:
+        """Starts it, unless it runs already, and waits; whether it has ended within ``seconds``."""
+        if self._is_this_thread or self._state.life.has_ended:  # then it never will
+            return errand.has_ended
+        if not errand.has_begun:
+            self.start(errand)
+        return errand.wait(seconds)
 
     def while_idle(self, work: IdleWork) -> None:
-        """See ``Worker.while_idle``."""
+        """Calls ``work`` between errands, again and again until it has ended; one at a time."""
         self._state.starts.put(work)
 
     def stop(self, wait_seconds: float) -> bool:
-        """See ``Worker.stop``."""
-        self._state.stopping.set()
+        """Ends the worker; whether it has ended within ``wait_seconds``."""
+        self._state.is_stopping = True
         self._state.starts.put(None)
-        if self._thread is threading.current_thread():  # collected while the thread itself runs
-            return False
-        self._thread.join(wait_seconds)
-        return not self._thread.is_alive()
+        # Not `join`: Python takes a thread for ended when that is interrupted.
+        return not self._is_this_thread and self._state.life.wait(wait_seconds)
 
     def call_at_end(self, call: Callable[[], None]) -> None:
-        """See ``Worker.call_at_end``."""
+        """Has a worker that did not stop in time call this when it ends."""
         self._state.at_end = call
+
+    @property
+    def _is_this_thread(self) -> bool:
+        """Whether it is itself at whose end the buffer was collected."""
+        return self._thread is threading.current_thread()
 
 
 def _serve(state: _State) -> None:
     """The thread's whole life."""
     idle_work: IdleWork | None = None
     pause: float | None = POLL_SECONDS
-    while not state.stopping.is_set():
+    while not state.is_stopping:
         try:
             started = state.starts.get(timeout=pause)
         except queue.Empty:
             started = None
-        if isinstance(started, Candidates):
-            outcome: Outcome
-            try:
-                outcome = state.run(started)
-            except BaseException as error:
-                logger.debug("a round failed", exc_info=True)
-                outcome = error
-            state.outcomes.put(outcome)
+        if isinstance(started, Errand):
+            started.run()
             pause = 0.0 if idle_work else POLL_SECONDS
         else:
             idle_work = started or idle_work
             pause = idle_work() if idle_work else POLL_SECONDS
             if pause is None:
                 idle_work, pause = None, POLL_SECONDS
-        # Nothing of the mini-batch may stay alive between rounds.
+        # What came of it belongs to the trainer.
         del started
+    state.life.run()
     if state.at_end is not None:
         state.at_end()
-
-
-def _unwrap(outcome: Outcome) -> int:
-    if isinstance(outcome, BaseException):
-        raise outcome
-    return outcome
 
 
 def shut_down(

@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,11 @@ from ritornello.records.digest import digest
 from ritornello.records.layout import Layout
 from ritornello.rounds.arguments import Arguments
 from ritornello.rounds.steps import Steps
-from ritornello.rounds.worker import Worker
+from ritornello.rounds.worker import Errand, Worker
 from ritornello.saving.manifest import Manifest, Removal, TaskMark
 from ritornello.saving.restoring import adopt, restore
 from ritornello.saving.saved_buffer import POLICY, SavedBuffer, contents_arrays, records_of
-from ritornello.saving.state_dict import PREFIX, entry_of, gathered
+from ritornello.saving.state_dict import PREFIX, Entry, entry_of, gathered
 from ritornello.saving.writing import SaveUnderWay, Snapshot, new_save_id
 from ritornello.transports.agreement import together
 
@@ -38,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 
 class Checkpointing:
-    """Saves one rank's buffer, and takes saved ones over; on the trainer's thread.
+    """Saves one rank's buffer, and takes saved ones over; the worker does all of it as a whole.
 
     Args:
         arguments: of the buffer.
@@ -59,15 +60,19 @@ class Checkpointing:
 
     def begin_task(self, name: str) -> None:
         """See ``RehearsalBuffer.begin_task``."""
-        self._steps.begin_task()
-        mark = TaskMark(str(name), self._rounds.num_rounds, time.time())
-        self.tasks = (*self.tasks, mark)
+        text = str(name)
+
+        def mark() -> None:
+            self.tasks = (*self.tasks, TaskMark(text, self._rounds.num_rounds, time.time()))
+
+        self._steps.begin_task(mark)
 
     # Saving.
 
     def save(self, folder: str | os.PathLike[str], background: bool) -> None:
         """See ``RehearsalBuffer.save``."""
-        with self._steps.with_peers("save"):
+
+        def begin() -> None:
             self._end()
             snapshot = together(self._transport, self._snapshot, "save")
             saving = SaveUnderWay(
@@ -85,43 +90,47 @@ class Checkpointing:
             else:
                 self._end()
 
+        self._steps.with_peers("save", begin)
+
     def wait(self) -> None:
         """See ``RehearsalBuffer.wait_until_saved``."""
-        with self._steps.with_peers("wait_until_saved"):
-            self._end()
+        self._steps.with_peers("wait_until_saved", self._end)
 
     def finish(self, wait_seconds: float) -> None:
         """Writes what is left of a save when the buffer ends, or gives it up; never raises.
 
         Args:
-            wait_seconds: for the round that runs, which still writes the shard, and for the save.
+            wait_seconds: for the round that runs, which still writes the shard, and again for the
+                save.
         """
         saving = self._saving
         if saving is None or saving.has_ended:
             return
-        if self._worker.stop(wait_seconds):
-            saving.finish(wait_seconds)
-        else:
+        finishing = Errand(partial(saving.finish, wait_seconds))
+        if not self._worker.finish(finishing, 2 * wait_seconds):
             logger.warning("a save in the background was given up")
             saving.give_up()
 
     def state_dict(self, whole: bool) -> dict[str, Any]:
         """See ``RehearsalBuffer.state_dict``."""
-        self._steps.settle()
-        try:
-            entry = entry_of(self._snapshot(), self._rounds.to_host)
-        except TypeError as error:
-            raise CheckpointError(self._steps.here(str(error))) from error
+        entry = self._steps.between_rounds(self._entry)
         if not whole:
             return {f"{PREFIX}{self._transport.rank}": entry}
-        with self._steps.with_peers("state_dict"):
-            return dict(gathered(entry, self._transport))
+        return dict(self._steps.with_peers("state_dict", lambda: gathered(entry, self._transport)))
+
+    def _entry(self) -> Entry:
+        try:
+            return entry_of(self._snapshot(), self._rounds.to_host)
+        except TypeError as error:
+            raise CheckpointError(self._steps.here(str(error))) from error
 
     def _end(self) -> None:
         """Waits for the save under way, if any. All ranks have one, or none has."""
-        saving, self._saving, self._rounds.before_write = self._saving, None, None
-        if saving is not None:
-            saving.wait()
+        try:
+            if self._saving is not None:
+                self._saving.wait()
+        finally:
+            self._saving = self._rounds.before_write = None
 
     def _snapshot(self) -> Snapshot:
         """What this rank saves, while no round runs.
@@ -166,7 +175,8 @@ class Checkpointing:
 
     def load(self, open_saved: Callable[[], SavedBuffer], call: str) -> None:
         """Takes over a saved buffer; see ``RehearsalBuffer.load``."""
-        with self._steps.with_peers(call):
+
+        def take_over() -> None:
             with suppress(CheckpointError):  # it was logged, and is no reason not to load
                 self._end()
             saved = together(self._transport, open_saved, call)
@@ -177,7 +187,7 @@ class Checkpointing:
             had_begun = self._steps.begun is not None
             try:
                 self._take_over(saved, call)
-            except CheckpointError:
+            except BaseException:
                 if not had_begun:
                     self._steps.forget_restored()
                 if self._rounds.is_torn:
@@ -185,6 +195,8 @@ class Checkpointing:
                         self._steps.here(f"{call} failed when parts of the shard were overwritten")
                     )
                 raise
+
+        self._steps.with_peers(call, take_over)
 
     def _check_fits(self, manifest: Manifest) -> None:
         """Checks that a saved buffer can become this one.

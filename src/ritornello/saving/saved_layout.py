@@ -68,7 +68,7 @@ def layout_from_json(content: dict[str, Any]) -> Layout:
         num_bytes = dtype.itemsize * math.prod(max(1, size) for size in shape[:MOST_DIMENSIONS])
         if len(shape) > MOST_DIMENSIONS or num_bytes > MOST_RECORD_BYTES:
             raise ValueError(f"a field of the shape {reprlib.repr(shape)}")
-        leaves.append(torch.empty((0, *shape), dtype=dtype))
+        leaves.append(torch.empty((0, *shape), dtype=dtype, device="cpu"))
     remaining = iter(leaves)
     batch = _nesting_from_json(content["nesting"], lambda: next(remaining))
     if sum(1 for _ in leaves_of(batch)) != len(leaves):

@@ -146,7 +146,7 @@ class CollectiveTransport(Transport):
             return
         # A receive that times out closes all connections of its gloo group.
         with suppress(RuntimeError):
-            nothing = torch.empty(1, dtype=torch.uint8)
+            nothing = torch.empty(1, dtype=torch.uint8, device="cpu")
             self._group.recv([nothing], self._peers()[0], NO_TAG).wait(timedelta(milliseconds=1))
 
     def close(self) -> None:
