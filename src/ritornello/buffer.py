@@ -36,6 +36,7 @@ from ritornello.rounds.compiling import outside_graphs
 from ritornello.rounds.round import Rounds
 from ritornello.rounds.stats import BufferStats
 from ritornello.rounds.steps import Steps
+from ritornello.rounds.watch import Watch
 from ritornello.rounds.worker import EXIT_SECONDS, InlineWorker, ThreadWorker, Worker, shut_down
 from ritornello.saving.checkpointing import Checkpointing
 from ritornello.saving.converted import Converted
@@ -169,19 +170,26 @@ class RehearsalBuffer:
             channel.close()
             raise
         self._transport = channel
+        watch = Watch(channel, rounds.run) if channel.num_ranks > 1 else None
+        run = rounds.run if watch is None else watch.run
         self._worker: Worker = (
-            ThreadWorker(rounds.run, name=f"ritornello-rank-{channel.rank}")
+            ThreadWorker(run, name=f"ritornello-rank-{channel.rank}")
             if asynchronous
-            else InlineWorker(rounds.run)
+            else InlineWorker(run)
         )
-        self._steps = Steps(arguments, rounds, self._worker, place, timeout_seconds)
+        self._steps = Steps(arguments, rounds, self._worker, place, timeout_seconds, watch)
         self._checkpointing = Checkpointing(arguments, self._steps, self._worker)
         self._num_draws = num_draws
         self._timeout_seconds = timeout_seconds
         self._process = os.getpid()
         # One path for close(), garbage collection and the interpreter's exit.
         self._end = partial(
-            shut_down, self._worker, channel, self._checkpointing.finish, self._process
+            shut_down,
+            self._worker,
+            channel,
+            self._checkpointing.finish,
+            self._process,
+            stop_watch=None if watch is None else watch.stop,
         )
         self._finalizer = weakref.finalize(self, self._end, EXIT_SECONDS)
 
@@ -387,13 +395,14 @@ class RehearsalBuffer:
 
         What is saved then tells of every representative which task it is of, and how old it is.
         With ``sampling="earlier-tasks"`` all that is stored can be drawn from the next round on.
-        Waits for the running round. All ranks call it alike, after as many updates.
+        Waits for the running round. All ranks call it alike, after as many updates; blocks until
+        they have.
 
         Args:
             name: such as a date, or what is new.
 
         Raises:
-            CheckpointError: with "earlier-tasks": on every rank, if they are not in step.
+            CheckpointError: on every rank, if they are not in step.
             PeerLostError, RoundError, BufferClosedError: see ``update``.
         """
         self._check_open("begin_task")

@@ -11,14 +11,20 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ritornello.errors import CheckpointError, PeerLostError, RoundError, round_error
+from ritornello.errors import (
+    CheckpointError,
+    PartedError,
+    PeerLostError,
+    RoundError,
+    round_error,
+)
 from ritornello.policies.selection import check_labels
 from ritornello.records import accelerators
 from ritornello.records.layout import Layout
@@ -32,6 +38,7 @@ from ritornello.rounds.rewriting import FieldsMadeAnew
 from ritornello.rounds.round import Rounds
 from ritornello.rounds.staging import Staging, WorkerStreams
 from ritornello.rounds.stats import BufferStats
+from ritornello.rounds.watch import Watch
 from ritornello.rounds.worker import Worker
 from ritornello.transports.agreement import check_in_step
 
@@ -50,6 +57,7 @@ class Steps:
         worker: that runs them.
         storage: where the shard lies.
         timeout_seconds: how long a round may take.
+        watch: over what ranks do together; None for a single one.
 
     Attributes:
         failure: what ended it; raised again by every later step.
@@ -67,8 +75,9 @@ class Steps:
         worker: Worker,
         storage: Storage,
         timeout_seconds: float,
+        watch: Watch | None,
     ) -> None:
-        self.rounds, self._worker, self._storage = rounds, worker, storage
+        self.rounds, self._worker, self._storage, self._watch = rounds, worker, storage, watch
         self._arguments = arguments
         self._transport = rounds.transport
         self._timeout_seconds = timeout_seconds
@@ -299,8 +308,20 @@ class Steps:
         """
         self.settle()
         with self._explaining(call):
-            check_in_step(self._transport, call, self.num_offers, self.is_offered)
+            self._meet(call)
             yield
+
+    def _meet(self, call: str) -> None:
+        """Waits until all ranks have come to a call."""
+        with nullcontext() if self._watch is None else self._watch.meeting(call):
+            try:
+                check_in_step(self._transport, call, self.num_offers, self.is_offered)
+            except PartedError:
+                raise
+            except PeerLostError as error:
+                raise PeerLostError(
+                    f"{error}. All ranks must call {call}, after as many updates", error.peers
+                ) from error
 
     @contextmanager
     def _explaining(self, call: str) -> Iterator[None]:
@@ -310,17 +331,14 @@ class Steps:
         except CheckpointError as error:
             raise CheckpointError(self.here(str(error))) from error.__cause__
         except PeerLostError as error:
-            self.failure = PeerLostError(self.here(f"{call} failed: {error}"), error.peers)
+            self.failure = type(error)(self.here(f"{call} failed: {error}"), error.peers)
             raise self.failure from error
 
     def begin_task(self) -> None:
         """Tells the sampling policy that a task begins; waits for the running round."""
-        sampling = self.rounds.sampling
-        if not sampling.needs_tasks:
-            self.settle()
-            return
-        with self.with_peers("begin_task"):  # else ranks would draw differently, unnoticed
-            sampling.begin_task(self.rounds.contents)
+        with self.with_peers("begin_task"):  # else ranks would count tasks, or draw, differently
+            if self.rounds.sampling.needs_tasks:
+                self.rounds.sampling.begin_task(self.rounds.contents)
 
     def here(self, message: str) -> str:
         """The message, with the rank where there are several."""
