@@ -202,6 +202,8 @@ class Steps:
                 leaves = layout.leaves(batch)
                 label = layout.label_position(self._arguments.label_path, self.rounds.needs_labels)
                 begun = self._begin(device_of(leaves), layout, label)
+                if self.rounds.among_others is not None:
+                    self.rounds.among_others.note(leaves)
             else:
                 leaves = begun.layout.leaves(batch)
                 if self._is_restored:
@@ -229,6 +231,8 @@ class Steps:
         begun = Begun.on(
             device, layout, label, self._arguments, self._storage, self._worker_streams
         )
+        if self.rounds.among_others is not None:
+            self.rounds.among_others.begin()
         self.rounds.open(layout, label, begun.staging)
         self.begun = begun
         return begun
@@ -269,6 +273,8 @@ class Steps:
 
     def finish(self, wait_seconds: float) -> None:
         """Ends the running round; no error is raised."""
+        if self.rounds.among_others is not None:
+            self.rounds.among_others.close()
         with self._settling:
             if self._round_runs and self.failure is None:
                 try:
@@ -308,10 +314,10 @@ class Steps:
         """
         self.settle()
         with self._explaining(call):
-            self._meet(call)
+            self._await_all(call)
             yield
 
-    def _meet(self, call: str) -> None:
+    def _await_all(self, call: str) -> None:
         """Waits until all ranks have come to a call."""
         with nullcontext() if self._watch is None else self._watch.meeting(call):
             try:
@@ -348,15 +354,22 @@ class Steps:
 
     def read(self, batch_size: int) -> Iterator[Batch]:
         """This rank's representatives; see ``RehearsalBuffer.representatives``."""
-        rounds, num_rounds = self.rounds, self.rounds.num_rounds
+        return self._read(batch_size, self._contents_number())
+
+    def _read(self, batch_size: int, contents: tuple[int, int]) -> Iterator[Batch]:
+        rounds = self.rounds
         for first in range(0, rounds.num_held, batch_size):
-            if rounds.num_rounds != num_rounds:
+            if self._contents_number() != contents:
                 raise RuntimeError(
                     "representatives: the buffer has changed meanwhile; finish the iteration "
-                    "before the next update, draw or offer"
+                    "before the next update, offer, load or rewrite"
                 )
             num_rows = min(batch_size, rounds.num_held - first)
             yield self._known.layout.rebuild(rounds.representatives(first, num_rows))
+
+    def _contents_number(self) -> tuple[int, int]:
+        """Another one as soon as what is stored may be other than it was."""
+        return self.num_offers, self.rounds.num_overwritten
 
     def rewrite(self, function: Callable[[Batch], Any], fields: Any, batch_size: int) -> None:
         """See ``RehearsalBuffer.rewrite``."""

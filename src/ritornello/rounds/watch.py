@@ -138,8 +138,8 @@ class Watch:
         if parted is not None:
             caller, call, other = json.loads(parted)
             self._parted = PartedError(
-                f"rank {caller} is in {call}, but rank {other} went on to its next round: all ranks "
-                f"must call {call}, after as many updates",
+                f"rank {caller} is in {call}, but rank {other} went on to its next round: all "
+                f"ranks must call {call}, after as many updates",
                 tuple(rank for rank in (caller, other) if rank != self._transport.rank),
             )
 

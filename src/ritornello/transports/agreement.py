@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import secrets
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
@@ -43,6 +44,11 @@ def gather_counts(transport: Transport, count: int) -> Ints:
             elsewhere,
         )
     return counts
+
+
+def random_number(transport: Transport) -> int:
+    """A number of 62 bits that was never used, the same on every rank."""
+    return int(transport.all_gather(np.array([secrets.randbits(62)]))[0, 0])
 
 
 def gather_padded(values: Numbers, transport: Transport) -> list[Numbers]:

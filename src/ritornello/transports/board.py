@@ -1,7 +1,7 @@
 """Notes that ranks leave for each other, beside the messages of a transport.
 
-Messages serve ranks that do the same. Where one waits in ``save`` and another in a round, each for a
-message that the other will never send, a note tells: it is there for whoever looks.
+Messages serve ranks that do the same. Where one waits in ``save`` and another in a round, each for
+a message that the other will never send, a note tells: it is there for whoever looks.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ STORE_SECONDS = 5.0
 
 
 class Board(ABC):
-    """Where all ranks of a buffer leave notes, and read those of the others. Never waits for long."""
+    """Where all ranks of a buffer leave notes, and read those of others. Never waits for long."""
 
     @abstractmethod
     def post(self, subject: str, note: str) -> None:

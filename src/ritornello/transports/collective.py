@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from ritornello.arrays import Ints
 from ritornello.errors import PeerLostError
@@ -60,7 +61,7 @@ class CollectiveTransport(Transport):
         num_ranks: int,
         timeout_seconds: float,
         on_close: Callable[[], None] | None = None,
-        store: dist.Store | None = None,
+        store: Store | None = None,
     ) -> None:
         self.rank = rank
         self.num_ranks = num_ranks
@@ -105,7 +106,7 @@ class CollectiveTransport(Transport):
             if dist.is_initialized():
                 dist.destroy_process_group(private)
 
-        store = dist.PrefixStore(
+        store = PrefixStore(
             f"ritornello/{private.group_name}", dist.distributed_c10d._get_default_store()
         )
         return cls(private, dist.get_rank(private), len(ranks), timeout_seconds, give_back, store)
@@ -193,7 +194,7 @@ def backends_for(device: torch.device) -> str:
     return f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device)}"
 
 
-def _meet(ranks: list[int], rank: int, timeout_seconds: float) -> dist.PrefixStore:
+def _meet(ranks: list[int], rank: int, timeout_seconds: float) -> PrefixStore:
     """Waits until all have come; gives them a store of their own.
 
     PyTorch names groups by a number that it counts up with each of them, on every rank for
@@ -210,7 +211,7 @@ def _meet(ranks: list[int], rank: int, timeout_seconds: float) -> dist.PrefixSto
     with _lost_peers(MAKING, timeout_seconds):
         # None of them makes its next one before all have come to this one.
         count = store.add(name, 1)
-        own = dist.PrefixStore(f"{name}/{(count - 1) // len(ranks)}", store)
+        own = PrefixStore(f"{name}/{(count - 1) // len(ranks)}", store)
         own.set(f"here/{rank}", "")
         if count % len(ranks) == 0:
             own.set("all", "here")
@@ -243,7 +244,7 @@ def _meet(ranks: list[int], rank: int, timeout_seconds: float) -> dist.PrefixSto
 
 
 def _connect(
-    store: dist.PrefixStore, rank: int, num_ranks: int, timeout_seconds: float
+    store: PrefixStore, rank: int, num_ranks: int, timeout_seconds: float
 ) -> dist.ProcessGroupGloo:
     """A group of ranks that have met."""
     began = time.monotonic()

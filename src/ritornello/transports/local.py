@@ -23,7 +23,7 @@ _Payload = tuple[Tensor, torch.Event | None]
 
 
 class _Room:
-    """What the ranks of one process share: a board, and mailboxes for each ordered pair of ranks."""
+    """What the ranks of one process share: a board, and a mailbox for each ordered pair of them."""
 
     def __init__(self, num_ranks: int) -> None:
         self.mailboxes: dict[tuple[int, int], queue.SimpleQueue[_Payload | None]] = {
