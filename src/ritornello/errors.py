@@ -24,7 +24,10 @@ class PeerLostError(RoundError):
 
 
 class PartedError(PeerLostError):
-    """A rank is in a call that all ranks must make, and another one has gone on without it."""
+    """A rank is in a call that all ranks must make, and another one has gone on without it.
+
+    The trainer sees a ``PeerLostError`` with this one as its cause.
+    """
 
 
 class CheckpointError(RuntimeError):
@@ -52,7 +55,7 @@ def round_error(error: BaseException, where: str, timeout_seconds: float) -> Rou
             "is too slow, or takes part in fewer rounds. All ranks must call update equally often"
         )
     if isinstance(error, PartedError):
-        return PartedError(f"{where} failed: {error}", error.peers)
+        return PeerLostError(f"{where} failed: {error}", error.peers)
     if isinstance(error, PeerLostError):
         return PeerLostError(
             f"{where} failed: {error}. It died, is out of reach, waits for another rank itself, or "

@@ -337,7 +337,7 @@ class Steps:
         except CheckpointError as error:
             raise CheckpointError(self.here(str(error))) from error.__cause__
         except PeerLostError as error:
-            self.failure = type(error)(self.here(f"{call} failed: {error}"), error.peers)
+            self.failure = PeerLostError(self.here(f"{call} failed: {error}"), error.peers)
             raise self.failure from error
 
     def begin_task(self) -> None:

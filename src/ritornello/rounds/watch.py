@@ -23,7 +23,7 @@ LOOK_SECONDS = 0.5
 """How often one who waits looks for notes."""
 
 IDLE_LOOKS = 10
-"""Who does not wait looks so many times less often: the trainer may wait for ranks elsewhere."""
+"""Who does not wait, or for long, looks so many times less often. (Its trainer may wait.)"""
 
 WARN_SECONDS = 10.0
 """After which a call that still waits for other ranks says so."""
@@ -102,9 +102,13 @@ class Watch:
             self._thread.join()
 
     def look(self, is_due: bool) -> None:
-        """Looks for notes if this rank waits, or if it ``is_due``."""
+        """Looks for notes, unless this rank does not wait, or for so long that it can be patient.
+
+        Args:
+            is_due: look in any case.
+        """
         call = self._waits_in
-        if call is None and not is_due:
+        if not is_due and (call is None or self._waited > WARN_SECONDS):
             return
         self._look()
         if call is None or self._waits_in != call:
