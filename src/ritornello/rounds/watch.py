@@ -87,6 +87,8 @@ class Watch:
         self._waits_in = call
         try:
             yield
+        except PartedError:  # which their messages have told
+            raise
         except Exception as error:
             self._look()
             if self._parted is not None:
@@ -142,7 +144,7 @@ class Watch:
         if parted is not None:
             caller, call, other = json.loads(parted)
             self._parted = PartedError(
-                f"rank {caller} is in {call}, but rank {other} went on to its next round: all "
+                f"rank(s) [{caller}] are in {call}, and rank(s) [{other}] are in a round: all "
                 f"ranks must call {call}, after as many updates",
                 tuple(rank for rank in (caller, other) if rank != self._transport.rank),
             )
