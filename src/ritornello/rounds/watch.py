@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import json
 import logging
+import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 from ritornello.errors import PartedError
 from ritornello.rounds.staging import Candidates
@@ -24,6 +26,9 @@ LOOK_SECONDS = 0.5
 
 IDLE_LOOKS = 10
 """Who does not wait, or for long, looks so many times less often. (Its trainer may wait.)"""
+
+PATIENCE_SECONDS = 1.0
+"""How long others wait for the watch to leave a note, or to look whether one explains an error."""
 
 WARN_SECONDS = 10.0
 """After which a call that still waits for other ranks says so."""
@@ -50,10 +55,11 @@ class Watch:
         self._waits_since = 0.0
         self._has_warned = False
         self._parted: PartedError | None = None
-        self._stopping = threading.Event()
+        # Only this thread uses the board: where the network is cut, it may wait there for long.
+        self._asked: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(
             target=_look_on,
-            args=(self, self._stopping),
+            args=(self, self._asked),
             name=f"ritornello-watch-rank-{transport.rank}",
             daemon=True,
         )
@@ -73,9 +79,10 @@ class Watch:
             PartedError: ranks have parted.
         """
         self._num_calls += 1
-        if self._transport.board is not None:
+        board = self._transport.board
+        if board is not None:
             note = json.dumps([self._transport.rank, call, self._num_calls, self._num_rounds])
-            self._transport.board.post(CALL, note)
+            self._ask(partial(board.post, CALL, note))
         with self._waiting(call):
             yield
 
@@ -90,18 +97,25 @@ class Watch:
         except PartedError:  # which their messages have told
             raise
         except Exception as error:
-            self._look()
+            self._ask(self._look)
             if self._parted is not None:
                 raise self._parted from error
             raise
         finally:
             self._waits_in = None
 
+    def _ask(self, do: Callable[[], None]) -> None:
+        """Has something done on the watch's thread; does not wait for it for long."""
+        done = threading.Event()
+        self._asked.put(do)
+        self._asked.put(done.set)
+        done.wait(PATIENCE_SECONDS)
+
     def stop(self) -> None:
         """Ends the watch."""
-        self._stopping.set()
+        self._asked.put(None)
         if self._thread is not threading.current_thread():
-            self._thread.join()
+            self._thread.join(PATIENCE_SECONDS)
 
     def look(self, is_due: bool) -> None:
         """Looks for notes, unless this rank does not wait, or for so long that it can be patient.
@@ -150,9 +164,16 @@ class Watch:
             )
 
 
-def _look_on(watch: Watch, stopping: threading.Event) -> None:
+def _look_on(watch: Watch, asked: queue.SimpleQueue[Callable[[], None] | None]) -> None:
     """The thread's whole life."""
     num_looks = 0
-    while not stopping.wait(LOOK_SECONDS):
-        num_looks += 1
-        watch.look(is_due=num_looks % IDLE_LOOKS == 0)
+    while True:
+        try:
+            do = asked.get(timeout=LOOK_SECONDS)
+        except queue.Empty:
+            num_looks += 1
+            watch.look(is_due=num_looks % IDLE_LOOKS == 0)
+            continue
+        if do is None:
+            return
+        do()
