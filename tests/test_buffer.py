@@ -405,8 +405,43 @@ def test_a_forked_process_cannot_use_it(monkeypatch: pytest.MonkeyPatch) -> None
             child.setattr(os, "getpid", lambda: parent + 1)
             with pytest.raises(RuntimeError, match="update in a forked process"):
                 buffer.update(batch_of(0))
+            # The worker, which would end the round, is the parent's.
+            with pytest.raises(RuntimeError, match="len in a forked process"):
+                len(buffer)
+            with pytest.raises(RuntimeError, match="stats in a forked process"):
+                buffer.stats()
             buffer.close()  # what the child ends is not the parent's
         buffer.update(batch_of(0))
+
+
+def test_two_threads_cannot_use_it_at_once() -> None:
+    may_end = threading.Event()
+
+    class Slow(Fifo):
+        def admit(self, labels: np.ndarray, generator: np.random.Generator) -> Assignment:
+            assert may_end.wait(30.0)
+            return super().admit(labels, generator)
+
+    with RehearsalBuffer(10, num_representatives=1, selection=Slow()) as buffer:
+        buffer.update(batch_of(0))
+        other = threading.Thread(target=lambda: buffer.update(batch_of(1)))
+        other.start()  # and waits for the round
+        deadline = time.monotonic() + 30.0
+        while buffer._user is None and time.monotonic() < deadline:
+            time.sleep(0.001)
+        calls = {
+            "update": lambda: buffer.update(batch_of(2)),
+            "draw": buffer.draw,
+            "offer": lambda: buffer.offer(batch_of(2)),
+            "save": lambda: buffer.save("nowhere"),
+        }
+        for name, call in calls.items():
+            with pytest.raises(RuntimeError, match=f"{name}: another thread is using the buffer"):
+                call()
+        may_end.set()
+        other.join()
+        buffer.update(batch_of(2))  # one after the other, they may
+        assert buffer.stats().num_rounds == 3
 
 
 @pytest.mark.parametrize("asynchronous", [True, False])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -111,6 +112,28 @@ def test_representatives_of_a_buffer_that_goes_on() -> None:
         len(buffer)
         with pytest.raises(RuntimeError, match="the buffer has changed meanwhile"):
             next(batches)
+
+
+@pytest.mark.parametrize("call", ["load", "rewrite", "update"])
+def test_representatives_of_before_are_refused(call: str, tmp_path: Path) -> None:
+    """Also where the other contents have as many rounds, and before the first batch of them."""
+    with RehearsalBuffer(20, num_representatives=2) as buffer:
+        buffer.update(batch_of(0))
+        buffer.save(tmp_path)
+    with RehearsalBuffer(20, num_representatives=2) as buffer:
+        buffer.update(batch_of(1))
+        begun, fresh = buffer.representatives(batch_size=3), buffer.representatives(batch_size=3)
+        next(begun)
+        if call == "load":
+            buffer.load(tmp_path)
+        elif call == "rewrite":
+            buffer.rewrite(lambda batch: batch[0] + 1, fields=0)
+        else:
+            buffer.update(batch_of(2))
+        for batches in (begun, fresh):
+            with pytest.raises(RuntimeError, match="the buffer has changed meanwhile"):
+                next(batches)
+        assert sum(len(labels) for _, labels in buffer.representatives()) == len(buffer)
 
 
 def test_distances_steer_what_grasp_draws() -> None:

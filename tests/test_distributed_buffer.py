@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import threading
 import time
@@ -22,7 +23,12 @@ from ritornello.testing import (
     run_ranks,
     spawn_ranks,
 )
-from ritornello.transports import LocalTransport, Transport
+from ritornello.transports import (
+    LocalTransport,
+    SharedMemoryTransport,
+    Transport,
+    collective,
+)
 
 Connect = Callable[[int], list[Any]]
 
@@ -179,8 +185,9 @@ def test_sizes_are_gathered_only_while_a_shard_is_filling() -> None:
                 history.append(len(calls))
         return history
 
-    # Once for the layout; rank 0 then fills its 10 rows in 5 steps, and nobody asks any more.
-    assert run_ranks(LocalTransport.connect(2), rank_main) == [[2, 3, 4, 5, 6] + [6] * 7] * 2
+    # Three times for the layout and what else is compared first; rank 0 then fills its 10 rows in
+    # 5 steps, and nobody asks any more.
+    assert run_ranks(LocalTransport.connect(2), rank_main) == [[4, 5, 6, 7, 8] + [8] * 7] * 2
 
 
 def test_different_arguments_are_an_error_on_every_rank() -> None:
@@ -350,7 +357,37 @@ def _absent_peer_in_a_process(rank: int) -> str:
 def test_a_peer_that_never_makes_its_buffer() -> None:
     message, other = spawn_ranks(2, _absent_peer_in_a_process)
     assert other == "absent"
-    assert "making the buffer's private process group" in str(message)
+    assert "rank(s) [1] did not come within 1.5 s (timeout_seconds), while making" in str(message)
+    assert "all ranks must make a RehearsalBuffer" in str(message)
+
+
+KILLED_IN = [
+    (collective, "_connect"),
+    (SharedMemoryTransport, "_open_control"),
+]
+
+
+def _killed_while_making(rank: int) -> tuple[str, tuple[int, ...], float] | None:
+    groups = [dist.new_group([2 * i, 2 * i + 1]) for i in range(len(KILLED_IN))]
+    pair, is_victim = divmod(rank, 2)
+    if is_victim:
+        owner, name = KILLED_IN[pair]
+        setattr(owner, name, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    began = time.monotonic()
+    with pytest.raises(PeerLostError) as caught:
+        RehearsalBuffer(8, num_representatives=2, timeout_seconds=3.0, process_group=groups[pair])
+    return str(caught.value), caught.value.peers, time.monotonic() - began
+
+
+def test_a_peer_that_dies_while_the_buffer_is_made_is_named() -> None:
+    outcomes = spawn_ranks(2 * len(KILLED_IN), _killed_while_making)
+    assert outcomes[1::2] == [-signal.SIGKILL] * len(KILLED_IN)
+    for outcome in outcomes[::2]:
+        assert isinstance(outcome, tuple), outcome
+        message, peers, seconds = outcome
+        assert re.search(r"rank(\(s\) \[| )1", message), message
+        assert peers == (1,), outcome
+        assert seconds < 8.0, outcome
 
 
 @pytest.mark.parametrize(

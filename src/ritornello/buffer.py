@@ -16,6 +16,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -23,6 +24,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ritornello.errors import BufferClosedError
@@ -32,10 +34,12 @@ from ritornello.policies.selection import SelectionPolicy
 from ritornello.records.nesting import Batch
 from ritornello.records.storage import Storage
 from ritornello.rounds.arguments import Arguments, check_count, check_seconds
+from ritornello.rounds.first_round import OpenBuffer
 from ritornello.rounds.modes import outside_modes
 from ritornello.rounds.round import Rounds
 from ritornello.rounds.stats import BufferStats
 from ritornello.rounds.steps import Steps
+from ritornello.rounds.watch import Watch
 from ritornello.rounds.worker import EXIT_SECONDS, Worker, shut_down
 from ritornello.saving.checkpointing import Checkpointing
 from ritornello.saving.converted import Converted
@@ -47,7 +51,6 @@ from ritornello.transports.base import Transport
 from ritornello.transports.opening import open_transport
 
 if TYPE_CHECKING:
-    import torch.distributed as dist
     from torch.distributed.device_mesh import DeviceMesh
 
 FieldName = int | str | tuple[int | str, ...]
@@ -100,14 +103,15 @@ class RehearsalBuffer:
             ``begin_task``), or a ``SamplingPolicy``.
         num_draws: draws of ``r`` per step, independent of each other, as DER++ takes two.
         transport: "auto" (shared memory inside each host, "collective" between hosts),
-            "shared_memory", "collective" (torch.distributed), "mpi", "local" (one process), or
-            a ``Transport``, which the buffer then owns.
+            "shared_memory", "collective" (torch.distributed), "mpi", "local" (this process alone,
+            also where a launcher has started several), or a ``Transport``, which the buffer then
+            owns.
         storage: where the shards lie: "auto" (shared memory where ranks share a host, else
             ordinary memory), "cpu", "pinned", "shared", an accelerator such as "cuda", or
             "file:DIR" (a file in a folder, for shards larger than memory).
         timeout_seconds: how long a peer may be silent before a ``PeerLostError``. It must be
             longer than any pause that some ranks make and others do not, such as an evaluation
-            on one rank.
+            on one rank. None: the process group's own, as a rule half an hour.
         asynchronous: False makes ``offer`` wait for its round, with the same results.
 
     Blocks until all ranks have made theirs.
@@ -133,15 +137,18 @@ class RehearsalBuffer:
         num_draws: int = 1,
         transport: str | Transport = "auto",
         storage: str | torch.device = "auto",
-        timeout_seconds: float = 300.0,
+        timeout_seconds: float | None = None,
         asynchronous: bool = True,
     ) -> None:
-        check_seconds("timeout_seconds", timeout_seconds)
-        timeout_seconds = float(timeout_seconds)
+        if timeout_seconds is not None:
+            check_seconds("timeout_seconds", timeout_seconds)
+            timeout_seconds = float(timeout_seconds)
         if not isinstance(asynchronous, bool):
             raise TypeError(f"asynchronous={asynchronous!r}: it must be True or False")
         place = Storage.of(storage)
         channel = open_transport(transport, process_group, timeout_seconds, place)
+        if timeout_seconds is None:
+            timeout_seconds = channel.timeout_seconds
         try:
             arguments = Arguments(
                 capacity=capacity,
@@ -169,21 +176,34 @@ class RehearsalBuffer:
                 num_draws=num_draws,
                 rate_may_change=arguments.rate_may_change,
             )
+            if channel.num_ranks > 1:
+                rounds.among_others = OpenBuffer(channel)
         except BaseException:
             channel.close()
             raise
         self._transport = channel
+        watch = Watch(channel, rounds.run) if channel.num_ranks > 1 else None
         self._worker = Worker(name=f"ritornello-rank-{channel.rank}")
         self._steps = Steps(
-            arguments, rounds, self._worker, place, timeout_seconds, bool(asynchronous)
+            arguments, rounds, self._worker, place, timeout_seconds, watch, asynchronous
         )
         self._checkpointing = Checkpointing(arguments, self._steps, self._worker)
         self._num_draws = num_draws
         self._timeout_seconds = timeout_seconds
         self._process, self._is_open = os.getpid(), True
+        # A group that is made later may have more ranks than the buffer.
+        self._has_its_ranks = transport != "auto" or process_group is not None
+        self._has_its_ranks |= channel.num_ranks > 1 or not dist.is_available()
+        self._world = None if self._has_its_ranks else dist.group.WORLD
+        self._user: int | None = None  # the thread that is in a call
         # One path for close(), garbage collection and the interpreter's exit.
         self._end = partial(
-            shut_down, self._worker, channel, self._checkpointing.finish, self._process
+            shut_down,
+            self._worker,
+            channel,
+            self._checkpointing.finish,
+            self._process,
+            stop_watch=None if watch is None else watch.stop,
         )
         self._finalizer = weakref.finalize(self, self._end, EXIT_SECONDS)
 
@@ -249,8 +269,12 @@ class RehearsalBuffer:
             BufferClosedError: after ``close()``.
         """
         self._check_open("update")
-        augmented = self._steps.prepare(batch, "update")
-        self._steps.start_round()
+        self._user = threading.get_ident()
+        try:
+            augmented = self._steps.prepare(batch, "update")
+            self._steps.start_round()
+        finally:
+            self._user = None
         return augmented
 
     @outside_modes
@@ -270,7 +294,11 @@ class RehearsalBuffer:
             PeerLostError, RoundError, BufferClosedError: see ``update``.
         """
         self._check_open("draw")
-        drawn = self._steps.draw("draw")
+        self._user = threading.get_ident()
+        try:
+            drawn = self._steps.draw("draw")
+        finally:
+            self._user = None
         return drawn if drawn is None or self.num_draws > 1 else drawn[0]
 
     @outside_modes
@@ -287,13 +315,17 @@ class RehearsalBuffer:
             TypeError, ValueError, BufferClosedError: see ``update``.
         """
         self._check_open("offer")
-        self._steps.offer(batch)
+        self._user = threading.get_ident()
+        try:
+            self._steps.offer(batch)
+        finally:
+            self._user = None
 
     def representatives(self, batch_size: int = 256) -> Iterator[Batch]:
         """This rank's representatives, shard order, as batches of copies.
 
         Waits for the running round. Involves no other rank, but must be at its end before the
-        next ``update``, ``draw`` or ``offer``.
+        next ``update``, ``offer``, ``load`` or ``rewrite``.
 
         Args:
             batch_size: samples at a time; the last batch may be smaller.
@@ -387,13 +419,14 @@ class RehearsalBuffer:
 
         What is saved then tells of every representative which task it is of, and how old it is.
         With ``sampling="earlier-tasks"`` all that is stored can be drawn from the next round on.
-        Waits for the running round. All ranks call it alike, after as many updates.
+        Waits for the running round. All ranks call it alike, after as many updates; blocks until
+        they have.
 
         Args:
             name: such as a date, or what is new.
 
         Raises:
-            CheckpointError: with "earlier-tasks": on every rank, if they are not in step.
+            CheckpointError: on every rank, if they are not in step.
             PeerLostError, RoundError, BufferClosedError: see ``update``.
         """
         self._check_open("begin_task")
@@ -527,6 +560,7 @@ class RehearsalBuffer:
 
     def __len__(self) -> int:
         """Representatives in the whole buffer. Waits for the running round."""
+        self._check_process("len")
         self._steps.settle()
         return self._steps.rounds.contents.num_held
 
@@ -542,6 +576,7 @@ class RehearsalBuffer:
         Args:
             per_class: whether to count classes, which reads the label of every representative.
         """
+        self._check_process("stats")
         return self._steps.stats(per_class)
 
     def close(self) -> None:
@@ -575,13 +610,36 @@ class RehearsalBuffer:
     def _check_open(self, call: str) -> None:
         if not self._is_open:
             raise BufferClosedError(self._steps.here(f"{call} after close(): the buffer is closed"))
+        self._check_process(call)
+        if self._user is not None and self._user != threading.get_ident():
+            raise RuntimeError(
+                self._steps.here(
+                    f"{call}: another thread is using the buffer; a buffer serves one thread (of "
+                    "rehearse, the one that runs the loop): wait until the other has left its call"
+                )
+            )
+        if not self._has_its_ranks and dist.group.WORLD is not self._world:
+            self._check_alone(call)
+        if self._steps.failure is not None:
+            raise self._steps.failure
+
+    def _check_alone(self, call: str) -> None:
+        num_ranks = dist.get_world_size() if dist.is_initialized() else 1
+        if num_ranks > 1:
+            raise RuntimeError(
+                f"{call}: the buffer was made for 1 rank, but there is a process group of "
+                f"{num_ranks} ranks by now: each has a buffer of its own, of the full capacity. "
+                "Make the buffer after torch.distributed.init_process_group (or Accelerator(), "
+                "Fabric.launch(), ...); or say transport='local' if each rank shall have its own"
+            )
+        self._world = dist.group.WORLD
+
+    def _check_process(self, call: str) -> None:
         if self._process != os.getpid():
             raise RuntimeError(
                 f"{call} in a forked process (a DataLoader's worker?): the buffer belongs to "
                 "the process that made it"
             )
-        if self._steps.failure is not None:
-            raise self._steps.failure
 
     def _close(self, wait_seconds: float) -> None:
         if self._process != os.getpid() or not self._finalizer.alive:

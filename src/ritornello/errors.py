@@ -23,6 +23,13 @@ class PeerLostError(RoundError):
         self.peers = peers
 
 
+class PartedError(PeerLostError):
+    """A rank is in a call that all ranks must make, and another one has gone on without it.
+
+    The trainer sees a ``PeerLostError`` with this one as its cause.
+    """
+
+
 class CheckpointError(RuntimeError):
     """A saved buffer cannot be read, is damaged, or does not fit; or one could not be written.
 
@@ -47,6 +54,8 @@ def round_error(error: BaseException, where: str, timeout_seconds: float) -> Rou
             f"{where} has not finished within {timeout_seconds:g} s (timeout_seconds): some rank "
             "is too slow, or takes part in fewer rounds. All ranks must call update equally often"
         )
+    if isinstance(error, PartedError):
+        return PeerLostError(f"{where} failed: {error}", error.peers)
     if isinstance(error, PeerLostError):
         return PeerLostError(
             f"{where} failed: {error}. It died, is out of reach, waits for another rank itself, or "

@@ -78,7 +78,7 @@ def connect_collective(num_ranks: int, timeout_seconds: float = 60.0) -> list[Co
         group = dist.ProcessGroupGloo(
             store, end.rank, num_ranks, timedelta(seconds=timeout_seconds)
         )
-        return CollectiveTransport(group, end.rank, num_ranks, timeout_seconds)
+        return CollectiveTransport(group, end.rank, num_ranks, timeout_seconds, store=store)
 
     return run_ranks(LocalTransport.connect(num_ranks), connect)
 

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from mpi4py import MPI
 
-from ritornello import PeerLostError
+from ritornello import PeerLostError, RehearsalBuffer
 from ritornello.errors import BufferClosedError
 from ritornello.testing import TransportConformance
 from ritornello.transports.mpi import MpiTransport
@@ -75,6 +75,19 @@ def silence() -> None:
     assert time.process_time() - busy < 0.5, "waiting kept the core busy"
 
 
+def parted(folder: str) -> None:
+    """Rank 0 saves, alone."""
+    sizes = {"capacity": 8, "num_representatives": 2, "num_candidates": 4}
+    with RehearsalBuffer(**sizes, transport="mpi", timeout_seconds=60.0) as buffer:
+        for _ in range(5):
+            buffer.update((torch.arange(8), torch.arange(8)))
+        with pytest.raises(PeerLostError, match="in a round: all ranks must call .*save"):
+            if WORLD.rank == 0:
+                buffer.save(folder)
+            for _ in range(100):
+                buffer.update((torch.arange(8), torch.arange(8)))
+
+
 def refusals() -> None:
     with pytest.raises(ValueError, match="records in CPU memory only, but they lie on cuda"):
         MpiTransport.beside(None, 5.0, torch.device("cuda"))
@@ -111,5 +124,5 @@ def groups(folder: str) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    scenes = (conformance, buffer, silence, refusals, groups)
+    scenes = (conformance, buffer, silence, parted, refusals, groups)
     {each.__name__: each for each in scenes}[sys.argv[1]](*sys.argv[2:])

@@ -78,6 +78,11 @@ def test_silence_is_noticed_without_keeping_a_core_busy() -> None:
 
 
 @needs_mpi
+def test_a_call_on_one_rank_is_noticed_at_once(tmp_path: Path) -> None:
+    play(2, "parted", tmp_path / "save")
+
+
+@needs_mpi
 def test_what_is_refused() -> None:
     play(2, "refusals")
 

@@ -24,6 +24,7 @@ from ritornello.records.shard import Shard, rows_per_rank
 from ritornello.records.storage import Storage
 from ritornello.rounds.arguments import plain
 from ritornello.rounds.distances import cosine_distances
+from ritornello.rounds.first_round import OpenBuffer
 from ritornello.rounds.planner import Planner
 from ritornello.rounds.random_streams import Purpose, Streams
 from ritornello.rounds.staging import Candidates, Staging
@@ -49,6 +50,7 @@ class Rounds:
 
     Attributes:
         rate: ``r`` of the next round.
+        among_others: this buffer among those of the rank, to compare with other ranks; or None.
         before_write: told the slots that are about to be overwritten, if anybody wants to know.
     """
 
@@ -72,7 +74,9 @@ class Rounds:
         self.seconds_per_stage = dict.fromkeys(STAGES, 0.0)
         self.bytes_sent = self.bytes_received = 0
         self.shard: Shard | None = None
+        self.among_others: OpenBuffer | None = None
         self.before_write: Callable[[Ints], None] | None = None
+        self.num_overwritten = 0  # loads and rewrites
         self.is_torn = False  # whether a load has failed when it had begun to overwrite
         self._full = False
         self.capacity = capacity
@@ -178,6 +182,7 @@ class Rounds:
         assert self.shard is not None
         slots = np.arange(first, first + num_rows)
         self.transport.await_readers()
+        self.num_overwritten += 1
         if self.before_write is not None:
             self.before_write(slots)
         with self._staging.worker_stream():
@@ -251,6 +256,7 @@ class Rounds:
         self.transport.await_readers()
 
         def write() -> None:
+            self.num_overwritten += 1
             self.is_torn = self.contents.num_held > 0
             with self._staging.worker_stream():
                 for slots, found in records():
@@ -350,6 +356,8 @@ class Rounds:
                 f"({'; '.join(map(str, self._layout.fields))}): all ranks must give the same "
                 "nesting, dtypes and shapes"
             )
+        if self.among_others is not None:
+            self.among_others.compare()
         self.shard = self.transport.make_shard(
             self.limits, self._layout.record_bytes, self._storage
         )

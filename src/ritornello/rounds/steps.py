@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
@@ -22,7 +22,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ritornello.errors import CheckpointError, PeerLostError, RoundError, round_error
+from ritornello.errors import (
+    CheckpointError,
+    PartedError,
+    PeerLostError,
+    RoundError,
+    round_error,
+)
 from ritornello.policies.selection import check_labels
 from ritornello.records import accelerators
 from ritornello.records.layout import Layout
@@ -37,6 +43,7 @@ from ritornello.rounds.rewriting import FieldsMadeAnew
 from ritornello.rounds.round import Rounds
 from ritornello.rounds.staging import Staging, WorkerStreams
 from ritornello.rounds.stats import BufferStats
+from ritornello.rounds.watch import Watch
 from ritornello.rounds.worker import Errand, Worker
 from ritornello.transports.agreement import check_in_step
 
@@ -77,6 +84,7 @@ class Steps:
         worker: that runs them.
         storage: where the shard lies.
         timeout_seconds: how long a round may take.
+        watch: over what ranks do together; None for a single one.
         asynchronous: whether the trainer goes on while a round runs.
 
     Attributes:
@@ -92,9 +100,11 @@ class Steps:
         worker: Worker,
         storage: Storage,
         timeout_seconds: float,
+        watch: Watch | None = None,
         asynchronous: bool = True,
     ) -> None:
-        self.rounds, self._worker, self._storage = rounds, worker, storage
+        self.rounds, self._worker, self._storage, self._watch = rounds, worker, storage, watch
+        self._run = rounds.run if watch is None else watch.run
         self._arguments = arguments
         self._transport = rounds.transport
         self._timeout_seconds, self._asynchronous = timeout_seconds, asynchronous
@@ -197,7 +207,7 @@ class Steps:
     def _start(self, rate: float, num_past: int) -> Errand[int]:
         """From one store on the step has happened, and the round will run."""
         self.rounds.rate = rate
-        next_round = Errand(partial(self.rounds.run, self._known.staging.candidates()))
+        next_round = Errand(partial(self._run, self._known.staging.candidates()))
         self._place = Place(self._place.num_offers + 1, True, num_past, next_round)
         self._worker.start(next_round)
         return next_round
@@ -241,6 +251,8 @@ class Steps:
                 leaves = layout.leaves(batch)
                 label = layout.label_position(self._arguments.label_path, self.rounds.needs_labels)
                 begun = self._begin(device_of(leaves), layout, label)
+                if self.rounds.among_others is not None:
+                    self.rounds.among_others.note(leaves)
             else:
                 leaves = begun.layout.leaves(batch)
                 if self._is_restored:
@@ -270,6 +282,8 @@ class Steps:
         begun = Begun.on(
             device, layout, label, self._arguments, self._storage, self._worker_streams
         )
+        if self.rounds.among_others is not None:
+            self.rounds.among_others.begin()
         if staged is not None:
             begun.staging.put_back(staged)
         self.rounds.open(layout, label, begun.staging)
@@ -311,6 +325,8 @@ class Steps:
 
     def finish(self, wait_seconds: float) -> None:
         """Ends the running round; no error is raised."""
+        if self.rounds.among_others is not None:
+            self.rounds.among_others.close()
         if self._call is not None and self._worker.finish(self._call, wait_seconds):
             self._call = None
         last_round = self._place.last_round
@@ -379,10 +395,22 @@ class Steps:
 
         def act_in_step() -> Result:
             with self._explaining(call):
-                check_in_step(self._transport, call, self.num_offers, self.is_offered)
+                self._await_all(call)
                 return act()
 
         return self.between_rounds(act_in_step)
+
+    def _await_all(self, call: str) -> None:
+        """Waits until all ranks have come to a call."""
+        with nullcontext() if self._watch is None else self._watch.meeting(call):
+            try:
+                check_in_step(self._transport, call, self.num_offers, self.is_offered)
+            except PartedError:
+                raise
+            except PeerLostError as error:
+                raise PeerLostError(
+                    f"{error}. All ranks must call {call}, after as many updates", error.peers
+                ) from error
 
     @contextmanager
     def _explaining(self, call: str) -> Iterator[None]:
@@ -404,14 +432,11 @@ class Steps:
         rounds = self.rounds
 
         def begin() -> None:
-            rounds.sampling.begin_task(rounds.contents)
+            if rounds.sampling.needs_tasks:
+                rounds.sampling.begin_task(rounds.contents)
             mark()
 
-        if rounds.sampling.needs_tasks:
-            self.with_peers("begin_task", begin)  # else ranks would draw differently, unnoticed
-        else:
-            self.settle()
-            mark()
+        self.with_peers("begin_task", begin)  # else ranks would count tasks, or draw, differently
 
     def here(self, message: str) -> str:
         """The message, with the rank where there are several."""
@@ -420,24 +445,31 @@ class Steps:
         return f"rank {self._transport.rank}: {message}"
 
     def _with_rank(self, error: Exception, advice: str = "") -> Exception:
-        """The error, with advice, and the rank where there are several; of another type, as it is."""
+        """The error, with advice and, of several ranks, this one; of another type as it is."""
         if type(error) not in (TypeError, ValueError):
             return error
         return type(error)(self.here(str(error) + advice))
 
     def read(self, batch_size: int) -> Iterator[Batch]:
         """This rank's representatives; see ``RehearsalBuffer.representatives``."""
-        rounds, num_rounds = self.rounds, self.rounds.num_rounds
+        return self._read(batch_size, self._contents_number())
+
+    def _read(self, batch_size: int, contents: tuple[int, int]) -> Iterator[Batch]:
+        rounds = self.rounds
         for first in range(0, rounds.num_held, batch_size):
-            if rounds.num_rounds != num_rounds:
+            if self._contents_number() != contents:
                 raise RuntimeError(
                     "representatives: the buffer has changed meanwhile; finish the iteration "
-                    "before the next update, draw or offer"
+                    "before the next update, offer, load or rewrite"
                 )
             num_rows = min(batch_size, rounds.num_held - first)
             with outside_inference():
                 batch = self._known.layout.rebuild(rounds.representatives(first, num_rows))
             yield batch
+
+    def _contents_number(self) -> tuple[int, int]:
+        """Another one as soon as what is stored may be other than it was."""
+        return self.num_offers, self.rounds.num_overwritten
 
     def rewrite(self, function: Callable[[Batch], Any], fields: Any, batch_size: int) -> None:
         """See ``RehearsalBuffer.rewrite``."""

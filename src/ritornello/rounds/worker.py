@@ -177,8 +177,10 @@ def shut_down(
     finish_save: Callable[[float], None],
     process: int,
     wait_seconds: float,
+    *,
+    stop_watch: Callable[[], None] | None = None,
 ) -> None:
-    """Ends a buffer: a save in the background, its worker, its transport.
+    """Ends a buffer: a save in the background, its worker, its watch, its transport.
 
     Args:
         worker: of the buffer.
@@ -186,6 +188,7 @@ def shut_down(
         finish_save: writes what is left of a save, within so many seconds.
         process: that made the buffer.
         wait_seconds: for the save, and again for the worker.
+        stop_watch: ends the watch over the other ranks, where there are several.
     """
     if process != os.getpid():
         return  # in a forked child: worker and transport are the parent's
@@ -195,6 +198,8 @@ def shut_down(
         # Python must not end while a thread is inside torch: that would abort the process.
         transport.interrupt()
         has_stopped = worker.stop(EXIT_SECONDS)
+    if stop_watch is not None:
+        stop_watch()
     if has_stopped:
         transport.close()
     else:  # it still uses the transport

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import secrets
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 import numpy as np
 
 from ritornello.arrays import Floats, Ints
-from ritornello.errors import CheckpointError, PeerLostError
+from ritornello.errors import CheckpointError, PartedError
 from ritornello.transports.base import Transport
 
 CALLS = (
@@ -31,16 +32,23 @@ def gather_counts(transport: Transport, count: int) -> Ints:
     """Gives every rank the count of all, int64 ``[num_ranks]``, none of which is negative.
 
     Raises:
-        PeerLostError: a rank is somewhere else, in a call between rounds.
+        PartedError: a rank is somewhere else, in a call between rounds.
     """
     counts = transport.all_gather(np.array([count]))[:, 0].copy()
     elsewhere = tuple(np.flatnonzero(counts < 0).tolist())
     if elsewhere:
-        raise PeerLostError(
-            f"rank(s) {list(elsewhere)} have called something like save, after fewer updates",
+        call = CALLS[(-1 - int(counts[elsewhere[0]])) % len(CALLS)]
+        raise PartedError(
+            f"rank(s) {list(elsewhere)} are in {call}, and this one in a round: all ranks must "
+            f"call {call}, after as many updates",
             elsewhere,
         )
     return counts
+
+
+def random_number(transport: Transport) -> int:
+    """A number of 62 bits that was never used, the same on every rank."""
+    return int(transport.all_gather(np.array([secrets.randbits(62)]))[0, 0])
 
 
 def gather_padded(values: Numbers, transport: Transport) -> list[Numbers]:
@@ -128,13 +136,13 @@ def check_in_step(transport: Transport, call: str, num_offers: int, is_offered: 
 
     Raises:
         CheckpointError: they are not.
-        PeerLostError: some are in a round.
+        PartedError: some are in a round.
     """
     own = (num_offers * 2 + is_offered) * len(CALLS) + CALLS.index(call)
     told = transport.all_gather(np.array([-1 - own]))[:, 0]
     in_round = tuple(np.flatnonzero(told >= 0).tolist())
     if in_round:
-        raise PeerLostError(
+        raise PartedError(
             f"rank(s) {list(in_round)} are in a round: all ranks must call update equally "
             f"often, and {call} after as many",
             in_round,

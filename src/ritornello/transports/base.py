@@ -16,6 +16,7 @@ from torch import Tensor
 from ritornello.arrays import Ints
 from ritornello.records.shard import Shard
 from ritornello.records.storage import Storage
+from ritornello.transports.board import Board
 from ritornello.transports.plan import Plan
 
 
@@ -29,11 +30,14 @@ class Transport(ABC):
         rank: this rank.
         num_ranks: the ranks that share the buffer.
         timeout_seconds: how long a peer may be silent.
+        board: for notes to the other ranks, by which they notice that one of them is in another
+            call; None: they notice it at the timeout.
     """
 
     rank: int
     num_ranks: int
     timeout_seconds: float
+    board: Board | None = None
 
     @abstractmethod
     def all_gather(self, values: Ints) -> Ints:

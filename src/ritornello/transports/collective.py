@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -13,18 +14,26 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from ritornello.arrays import Ints
 from ritornello.errors import PeerLostError
 from ritornello.records.digest import digest
 from ritornello.records.shard import Shard
 from ritornello.transports.base import Transport
+from ritornello.transports.board import StoreBoard
 from ritornello.transports.plan import Plan
 
 RECORDS_TAG, SIZES_TAG, NO_TAG = range(3)
 """What a message is; none has the last."""
 
 GATHERING, EXCHANGING = "gathering sizes", "exchanging records"
+MAKING = "making the buffer's private process group"
+
+WARN_SECONDS = 10.0
+"""After which a rank that makes its buffer says for whom it waits."""
+
+logger = logging.getLogger(__name__)
 
 
 class CollectiveTransport(Transport):
@@ -42,6 +51,7 @@ class CollectiveTransport(Transport):
         num_ranks: its size.
         timeout_seconds: the group's timeout.
         on_close: called once by ``close``, to give the group back.
+        store: of all ranks, for the board of this buffer alone.
     """
 
     def __init__(
@@ -51,12 +61,14 @@ class CollectiveTransport(Transport):
         num_ranks: int,
         timeout_seconds: float,
         on_close: Callable[[], None] | None = None,
+        store: Store | None = None,
     ) -> None:
         self.rank = rank
         self.num_ranks = num_ranks
         self.timeout_seconds = timeout_seconds
         self._group = group
         self._on_close = on_close
+        self.board = None if store is None else StoreBoard(store)
 
     @classmethod
     def beside(
@@ -77,11 +89,13 @@ class CollectiveTransport(Transport):
         ranks = dist.get_process_group_ranks(group if group is not None else dist.group.WORLD)
         rank = dist.get_rank(group)
         timeout = timedelta(seconds=timeout_seconds)
-        with _lost_peers("making the buffer's private process group", timeout_seconds):
-            if device.type == "cpu":
-                return cls(_gloo_group(ranks, rank, timeout), rank, len(ranks), timeout_seconds)
+        if device.type == "cpu":
+            store = _meet(ranks, rank, timeout_seconds)
+            private: Any = _connect(store, rank, len(ranks), timeout_seconds)
+            return cls(private, rank, len(ranks), timeout_seconds, store=store)
+        with _lost_peers(MAKING, timeout_seconds):
             # NCCL's communicators need the rest that PyTorch keeps of its groups.
-            private: Any = dist.new_group(
+            private = dist.new_group(
                 ranks,
                 timeout=timeout,
                 backend=backends_for(device),
@@ -92,7 +106,10 @@ class CollectiveTransport(Transport):
             if dist.is_initialized():
                 dist.destroy_process_group(private)
 
-        return cls(private, dist.get_rank(private), len(ranks), timeout_seconds, give_back)
+        store = PrefixStore(
+            f"ritornello/{private.group_name}", dist.distributed_c10d._get_default_store()
+        )
+        return cls(private, dist.get_rank(private), len(ranks), timeout_seconds, give_back, store)
 
     def all_gather(self, values: Ints) -> Ints:
         """See ``Transport.all_gather``."""
@@ -177,29 +194,75 @@ def backends_for(device: torch.device) -> str:
     return f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device)}"
 
 
-def _gloo_group(ranks: list[int], rank: int, timeout: timedelta) -> dist.ProcessGroupGloo:
-    """A group of some ranks of the job; ``new_group`` would be everybody's business.
+def _meet(ranks: list[int], rank: int, timeout_seconds: float) -> PrefixStore:
+    """Waits until all have come; gives them a store of their own.
 
     PyTorch names groups by a number that it counts up with each of them, on every rank for
     itself. If some ranks had a buffer and others none, the numbers would differ from then on, and
-    the next group that all ranks make would wait in vain.
+    the next group that all ranks make would wait in vain. So this counts for itself.
+
+    Raises:
+        PeerLostError: not all came within the timeout; names those.
     """
     store = dist.distributed_c10d._get_default_store()
     # An elastic launcher's store outlives the ranks that it starts again.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     name = f"ritornello/{attempt}/{digest('-'.join(map(str, ranks)))}"
-    # None of them makes its next one before all have come to this one.
-    count = store.add(name, 1)
-    own = dist.distributed_c10d.PrefixStore(f"{name}/{(count - 1) // len(ranks)}", store)
-    if count % len(ranks) == 0:
-        own.set("all", "here")
-    else:
+    with _lost_peers(MAKING, timeout_seconds):
+        # None of them makes its next one before all have come to this one.
+        count = store.add(name, 1)
+        own = PrefixStore(f"{name}/{(count - 1) // len(ranks)}", store)
+        own.set(f"here/{rank}", "")
+        if count % len(ranks) == 0:
+            own.set("all", "here")
+
+    def missing() -> tuple[int, ...]:
+        return tuple(each for each in range(len(ranks)) if not own.check([f"here/{each}"]))
+
+    began = time.monotonic()
+    for seconds in (min(WARN_SECONDS, timeout_seconds), timeout_seconds):
         try:
-            own.wait(["all"], timeout)
+            own.wait(["all"], timedelta(seconds=max(0.001, seconds + began - time.monotonic())))
+            return own
         except RuntimeError:
-            store.add(name, -1)  # so that they can try again
-            raise
-    return dist.ProcessGroupGloo(own, rank, len(ranks), timeout)
+            if seconds < timeout_seconds:
+                logger.warning(
+                    "rank %d has waited %g s for rank(s) %s to make their RehearsalBuffer: all "
+                    "ranks must make it",
+                    rank,
+                    seconds,
+                    list(missing()),
+                )
+    with _lost_peers(MAKING, timeout_seconds):
+        store.add(name, -1)  # so that they can try again
+        late = missing()
+    raise PeerLostError(
+        f"rank(s) {list(late)} did not come within {timeout_seconds:g} s (timeout_seconds), while "
+        f"{MAKING}: all ranks must make a RehearsalBuffer",
+        late,
+    )
+
+
+def _connect(
+    store: PrefixStore, rank: int, num_ranks: int, timeout_seconds: float
+) -> dist.ProcessGroupGloo:
+    """A group of ranks that have met."""
+    began = time.monotonic()
+    try:
+        return dist.ProcessGroupGloo(store, rank, num_ranks, timedelta(seconds=timeout_seconds))
+    except RuntimeError as error:
+        # Gloo's ranks leave their addresses in the store; who has died before did not.
+        addresses = [f"0/{each}" for each in range(num_ranks)]
+        late: tuple[int, ...] = ()
+        with suppress(RuntimeError):
+            if store.check([addresses[rank]]):
+                late = tuple(i for i, each in enumerate(addresses) if not store.check([each]))
+        who = f"rank(s) {list(late)}" if late else "a peer"
+        raise PeerLostError(
+            f"{who} did not connect within {time.monotonic() - began:.3g} s, while {MAKING}: "
+            f"{str(error).splitlines()[0]}",
+            late,
+        ) from error
 
 
 @contextmanager

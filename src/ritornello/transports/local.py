@@ -15,6 +15,7 @@ from ritornello.errors import PeerLostError
 from ritornello.records import accelerators
 from ritornello.records.shard import Shard
 from ritornello.transports.base import Transport
+from ritornello.transports.board import RoomBoard
 from ritornello.transports.plan import Plan
 
 _Payload = tuple[Tensor, torch.Event | None]
@@ -22,7 +23,7 @@ _Payload = tuple[Tensor, torch.Event | None]
 
 
 class _Room:
-    """What the ranks of one process share: a mailbox for each ordered pair of ranks."""
+    """What the ranks of one process share: a board, and a mailbox for each ordered pair of them."""
 
     def __init__(self, num_ranks: int) -> None:
         self.mailboxes: dict[tuple[int, int], queue.SimpleQueue[_Payload | None]] = {
@@ -30,6 +31,7 @@ class _Room:
             for sender in range(num_ranks)
             for receiver in range(num_ranks)
         }
+        self.board = RoomBoard()
         self.closed = [threading.Event() for _ in range(num_ranks)]
 
 
@@ -47,6 +49,7 @@ class LocalTransport(Transport):
         self.num_ranks = num_ranks
         self.timeout_seconds = timeout
         self._room = room or _Room(num_ranks)
+        self.board = self._room.board
 
     @classmethod
     def connect(cls, num_ranks: int, timeout_seconds: float = 300.0) -> list[LocalTransport]:
@@ -59,7 +62,7 @@ class LocalTransport(Transport):
         mine = torch.from_numpy(np.array(values, dtype=np.int64))
         for peer in range(self.num_ranks):
             self._send(peer, mine)
-        return np.stack([self._receive(peer).numpy() for peer in range(self.num_ranks)])
+        return np.stack([self._receive(peer, mine).numpy() for peer in range(self.num_ranks)])
 
     def exchange(
         self, shard: Shard, plan: Plan, out: Tensor, peers: Sequence[int] | None = None
@@ -81,7 +84,7 @@ class LocalTransport(Transport):
                 self._send(peer, blocks[peer], ready)
         for peer in peers:
             if len(places[peer]):
-                places[peer].copy_(self._receive(peer))
+                places[peer].copy_(self._receive(peer, places[peer]))
 
     def interrupt(self) -> None:
         """See ``Transport.interrupt``. What waits takes its peer for closed."""
@@ -98,7 +101,7 @@ class LocalTransport(Transport):
     def _send(self, peer: int, payload: Tensor, ready: torch.Event | None = None) -> None:
         self._room.mailboxes[self.rank, peer].put((payload, ready))
 
-    def _receive(self, peer: int) -> Tensor:
+    def _receive(self, peer: int, like: Tensor) -> Tensor:
         try:
             sent = self._room.mailboxes[peer, self.rank].get(timeout=self.timeout_seconds)
         except queue.Empty:
@@ -109,6 +112,8 @@ class LocalTransport(Transport):
         if sent is None:
             raise PeerLostError(f"rank {peer} has closed its buffer", (peer,))
         payload, ready = sent
+        if payload.dtype != like.dtype or payload.shape != like.shape:
+            raise PeerLostError(f"rank {peer} is in another call: it sent something else", (peer,))
         if ready is not None:
             stream = accelerators.current_stream(payload.device)
             stream.wait_event(ready)

@@ -17,6 +17,7 @@ from ritornello.arrays import Ints
 from ritornello.errors import BufferClosedError, PeerLostError
 from ritornello.records.shard import Shard
 from ritornello.transports.base import Transport
+from ritornello.transports.board import Board
 from ritornello.transports.plan import Plan
 
 if TYPE_CHECKING:
@@ -28,8 +29,15 @@ NUM_YIELDS = 50
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 20e-6, 1e-3
 """Between later looks. MPI's own waits would keep a whole core busy, one that trains."""
 
+RECORDS_TAG, NOTES_TAG = range(2)
+"""What a message is."""
+
 _abandoned: list[Request] = []
 """Requests that MPI may still serve after a fault. Each holds the memory that it concerns."""
+
+
+_notes_sent: list[Request] = []
+"""Requests of notes that nobody waits for. Each holds the memory that it concerns."""
 
 
 class _Pending(NamedTuple):
@@ -77,6 +85,7 @@ class MpiTransport(Transport):
             pending.append(_Pending(request, None, receives=False))
         # Errors become exceptions, whatever the given communicator does with its own.
         self._communicator.Set_errhandler(self._mpi.ERRORS_RETURN)
+        self.board = _MessageBoard(self._communicator)
 
     @classmethod
     def beside(
@@ -161,12 +170,13 @@ class MpiTransport(Transport):
             for peer in others:
                 if len(places[peer]):
                     message = [places[peer].numpy(), len(places[peer]), unit]
-                    request = self._communicator.Irecv(message, peer)
+                    request = self._communicator.Irecv(message, peer, RECORDS_TAG)
                     pending.append(_Pending(request, peer, receives=True))
             for peer, block in zip(others, blocks, strict=True):
                 if len(block):
                     shard.gather(slots[peer], block)
-                    request = self._communicator.Isend([block.numpy(), len(block), unit], peer)
+                    message = [block.numpy(), len(block), unit]
+                    request = self._communicator.Isend(message, peer, RECORDS_TAG)
                     pending.append(_Pending(request, peer, receives=False))
             if peers is None or self.rank in peers:
                 shard.gather(slots[self.rank], places[self.rank])
@@ -238,6 +248,30 @@ class MpiTransport(Transport):
                 f"{_silence(late)} for {self.timeout_seconds:g} s (timeout_seconds), while {doing}",
                 tuple(sorted({each.peer for each in late if each.peer is not None})),
             )
+
+
+class _MessageBoard(Board):
+    """Notes as messages to everybody: only calls of all ranks, and faults, have one."""
+
+    def __init__(self, communicator: Intracomm) -> None:
+        self._communicator = communicator
+        self._notes: dict[str, str] = {}
+
+    def post(self, subject: str, note: str) -> None:
+        """See ``Board.post``."""
+        self._notes[subject] = note
+        for peer in range(self._communicator.Get_size()):
+            if peer != self._communicator.Get_rank():
+                _notes_sent.append(self._communicator.isend((subject, note), peer, NOTES_TAG))
+        _notes_sent[:] = [each for each in _notes_sent if not each.Test()]
+
+    def read(self, subject: str) -> str | None:
+        """See ``Board.read``."""
+        with suppress(RuntimeError):  # MPI reports a fault
+            while (message := self._communicator.improbe(tag=NOTES_TAG)) is not None:
+                about, note = message.recv()
+                self._notes[about] = note
+        return self._notes.get(subject)
 
 
 def _load_mpi() -> ModuleType:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -12,9 +14,13 @@ from ritornello.records.storage import Storage
 from ritornello.transports.agreement import check_agreement
 from ritornello.transports.base import Transport
 from ritornello.transports.collective import CollectiveTransport
+from ritornello.transports.launched import check_alone
 from ritornello.transports.local import LocalTransport
 from ritornello.transports.mpi import MpiTransport
 from ritornello.transports.shared_memory import SharedMemoryTransport
+
+DEFAULT_SECONDS = 1800.0
+"""The timeout where no process group has one: PyTorch's own default."""
 
 NAMES = ("auto", "local", "shared_memory", "collective", "mpi")
 
@@ -22,7 +28,7 @@ NAMES = ("auto", "local", "shared_memory", "collective", "mpi")
 def open_transport(
     transport: str | Transport,
     process_group: dist.ProcessGroup | DeviceMesh | None,
-    timeout_seconds: float,
+    timeout_seconds: float | None,
     storage: Storage,
 ) -> Transport:
     """The transport with that name for the ranks of a group.
@@ -34,12 +40,13 @@ def open_transport(
             inside each host and "collective" between hosts, or "local" for a single process.
         process_group: or a device mesh of one dimension. None: the default group if there is
             one, else a single process.
-        timeout_seconds: how long a peer may be silent.
+        timeout_seconds: how long a peer may be silent; None: as long as in the group itself.
         storage: where the shards shall lie.
 
     Raises:
         ValueError: no such name; "local" for several ranks; "collective" or "shared_memory"
-            without a group; "shared_memory" for several hosts or storage that cannot be
+            without a group; "auto" without one where a launcher has started several ranks;
+            "shared_memory" for several hosts or storage that cannot be
             shared; "mpi" for other ranks than the group's; a mesh of several dimensions; or this
             process is not in the group.
         TypeError: neither a name nor a transport; neither a group nor a mesh.
@@ -54,6 +61,8 @@ def open_transport(
         raise ValueError(f"transport={transport!r}: there are {', '.join(map(repr, NAMES))}")
     distributed = dist.is_available() and dist.is_initialized()
     group = None if process_group is None else _group_of(process_group)
+    if timeout_seconds is None:
+        timeout_seconds = _timeout_of(group) if distributed else DEFAULT_SECONDS
     if transport == "mpi":
         return MpiTransport.beside(group, timeout_seconds, storage.device)
     num_ranks = dist.get_world_size(group) if distributed else 1
@@ -73,6 +82,8 @@ def open_transport(
             "storage='shared' or 'file:DIR', or transport='collective'"
         )
     if num_ranks == 1:
+        if transport == "auto" and not distributed:
+            check_alone(os.environ)
         return LocalTransport(timeout=timeout_seconds)
     collective = CollectiveTransport.beside(group, timeout_seconds, storage.device)
     try:
@@ -84,6 +95,16 @@ def open_transport(
     except BaseException:
         collective.close()
         raise
+
+
+def _timeout_of(group: dist.ProcessGroup | None) -> float:
+    """The timeout of a group's collectives; the longest, where its devices have several."""
+    own: Any = dist.group.WORLD if group is None else group
+    timeouts = list[float]()
+    for device in own._device_types:
+        with suppress(RuntimeError, AttributeError):  # a backend without options
+            timeouts.append(own._get_backend(device).options._timeout.total_seconds())
+    return max(timeouts, default=DEFAULT_SECONDS)
 
 
 def default_ranks() -> tuple[int, int]:

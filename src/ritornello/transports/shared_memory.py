@@ -75,6 +75,7 @@ class SharedMemoryTransport(Transport):
         self.rank = inner.rank
         self.num_ranks = inner.num_ranks
         self.timeout_seconds = inner.timeout_seconds
+        self.board = inner.board
         self._inner = inner
         self._host: Shard | None = None
         self._readers: list[int] = []
@@ -157,8 +158,7 @@ class SharedMemoryTransport(Transport):
         """Maps flags, room for gathering, and semaphores."""
         num = len(self.neighbours)
         leads = self._leader == self.rank
-        process = int(self._processes[self._leader])
-        with MappedMemory.open(process, descriptor, self._num_control_bytes, SHARED) as memory:
+        with self._memory_of_leader(descriptor, self._num_control_bytes, SHARED) as memory:
             control = memory.map()
         num_semaphore_bytes = NUM_KINDS * num * num * SEMAPHORE_BYTES
         words = control[:-num_semaphore_bytes].view(torch.int64).numpy()
@@ -168,6 +168,16 @@ class SharedMemoryTransport(Transport):
         self._gathering: Ints = words[num : num + 2 * num * GATHER_WIDTH].reshape(2, num, -1)
         self._turn = 0
         self._semaphores = Semaphores(control[-num_semaphore_bytes:], initialise=leads)
+
+    def _memory_of_leader(self, descriptor: int, num_bytes: int, storage: Storage) -> MappedMemory:
+        process = int(self._processes[self._leader])
+        try:
+            return MappedMemory.open(process, descriptor, num_bytes, storage)
+        except (FileNotFoundError, ProcessLookupError) as error:  # it was within reach before
+            raise PeerLostError(
+                f"rank {self._leader} has ended or was killed, while sharing its memory",
+                (self._leader,),
+            ) from error
 
     def _watch_neighbours(self) -> dict[int, int]:
         """For each neighbour in another process a descriptor that tells when it has ended."""
@@ -206,9 +216,8 @@ class SharedMemoryTransport(Transport):
         def reserve() -> int:
             nonlocal memory, host
             if memory is None:
-                process = int(self._processes[self._leader])
                 descriptor = int(descriptors[self._leader])
-                memory = MappedMemory.open(process, descriptor, num_bytes, storage)
+                memory = self._memory_of_leader(descriptor, num_bytes, storage)
             first = int(firsts[self.rank]) * record_bytes
             memory.reserve(first, int(rows[self.rank]) * record_bytes)
             host = memory.map().view(num_rows, record_bytes)
