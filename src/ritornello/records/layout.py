@@ -7,6 +7,8 @@ fields are typed views of the rows: nothing is ever converted.
 
 from __future__ import annotations
 
+import math
+import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass, is_dataclass, replace
 from typing import Any
@@ -39,6 +41,19 @@ INTEGERS = {
     for name in ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
 }
 
+DTYPES = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in vars(torch).values()
+    if isinstance(dtype, torch.dtype) and not str(dtype).startswith(("torch.q", "torch.bits"))
+}
+"""Those of fields, by name."""
+
+MOST_FIELDS = 10_000
+
+MOST_FIELD_BYTES = 2**40
+
+MOST_DIMENSIONS = 64
+
 SHAPE_REMEDY = ". Pad, crop or resize all samples to one shape"
 
 LIST_REMEDY = (
@@ -61,6 +76,11 @@ class Field:
     def __str__(self) -> str:
         return f"{path_text(self.path)}: {self.dtype} {list(self.shape)}"
 
+    @property
+    def is_integer(self) -> bool:
+        """Whether it is one integer per sample."""
+        return self.dtype in INTEGERS and self.shape == ()
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -77,11 +97,21 @@ class Layout:
 
         Raises:
             TypeError: a leaf is no dense tensor.
-            ValueError: a leaf has no batch dimension, or there is none.
+            ValueError: a leaf has no batch dimension, there is no leaf, or too many or too large
+                ones.
         """
         fields, offset = [], 0
         for path, leaf in leaves_of(batch):
             _check_leaf(path, leaf)
+            if len(fields) == MOST_FIELDS:
+                raise ValueError(
+                    f"the mini-batch holds more than {MOST_FIELDS} tensors: stack those that are "
+                    "alike"
+                )
+            try:
+                check_field(leaf.dtype, leaf.shape[1:])
+            except ValueError as error:
+                raise ValueError(f"{path_text(path)}: {error}") from None
             alignment = min(leaf.element_size(), ROW_ALIGNMENT)
             offset = -(-offset // alignment) * alignment
             shape = tuple(leaf.shape[1:])
@@ -217,7 +247,7 @@ class Layout:
             return None
         position = self.position(path)
         field = self.fields[position]
-        if field.dtype in INTEGERS and field.shape == ():
+        if field.is_integer:
             return position
         if not required:
             return None
@@ -244,6 +274,20 @@ def bytes_of(leaf: Tensor) -> Bytes | None:
         return None
     array: Bytes = leaf.detach().view(leaf.shape[0], -1).view(torch.uint8).numpy()
     return array
+
+
+def check_field(dtype: torch.dtype, shape: Sequence[int]) -> None:
+    """Checks that records can have such a field.
+
+    Raises:
+        ValueError: they cannot.
+    """
+    if dtype not in DTYPES.values():
+        raise ValueError(f"a field of the dtype {dtype} cannot be stored")
+    # Zeros count as ones: no stride may be too large for PyTorch.
+    num_bytes = dtype.itemsize * math.prod(max(1, size) for size in shape[:MOST_DIMENSIONS])
+    if len(shape) > MOST_DIMENSIONS or num_bytes > MOST_FIELD_BYTES:
+        raise ValueError(f"a field of the shape {reprlib.repr(list(shape))}")
 
 
 def shape_elements(shape: Sequence[int]) -> int:

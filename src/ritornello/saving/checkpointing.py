@@ -71,7 +71,7 @@ class Checkpointing:
             self._end()
             snapshot = together(self._transport, self._snapshot, "save")
             saving = SaveUnderWay(
-                Path(folder),
+                Path(folder).absolute(),  # the trainer may go elsewhere meanwhile
                 snapshot,
                 new_save_id(self._transport),
                 self._rounds.to_host,

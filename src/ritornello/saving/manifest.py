@@ -170,6 +170,19 @@ class Manifest:
         content["layout"] = None if self.layout is None else layout_to_json(self.layout)
         return json.dumps(with_checksum(content), indent=1)
 
+    def as_readable_json(self) -> str:
+        """As text, after ``from_json`` has taken it: so nothing is saved that no load accepts.
+
+        Raises:
+            CheckpointError: it does not.
+        """
+        text = self.as_json()
+        try:
+            Manifest.from_json(text, "the manifest")
+        except CheckpointError as error:
+            raise CheckpointError(f"what is saved could not be loaded: {error}") from error
+        return text
+
     @classmethod
     def from_json(cls, text: str | bytes, where: str) -> Manifest:
         """From text.
@@ -181,6 +194,10 @@ class Manifest:
         Raises:
             CheckpointError: it is none, or of another version.
         """
+        if len(text) > MOST_BYTES:
+            raise CheckpointError(
+                f"{where} is no manifest: it has {len(text)} bytes, and {MOST_BYTES} at most"
+            )
         try:
             content = json.loads(text, parse_constant=no_constant)
             if not isinstance(content, dict) or content.get("format") != FORMAT:
@@ -205,6 +222,8 @@ class Manifest:
         label = content["label"]
         if label is not None and (layout is None or checked_count(label) >= len(layout.fields)):
             raise ValueError(f"label={reprlib.repr(label)} is no field of the layout")
+        if layout is not None and label is not None and not layout.fields[label].is_integer:
+            raise ValueError(f"label={label} is the field {layout.fields[label]}: no integer")
         num_drawn, rate = content.get("num_drawn"), content.get("rate")
         manifest = cls(
             arguments=checked_texts(content["arguments"]),
