@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn, Self
@@ -42,6 +42,7 @@ from ritornello.saving.converted import Converted
 from ritornello.saving.folder import SavedFolder
 from ritornello.saving.saved_buffer import SavedBuffer
 from ritornello.saving.state_dict import SavedState, WholeState
+from ritornello.saving.writing import FILES_SECONDS
 from ritornello.transports.agreement import check_agreement
 from ritornello.transports.base import Transport
 from ritornello.transports.opening import open_transport
@@ -87,7 +88,8 @@ class RehearsalBuffer:
             "class-balanced-reservoir", "grasp", "greedy-balanced", "first-offered",
             "reservoir", "fifo", or a ``SelectionPolicy``.
         label: which leaf of a sample is the class label: an index, key or attribute, or a tuple
-            of them for a nested leaf; None for policies that need none. One integer per sample.
+            (or list) of them for a nested leaf; None for policies that need none. One integer per
+            sample.
         process_group: whose ranks share the buffer, or a device mesh of one dimension, such as
             ``mesh["data_parallel"]``. None: the default group's, or a single process if there is
             none.
@@ -124,7 +126,7 @@ class RehearsalBuffer:
         most_representatives: int | None = None,
         num_candidates: int | None = None,
         selection: str | SelectionPolicy = "class-balanced",
-        label: int | str | tuple[int | str, ...] | None = 1,
+        label: int | str | Sequence[int | str] | None = 1,
         process_group: dist.ProcessGroup | DeviceMesh | None = None,
         seed: int = 0,
         sampling: str | SamplingPolicy = "uniform",
@@ -180,10 +182,8 @@ class RehearsalBuffer:
         self._timeout_seconds = timeout_seconds
         self._process = os.getpid()
         # One path for close(), garbage collection and the interpreter's exit.
-        self._end = partial(
-            shut_down, self._worker, channel, self._checkpointing.finish, self._process
-        )
-        self._finalizer = weakref.finalize(self, self._end, EXIT_SECONDS)
+        self._end = partial(shut_down, self._worker, channel, self._checkpointing, self._process)
+        self._finalizer = weakref.finalize(self, self._end, EXIT_SECONDS, FILES_SECONDS)
 
     @property
     def num_draws(self) -> int:
@@ -487,8 +487,9 @@ class RehearsalBuffer:
 
         A rank's state is the entry ``rank_I``, of texts and tensors in CPU memory: for
         ``torch.distributed.checkpoint`` (whose ``load`` wants as many ranks), or ``torch.save`` on
-        every rank. For those who save on one rank only, let all ranks ask for the whole state, or
-        give them ``whole``.
+        every rank. One rank's entry alone is not the buffer: for those who save on one rank only,
+        let all ranks ask for the whole state, or give them ``whole``. Else ``load_state_dict`` says
+        which shards are missing.
 
         Args:
             whole: on rank 0 with the entries of all ranks; blocks until all ranks have called it.
@@ -551,7 +552,7 @@ class RehearsalBuffer:
         this rank's records for their last round, so this waits for it, at most
         ``timeout_seconds``. Never raises for a peer that is gone.
         """
-        self._close(self._timeout_seconds)
+        self._close(self._timeout_seconds, self._timeout_seconds)
 
     def __enter__(self) -> Self:
         return self
@@ -562,8 +563,10 @@ class RehearsalBuffer:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        # After an error the peers may never come to this round.
-        self._close(self._timeout_seconds if error is None else 0.0)
+        if error is None:
+            self.close()
+        else:  # the peers may never come to this round
+            self._close(0.0, FILES_SECONDS)
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(
@@ -583,11 +586,10 @@ class RehearsalBuffer:
         if self._steps.failure is not None:
             raise self._steps.failure
 
-    def _close(self, wait_seconds: float) -> None:
+    def _close(self, wait_seconds: float, patience_seconds: float) -> None:
         if self._process != os.getpid() or self._finalizer.detach() is None:
             return
         try:
             self._steps.finish(wait_seconds)
-            self._checkpointing.finish(wait_seconds)
         finally:  # also after Ctrl-C
-            self._end(min(wait_seconds, EXIT_SECONDS))
+            self._end(min(wait_seconds, EXIT_SECONDS), patience_seconds)

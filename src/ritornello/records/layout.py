@@ -100,7 +100,8 @@ class Layout:
             ValueError: a leaf has no batch dimension, there is no leaf, or too many or too large
                 ones.
         """
-        fields, offset = [], 0
+        fields = list[Field]()
+        offset = 0
         for path, leaf in leaves_of(batch):
             _check_leaf(path, leaf)
             if len(fields) == MOST_FIELDS:
@@ -132,6 +133,9 @@ class Layout:
     def leaves(self, batch: Batch) -> list[Tensor]:
         """The leaves of a mini-batch in the order of ``fields``, checked against the layout.
 
+        Plain tensors: of subclasses, such as torchvision's images, only the values are stored, and
+        new samples come as representatives do, in every step alike.
+
         Raises:
             TypeError: a leaf is no dense tensor.
             ValueError: another nesting, dtype, shape, or leaves of different batch sizes.
@@ -139,8 +143,10 @@ class Layout:
         found: list[Any] = [None] * len(self.fields)
         leaves_like(self.template, batch, found)
         num_samples: int | None = None
-        for field, leaf in zip(self.fields, found, strict=True):
+        for position, (field, leaf) in enumerate(zip(self.fields, found, strict=True)):
             _check_leaf(field.path, leaf)
+            if type(leaf) is not Tensor:
+                found[position] = _plain(field.path, leaf)
             num_in_leaf, *shape = leaf.shape
             if leaf.dtype != field.dtype or tuple(shape) != field.shape:
                 raise ValueError(
@@ -307,6 +313,20 @@ def _check_leaf(path: Path, leaf: Any) -> None:
         raise ValueError(
             f"{path_text(path)} has no dimensions; a mini-batch's leaf has the shape [b, ...]"
         )
+
+
+def _plain(path: Path, leaf: Tensor) -> Tensor:
+    """The plain tensor that one of a subclass is.
+
+    Raises:
+        TypeError: it only looks like one, and has its values elsewhere.
+    """
+    if type(leaf).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        raise TypeError(
+            f"{path_text(path)} is a {type(leaf).__name__}, which has no values of its own; give "
+            "the plain tensor that it stands for"
+        )
+    return leaf.as_subclass(Tensor)
 
 
 def _remedy_for(leaf: Any) -> str:

@@ -9,6 +9,8 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Protocol
 
 from ritornello.rounds.staging import Candidates
 from ritornello.transports.base import Transport
@@ -48,8 +50,17 @@ class Worker(ABC):
         """Ends the worker; whether it has ended within ``wait_seconds``."""
 
     @abstractmethod
-    def while_idle(self, work: IdleWork) -> None:
-        """Calls ``work`` between rounds, again and again until it has ended; one at a time."""
+    def while_idle(self, work: IdleWork) -> bool:
+        """Calls ``work`` between rounds, again and again until it has ended; one at a time.
+
+        Returns:
+            Whether it does; False: nothing runs between rounds.
+        """
+
+    @property
+    def is_calling(self) -> bool:
+        """Whether the caller is on the worker's own thread."""
+        return False
 
     def call_at_end(self, call: Callable[[], None]) -> None:  # noqa: B027  (ends at once)
         """Has a worker that did not stop in time call this when it ends."""
@@ -74,10 +85,9 @@ class InlineWorker(Worker):
         """See ``Worker.result``."""
         return _unwrap(self._outcome)
 
-    def while_idle(self, work: IdleWork) -> None:
-        """See ``Worker.while_idle``. Does at once what needs no waiting."""
-        while work() == 0.0:
-            pass
+    def while_idle(self, work: IdleWork) -> bool:
+        """See ``Worker.while_idle``."""
+        return False
 
     def stop(self, wait_seconds: float) -> bool:
         """See ``Worker.stop``."""
@@ -117,15 +127,21 @@ class ThreadWorker(Worker):
             raise TimeoutError from None
         return _unwrap(outcome)
 
-    def while_idle(self, work: IdleWork) -> None:
+    def while_idle(self, work: IdleWork) -> bool:
         """See ``Worker.while_idle``."""
         self._state.starts.put(work)
+        return True
+
+    @property
+    def is_calling(self) -> bool:
+        """See ``Worker.is_calling``."""
+        return self._thread is threading.current_thread()
 
     def stop(self, wait_seconds: float) -> bool:
         """See ``Worker.stop``."""
         self._state.stopping.set()
         self._state.starts.put(None)
-        if self._thread is threading.current_thread():  # collected while the thread itself runs
+        if self.is_calling:
             return False
         self._thread.join(wait_seconds)
         return not self._thread.is_alive()
@@ -170,31 +186,62 @@ def _unwrap(outcome: Outcome) -> int:
     return outcome
 
 
+class Saving(Protocol):
+    """A save in the background, as the end of its buffer sees it. Nothing here raises."""
+
+    def write(self) -> None:
+        """Writes what is left of this rank's file."""
+
+    def finish(self, patience_seconds: float) -> None:
+        """Makes the save count, as soon as all ranks have written."""
+
+
 def shut_down(
     worker: Worker,
     transport: Transport,
-    finish_save: Callable[[float], None],
+    saving: Saving,
     process: int,
     wait_seconds: float,
+    patience_seconds: float,
 ) -> None:
-    """Ends a buffer: a save in the background, its worker, its transport.
+    """Ends a buffer: its worker, its transport, and a save in the background.
 
     Args:
         worker: of the buffer.
         transport: of the buffer.
-        finish_save: writes what is left of a save, within so many seconds.
+        saving: what is saved meanwhile, if anything.
         process: that made the buffer.
-        wait_seconds: for the save, and again for the worker.
+        wait_seconds: for the worker.
+        patience_seconds: for other ranks, which may still write their files.
     """
     if process != os.getpid():
         return  # in a forked child: worker and transport are the parent's
-    finish_save(wait_seconds)
     has_stopped = worker.stop(wait_seconds)
-    if not has_stopped:
-        # Python must not end while a thread is inside torch: that would abort the process.
+    if worker.is_calling:  # collected while its own thread runs, maybe in the midst of a save
         transport.interrupt()
-        has_stopped = worker.stop(EXIT_SECONDS)
-    if has_stopped:
-        transport.close()
-    else:  # it still uses the transport
-        worker.call_at_end(transport.close)
+        worker.call_at_end(partial(_end, worker, transport, saving, True, patience_seconds))
+    else:
+        _end(worker, transport, saving, has_stopped, patience_seconds)
+
+
+def _end(
+    worker: Worker,
+    transport: Transport,
+    saving: Saving,
+    has_stopped: bool,
+    patience_seconds: float,
+) -> None:
+    """See ``shut_down``; the worker shall stop, or has."""
+    try:
+        saving.write()
+    finally:
+        # Now, as other ranks may wait for this one in a round, and cannot write meanwhile.
+        if not has_stopped:
+            # Python must not end while a thread is inside torch: that would abort the process.
+            transport.interrupt()
+            has_stopped = worker.stop(EXIT_SECONDS)
+        if has_stopped:
+            transport.close()
+        else:  # it still uses the transport
+            worker.call_at_end(transport.close)
+    saving.finish(patience_seconds)

@@ -24,6 +24,9 @@ from ritornello.saving.shard_file import ShardFile
 
 MANIFEST = "manifest.json"
 
+MOST_LOOKS = 20
+"""How often who reads looks again, if another save has taken the place of what was there."""
+
 OURS = re.compile(
     r"shard-[0-9]{5,}-of-[0-9]{5,}-[0-9a-f]{16}\.(begun|(safetensors|json)(\.partial)?)"
 )
@@ -130,7 +133,15 @@ class SavedFolder(SavedBuffer):
         """
         manifest, about = self.manifest, self.manifest.files[rank]
         path = self.folder / about.name
-        file = ShardFile(path, about.sha256)
+        try:
+            file = ShardFile(path, about.sha256)
+        except CheckpointError as error:
+            if self.has_been_replaced():
+                raise CheckpointError(
+                    f"{self.folder}: another save has taken the place of this one while it was "
+                    "read; read it anew"
+                ) from error
+            raise
         try:
             for what, found, expected in (
                 ("bytes", file.num_bytes, about.num_bytes),
@@ -146,6 +157,13 @@ class SavedFolder(SavedBuffer):
             file.close()
             raise
         return file
+
+    def has_been_replaced(self) -> bool:
+        """See ``SavedBuffer.has_been_replaced``."""
+        try:
+            return _read_manifest(self.folder).save_id != self.manifest.save_id
+        except CheckpointError:
+            return False
 
     def checked_rows(self, rank: int) -> Iterator[tuple[Ints, Bytes]]:
         """See ``SavedBuffer.checked_rows``."""

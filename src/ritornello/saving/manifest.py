@@ -19,6 +19,7 @@ import torch
 from ritornello.arrays import Ints
 from ritornello.errors import CheckpointError
 from ritornello.records.layout import Layout
+from ritornello.rounds.arguments import meant
 from ritornello.saving.checked_json import (
     checked_bool,
     checked_count,
@@ -37,6 +38,9 @@ FORMAT_VERSION = 1
 
 MOST_BYTES = 2**24
 """A manifest has a few lines for each shard and task; a longer one is none of ours."""
+
+MOST_NAME = 10_000
+"""Characters of a task's name."""
 
 MOST_ROUNDS = 2**48
 """Nobody has more steps; what is computed from fewer fits into 64 bits."""
@@ -151,6 +155,11 @@ class Manifest:
         if self.num_drawn is None:  # earlier releases drew something wherever there was something
             return self.num_rounds > 0 and self.num_held > 0 and self.num_staged == 0
         return self.num_held > 0 and self.num_staged < self.num_drawn
+
+    def meant(self, argument: str) -> str | None:
+        """An argument's text, the same for all that mean the same; None: it is not there."""
+        text = self.arguments.get(argument)
+        return None if text is None else meant(argument, text)
 
     def task_numbers(self, admitted_in: Ints) -> Ints:
         """The position in ``tasks`` of what was admitted in some rounds; -1: before the first."""

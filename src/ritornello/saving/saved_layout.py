@@ -13,6 +13,7 @@ from ritornello.records.layout import DTYPES, MOST_FIELDS, Layout, check_field
 from ritornello.records.nesting import MOST_LEVELS, Batch, Registered, Template, leaves_of
 from ritornello.saving.checked_json import checked_count, checked_text
 
+
 def layout_to_json(layout: Layout) -> dict[str, Any]:
     """What ``layout_from_json`` understands.
 

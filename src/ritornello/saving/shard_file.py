@@ -112,7 +112,9 @@ def _entries_in(text: bytes, file_bytes: int) -> dict[str, _Entry]:
     end = 0
     for name, (dtype, shape, first, num_bytes) in entries.items():
         if first != end or num_bytes != dtype.itemsize * math.prod(shape):
-            raise ValueError(f"the array {reprlib.repr(name)} is not where and as long as it should be")
+            raise ValueError(
+                f"the array {reprlib.repr(name)} is not where and as long as it should be"
+            )
         end += num_bytes
     if 8 + len(text) + end != file_bytes:
         raise ValueError(f"it has {file_bytes} bytes instead of {8 + len(text) + end}")
