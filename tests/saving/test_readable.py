@@ -30,8 +30,8 @@ from ritornello.transports import LocalTransport, Transport
 # Refused with the mini-batch.
 
 
-def nested(levels: int) -> Any:
-    batch: Any = torch.arange(3)
+def nested(levels: int, inside: Any = None) -> Any:
+    batch: Any = torch.arange(3) if inside is None else inside
     for _ in range(levels):
         batch = [batch]
     return batch
@@ -44,7 +44,7 @@ TOO_MUCH: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "nested without an end": (lambda: nested(5000), "nested more than 64 levels deep"),
     "empty and nested too deeply": (
-        lambda: (torch.arange(3), [[] for _ in range(1)] and _empty(70)),
+        lambda: (torch.arange(3), nested(65, [])),
         "nested more than 64 levels deep",
     ),
     "too many tensors": (
@@ -60,13 +60,6 @@ TOO_MUCH: dict[str, tuple[Callable[[], Any], str]] = {
         "batch: a field of the shape",
     ),
 }
-
-
-def _empty(levels: int) -> Any:
-    batch: Any = []
-    for _ in range(levels):
-        batch = [batch]
-    return batch
 
 
 @pytest.mark.parametrize("what", TOO_MUCH)
