@@ -393,6 +393,7 @@ class RehearsalBuffer:
             name: such as a date, or what is new.
 
         Raises:
+            ValueError: the name has more than 10,000 characters.
             CheckpointError: with "earlier-tasks": on every rank, if they are not in step.
             PeerLostError, RoundError, BufferClosedError: see ``update``.
         """
@@ -421,12 +422,13 @@ class RehearsalBuffer:
             background: returns at once, and the worker writes the shard between rounds, a few
                 megabytes at a time (a round may have to wait for one piece). The save counts as
                 soon as all ranks have written. ``wait_until_saved``, the next ``save`` and
-                ``load`` wait for it; ``close`` writes what is left.
+                ``load`` wait for it; ``close``, an error inside ``with buffer:`` and the end of the
+                process write what is left. With ``asynchronous=False`` it blocks.
 
         Raises:
             CheckpointError: on every rank, if some rank could not save, as where the disk is full
-                or another job is saving there; or the selection policy or the samples cannot be
-                saved. The buffer goes on.
+                or another job is saving there; or what is saved could not be loaded, as the state
+                of a policy of one's own. The buffer goes on, and the save before is intact.
             PeerLostError, RoundError, BufferClosedError: see ``update``.
         """
         self._check_open("save")
@@ -459,7 +461,7 @@ class RehearsalBuffer:
         buffers have that.
 
         All ranks call it; blocks until all have loaded. Nothing in the folder is executed, and no
-        memory is taken for what is not there.
+        memory is taken for what is not there. If another job saves there meanwhile, it looks again.
 
         Args:
             folder: from ``save``.
