@@ -302,7 +302,7 @@ def test_a_policys_state_is_saved_as_it_was(tmp_path: Path) -> None:
         ({"label": [1]}, {"label": np.int64(1)}),
         ({"num_draws": np.int32(2)}, {"num_draws": 2}),
     ],
-    ids=str,
+    ids=["selection", "other selection", "sampling", "other sampling", "label", "list", "number"],
 )
 def test_what_means_the_same_is_the_same(
     saved: dict[str, Any], loading: dict[str, Any], tmp_path: Path

@@ -62,6 +62,9 @@ def test_what_lies_beside_a_buffer_is_not_believed(text: str, tmp_path: Path) ->
     save(tmp_path / "buffer", num_ranks=1)
     (tmp_path / "results.json").write_text(text)
     assert inspect_buffer(tmp_path / "buffer").class_names == ()
+    with open(tmp_path / "results.json", "ab") as file:
+        file.truncate(2**40)  # which takes no room
+    assert inspect_buffer(tmp_path / "buffer").class_names == ()
 
 
 def mark_times(folder: Path, *hours: float) -> None:

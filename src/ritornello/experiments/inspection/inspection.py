@@ -22,6 +22,9 @@ from ritornello.saving.folder import MANIFEST, MOST_LOOKS, SavedFolder, leftover
 from ritornello.saving.manifest import Manifest
 from ritornello.saving.saved_buffer import admission_rounds
 
+MOST_RESULTS_BYTES = 2**26
+"""The results of a run have fewer."""
+
 
 @dataclass(frozen=True)
 class FileState:
@@ -179,6 +182,8 @@ def _class_names(folder: Path) -> tuple[str, ...]:
         if not path.is_file():
             continue
         try:
+            if path.stat().st_size > MOST_RESULTS_BYTES:
+                return ()
             results: Any = json.loads(path.read_text())
             names = results.get("class_names", [])
         except (OSError, ValueError, AttributeError, RecursionError):
