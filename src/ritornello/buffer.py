@@ -238,6 +238,7 @@ class RehearsalBuffer:
             The augmented mini-batch: nested alike, ``b + r`` samples, representatives last (with
             several draws, all of them), on the devices of the mini-batch; ``num_past`` says how
             many are past. The mini-batch itself where none are, as while the buffer is empty.
+            Subclasses of tensors are always given as plain tensors.
 
         Raises:
             TypeError, ValueError: the mini-batch is not like the first one, or a label is out
