@@ -522,7 +522,7 @@ def test_killed_at_any_moment(tmp_path: Path) -> None:
 
 def test_ranks_are_killed_at_any_moment(tmp_path: Path) -> None:
     """``benchmarks/kills.py`` kills hundreds."""
-    assert kills.kill_again_and_again(tmp_path, 4).total() == 4
+    assert kills.kill_again_and_again(tmp_path, num_kills=4, seed=2).total() == 4
 
 
 def kill_again_and_again(folder: Path, num_kills: int) -> int:
