@@ -18,7 +18,7 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn, Self
@@ -46,6 +46,7 @@ from ritornello.saving.converted import Converted
 from ritornello.saving.folder import SavedFolder
 from ritornello.saving.saved_buffer import SavedBuffer
 from ritornello.saving.state_dict import SavedState, WholeState
+from ritornello.saving.writing import FILES_SECONDS
 from ritornello.transports.agreement import check_agreement
 from ritornello.transports.base import Transport
 from ritornello.transports.opening import open_transport
@@ -92,7 +93,8 @@ class RehearsalBuffer:
             "class-balanced-reservoir", "grasp", "greedy-balanced", "first-offered",
             "reservoir", "fifo", or a ``SelectionPolicy``.
         label: which leaf of a sample is the class label: an index, key or attribute, or a tuple
-            of them for a nested leaf; None for policies that need none. One integer per sample.
+            (or list) of them for a nested leaf; None for policies that need none. One integer per
+            sample.
         process_group: whose ranks share the buffer, or a device mesh of one dimension, such as
             ``mesh["data_parallel"]``. None: the default group's, or a single process if there is
             none.
@@ -130,7 +132,7 @@ class RehearsalBuffer:
         most_representatives: int | None = None,
         num_candidates: int | None = None,
         selection: str | SelectionPolicy = "class-balanced",
-        label: int | str | tuple[int | str, ...] | None = 1,
+        label: int | str | Sequence[int | str] | None = 1,
         process_group: dist.ProcessGroup | DeviceMesh | None = None,
         seed: int = 0,
         sampling: str | SamplingPolicy = "uniform",
@@ -201,11 +203,11 @@ class RehearsalBuffer:
             shut_down,
             self._worker,
             channel,
-            self._checkpointing.finish,
+            self._checkpointing,
             self._process,
             stop_watch=None if watch is None else watch.stop,
         )
-        self._finalizer = weakref.finalize(self, self._end, EXIT_SECONDS)
+        self._finalizer = weakref.finalize(self, self._end, EXIT_SECONDS, FILES_SECONDS)
 
     @property
     def num_draws(self) -> int:
@@ -260,6 +262,7 @@ class RehearsalBuffer:
             The augmented mini-batch: nested alike, ``b + r`` samples, representatives last (with
             several draws, all of them), on the devices of the mini-batch; ``num_past`` says how
             many are past. The mini-batch itself where none are, as while the buffer is empty.
+            Subclasses of tensors are always given as plain tensors.
 
         Raises:
             TypeError, ValueError: the mini-batch is not like the first one, or a label is out
@@ -426,6 +429,7 @@ class RehearsalBuffer:
             name: such as a date, or what is new.
 
         Raises:
+            ValueError: the name has more than 10,000 characters.
             CheckpointError: on every rank, if they are not in step.
             PeerLostError, RoundError, BufferClosedError: see ``update``.
         """
@@ -454,12 +458,13 @@ class RehearsalBuffer:
             background: returns at once, and the worker writes the shard between rounds, a few
                 megabytes at a time (a round may have to wait for one piece). The save counts as
                 soon as all ranks have written. ``wait_until_saved``, the next ``save`` and
-                ``load`` wait for it; ``close`` writes what is left.
+                ``load`` wait for it; ``close``, an error inside ``with buffer:`` and the end of the
+                process write what is left. With ``asynchronous=False`` it blocks.
 
         Raises:
             CheckpointError: on every rank, if some rank could not save, as where the disk is full
-                or another job is saving there; or the selection policy or the samples cannot be
-                saved. The buffer goes on.
+                or another job is saving there; or what is saved could not be loaded, as the state
+                of a policy of one's own. The buffer goes on, and the save before is intact.
             PeerLostError, RoundError, BufferClosedError: see ``update``.
         """
         self._check_open("save")
@@ -492,7 +497,7 @@ class RehearsalBuffer:
         buffers have that.
 
         All ranks call it; blocks until all have loaded. Nothing in the folder is executed, and no
-        memory is taken for what is not there.
+        memory is taken for what is not there. If another job saves there meanwhile, it looks again.
 
         Args:
             folder: from ``save``.
@@ -520,8 +525,9 @@ class RehearsalBuffer:
 
         A rank's state is the entry ``rank_I``, of texts and tensors in CPU memory: for
         ``torch.distributed.checkpoint`` (whose ``load`` wants as many ranks), or ``torch.save`` on
-        every rank. For those who save on one rank only, let all ranks ask for the whole state, or
-        give them ``whole``.
+        every rank. One rank's entry alone is not the buffer: for those who save on one rank only,
+        let all ranks ask for the whole state, or give them ``whole``. Else ``load_state_dict`` says
+        which shards are missing.
 
         Args:
             whole: on rank 0 with the entries of all ranks; blocks until all ranks have called it.
@@ -586,7 +592,7 @@ class RehearsalBuffer:
         this rank's records for their last round, so this waits for it, at most
         ``timeout_seconds``. Never raises for a peer that is gone.
         """
-        self._close(self._timeout_seconds)
+        self._close(self._timeout_seconds, self._timeout_seconds)
 
     def __enter__(self) -> Self:
         return self
@@ -597,8 +603,10 @@ class RehearsalBuffer:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        # After an error the peers may never come to this round.
-        self._close(self._timeout_seconds if error is None else 0.0)
+        if error is None:
+            self.close()
+        else:  # the peers may never come to this round
+            self._close(0.0, FILES_SECONDS)
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(
@@ -641,13 +649,12 @@ class RehearsalBuffer:
                 "the process that made it"
             )
 
-    def _close(self, wait_seconds: float) -> None:
+    def _close(self, wait_seconds: float, patience_seconds: float) -> None:
         if self._process != os.getpid() or not self._finalizer.alive:
             return
         self._is_open = False
         try:
             self._steps.finish(wait_seconds)
-            self._checkpointing.finish(wait_seconds)
         finally:  # also after Ctrl-C
-            self._end(min(wait_seconds, EXIT_SECONDS))
+            self._end(min(wait_seconds, EXIT_SECONDS), patience_seconds)
         self._finalizer.detach()  # what an interrupt has left undone is for the next close

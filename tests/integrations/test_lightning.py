@@ -428,12 +428,14 @@ class Failing(Classifier):
 
 
 def test_what_could_not_be_loaded_is_not_forgotten(
-    made: Callable[..., Rehearsal], tmp_path: Path
+    made: Callable[..., Rehearsal], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rehearsal = made()
-    rehearsal.load(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    rehearsal.load("buffer")
+    monkeypatch.chdir(Path(__file__).parent)  # it is the folder that it was
     for _ in range(2):
-        with pytest.raises(CheckpointError, match="holds no saved buffer"):
+        with pytest.raises(CheckpointError, match=f"{tmp_path}/buffer holds no saved buffer"):
             trainer(rehearsal).fit(Classifier(), loader())
 
 

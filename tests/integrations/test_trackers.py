@@ -170,6 +170,16 @@ def test_tensorboard_goes_on_without_double_steps(tmp_path: Path) -> None:
     assert points == [(step, step if step < 6 else -step) for step in range(1, 11)]
 
 
+def test_tensorboard_stays_in_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with trackers.TensorBoard("here") as tracker:
+        monkeypatch.chdir("elsewhere")
+        tracker.log({"loss": 1.0}, 1)
+    assert in_tensorboard(tmp_path / "here")["loss"] == [(1, 1.0)]
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
 def test_nothing_is_written_on_other_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trackers.dist, "is_initialized", lambda: True)
     monkeypatch.setattr(trackers.dist, "get_rank", lambda: 1)
@@ -402,6 +412,10 @@ def test_a_run_of_wandb_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     trackers.WandB(tmp_path, name="mine").close()
     with pytest.raises(KeyError), trackers.WandB(tmp_path, name="mine"):
         raise KeyError
+    monkeypatch.chdir(tmp_path)
+    trackers.WandB("here").close()
+    assert made[-2:] == [{"dir": str(tmp_path / "here")}, {"exit_code": 0}]
+    del made[-2:]
     first = {"dir": str(tmp_path), "name": "mine"}
     again = {**first, "id": "abc", "resume": "allow"}
     assert made == [first, {"exit_code": 0}, again, {"exit_code": 1}]

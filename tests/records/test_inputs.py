@@ -52,6 +52,65 @@ def make_buffer(label: Any = "label", **options: Any) -> RehearsalBuffer:
     return RehearsalBuffer(20, num_representatives=3, label=label, **options)
 
 
+class Marked(torch.Tensor):
+    """A subclass of tensors, as those of torchvision."""
+
+
+def test_subclasses_of_tensors_come_back_plain_from_the_first_step_on() -> None:
+    def marked(step: int) -> dict[str, torch.Tensor]:
+        images, labels = tensors(step)
+        parameter = torch.nn.Parameter(images.float())
+        return {
+            "image": images.as_subclass(Marked),
+            "label": labels.as_subclass(Marked),
+            "plain": labels,
+            "parameter": parameter,
+        }
+
+    with make_buffer() as buffer, make_buffer() as rehearsed:
+        ahead = rehearse([marked(step) for step in range(3)], rehearsed)
+        for step, other in enumerate(ahead):
+            augmented = buffer.update(marked(step))
+            assert len(augmented["image"]) == 4 + 3 * (step > 0)
+            for batch in (augmented, other):
+                assert {type(each) for each in batch.values()} == {torch.Tensor}
+                assert torch.equal(batch["image"][:4], tensors(step)[0])
+                assert batch["parameter"].requires_grad
+        kept = [*buffer.representatives(), buffer.draw()]
+        assert {type(each) for batch in kept for each in batch.values()} == {torch.Tensor}
+        plain = {name: each.as_subclass(torch.Tensor) for name, each in marked(5).items()}
+        buffer.offer(plain)  # they are samples of the same kind
+
+
+def test_a_mini_batch_of_plain_tensors_is_the_very_same_while_the_buffer_is_empty() -> None:
+    with make_buffer() as buffer:
+        batch = dict(zip(("image", "label"), tensors(0), strict=True))
+        assert buffer.update(batch) is batch
+
+
+class Elsewhere(torch.Tensor):
+    """Only looks like a tensor: what it stands for has the values."""
+
+    @staticmethod
+    def __new__(cls, inside: torch.Tensor) -> Elsewhere:
+        made: Elsewhere = torch.Tensor._make_wrapper_subclass(cls, inside.shape)  # type: ignore[attr-defined]
+        return made
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, function: Any, kinds: Any, values: Any = (), names: Any = None
+    ) -> Any:
+        raise NotImplementedError
+
+
+def test_what_has_its_values_elsewhere_is_refused() -> None:
+    images, labels = torch.zeros(4, 4), tensors(0)[1]
+    with make_buffer() as buffer:
+        with pytest.raises(TypeError, match="is a Elsewhere, which has no values of its own; give"):
+            buffer.update({"image": Elsewhere(images), "label": labels})
+        buffer.update({"image": images, "label": labels})
+
+
 CONTAINERS: dict[str, tuple[Callable[..., Any], type, type]] = {
     # What makes one of images and labels, what comes back, and what after a load.
     "dataclass": (lambda images, labels: Sample(images, labels), Sample, dict),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import numpy as np
 import torch
 from accidents import ACCIDENTS
 from hostile_saves import HOSTILE, VALUES, change_arrays, changed, places_in, with_value
+from rich.console import Console
 from saved_buffers import (
     SETTINGS,
     TARGETS,
@@ -21,6 +24,9 @@ from saved_buffers import (
     states_of,
 )
 
+from ritornello import CheckpointError, SavedFolder, forget
+from ritornello.experiments.inspection.inspection import inspect_buffer
+from ritornello.experiments.inspection.tables import tables_of
 from ritornello.records.digest import digest
 from ritornello.saving.manifest import with_checksum
 from ritornello.saving.shard_file import ROWS
@@ -49,7 +55,9 @@ def check_variant(kind: str, number: int, scratch: Path, seed: int = 0) -> str:
     shutil.copytree(original, folder)
     try:
         KINDS[kind](folder, dice)
-        return check_load(name, target, folder, scratch)
+        outcome = check_load(name, target, folder, scratch)
+        check_reading(folder)
+        return outcome
     except BaseException as error:
         error.add_note(f"{kind}, number {number}: {name!r} into {target}")
         raise
@@ -57,6 +65,36 @@ def check_variant(kind: str, number: int, scratch: Path, seed: int = 0) -> str:
         shutil.rmtree(folder, ignore_errors=True)
         for moved in scratch.glob(f"{name}@{number}.*"):
             moved.unlink()
+
+
+def check_reading(folder: Path) -> None:
+    """Reads a folder without ranks, in all ways: what cannot be read ends in a plain error."""
+
+    def read() -> None:
+        saved = SavedFolder(folder)
+        for rank in range(len(saved.manifest.files)):
+            for _ in saved.representatives(rank):
+                pass
+
+    def inspect(check: bool) -> None:
+        console = Console(file=io.StringIO())
+        for part in tables_of(inspect_buffer(folder, check)):
+            console.print(part)
+
+    def forget_a_class(dry_run: bool) -> None:
+        try:
+            forget(folder, {"label": 1}, dry_run=dry_run)
+        except ValueError as error:
+            if not str(error).startswith("where label"):
+                raise
+
+    with suppress(CheckpointError):
+        read()
+    for each in (True, False):
+        with suppress(CheckpointError):
+            inspect(each)
+        with suppress(CheckpointError):
+            forget_a_class(each)
 
 
 def some_target(name: str, dice: Dice) -> Target:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import ast
+import json
+import os
 import pickle
 import resource
+import shutil
+import tracemalloc
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,9 +17,13 @@ from typing import Any
 import pytest
 import torch
 from corruptions import KINDS, check_state_variant, check_variant, prepare
+from hostile_saves import put_shard, read_manifest, shard_path, split, write_manifest
 from saved_buffers import SETTINGS, TARGETS, check_load, saved_once
 
 import ritornello
+from ritornello import CheckpointError, SavedFolder, forget
+from ritornello.experiments.inspection.inspection import inspect_buffer
+from ritornello.transports import LocalTransport
 
 NUM_VARIANTS = 12
 """Of each kind."""
@@ -67,6 +75,55 @@ def test_a_whole_save_is_loaded(name: str, target: str, scratch: Path) -> None:
 def test_variants(kind: str, scratch: Path) -> None:
     outcomes = Counter(check_variant(kind, number, scratch) for number in range(NUM_VARIANTS))
     assert outcomes.total() == NUM_VARIANTS
+
+
+@pytest.mark.parametrize("field", ["float32", [2], [0]])
+def test_a_label_that_is_no_integer(field: Any, scratch: Path, tmp_path: Path) -> None:
+    """As the manifest says; whoever reads the folder is told."""
+    folder = shutil.copytree(saved_once("class-balanced", scratch), tmp_path / "save")
+    content = read_manifest(folder)
+    name = "dtype" if isinstance(field, str) else "shape"
+    content["layout"]["fields"][content["label"]][name] = field
+    write_manifest(folder, content)
+    message = "manifest.json is damaged: label=1 is the field batch.*: no integer"
+    for read in (SavedFolder, inspect_buffer, lambda each: forget(each, {"label": 1})):
+        with pytest.raises(CheckpointError, match=message):
+            read(folder)
+
+
+def test_a_file_that_takes_no_room_gets_no_memory(scratch: Path, tmp_path: Path) -> None:
+    """Whatever it says of itself: its checksum is compared first."""
+    folder = shutil.copytree(saved_once("class-balanced", scratch), tmp_path / "save")
+    path = shard_path(folder, 0)
+    header, rest = split(path.read_bytes())
+    first, end = header["rows"]["data_offsets"]
+    more = {"dtype": "I64", "shape": [2**25], "data_offsets": [first, first + 2**28]}
+    header["policy.more"] = more
+    header["rows"]["data_offsets"] = [first + 2**28, end + 2**28]
+    text = json.dumps(header).encode()
+    put_shard(folder, 0, len(text).to_bytes(8, "little") + text + rest[:first])
+    os.truncate(path, 8 + len(text) + end + 2**28)
+    content = read_manifest(folder)
+    content["files"][0]["num_bytes"] = path.stat().st_size
+    write_manifest(folder, content)
+    assert path.stat().st_blocks * 512 < 2**20
+
+    def load(_: Path) -> None:
+        with SETTINGS["class-balanced"].buffer(LocalTransport()) as buffer:
+            buffer.load(folder)
+
+    tracemalloc.start()
+    try:
+        reads = (load, lambda each: list(SavedFolder(each).representatives(0)))
+        for read in (*reads, lambda each: forget(each, {"label": 1})):
+            with pytest.raises(CheckpointError, match="is damaged: its SHA-256 is"):
+                read(folder)
+        for check in (True, False):
+            assert not inspect_buffer(folder, check).is_whole
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert most < 2**26
 
 
 def test_variants_of_states(scratch: Path) -> None:

@@ -514,6 +514,9 @@ class Forgetless(ritornello.SelectionPolicy):
     def state(self) -> dict[str, Any]:
         return {}
 
+    def restore(self, state: dict[str, Any], size: int) -> None:
+        pass
+
 
 def test_policies_of_ones_own(tmp_path: Path) -> None:
     save(tmp_path, 1, selection=Own())

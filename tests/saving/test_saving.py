@@ -544,6 +544,32 @@ def test_a_state_without_the_needed_ranks_is_refused() -> None:
     on_ranks(2, rank_main)
 
 
+def test_a_state_of_one_rank_says_which_shards_it_lacks() -> None:
+    """As when rank 0 alone has asked for it, and all load what it wrote."""
+
+    def saving(end: Transport) -> dict[str, Any] | None:
+        with make(end) as buffer:
+            run_on(buffer, end.rank, range(3))
+            return buffer.state_dict() if end.rank == 0 else None
+
+    state = on_ranks(3, saving)[0]
+
+    def loading(end: Transport) -> str:
+        with make(end) as buffer:
+            with pytest.raises(CheckpointError) as error:
+                buffer.load_state_dict(state)
+            assert len(buffer) == 0
+            return str(error.value)
+
+    first, *others = on_ranks(3, loading)
+    assert first == "rank 0: load_state_dict failed on rank(s) [1, 2]: see the error there"
+    for rank, message in enumerate(others, start=1):
+        assert message.startswith(
+            f"rank {rank}: the state holds only the rank(s) [0] of 3, and rank {rank} is needed: "
+            "state_dict() gives a rank's own shard. Let all ranks call state_dict(whole=True)"
+        )
+
+
 def test_many_saves_and_loads_do_not_drift(tmp_path: Path) -> None:
     """From ranks to ranks and on: what a class has offered stays what it was, or little more."""
     saved_after(tmp_path / "0", 4, 60)

@@ -202,7 +202,7 @@ def test_a_forked_child_that_ends_closes_nothing() -> None:
                     process = buffer._process
                     buffer._process = -1  # as a forked child would find it
                     buffer.close()
-                    shut_down(buffer._worker, end, buffer._checkpointing.finish, -1, 0.0)
+                    shut_down(buffer._worker, end, buffer._checkpointing, -1, 0.0, 0.0)
                     buffer._process = process
                 buffer.update((torch.zeros(4), torch.arange(4)))
             return end._ended.tolist()

@@ -104,8 +104,9 @@ class RehearsalPlugin(SupervisedPlugin, supports_distributed=True):  # type: ign
         All ranks call it; see ``RehearsalBuffer.save``. Without it, a checkpoint of a single
         process has the representatives in it.
         """
-        self.buffer.save(folder)
-        self._saved = (self._num_steps, Path(folder).absolute())
+        path = Path(folder).absolute()
+        self.buffer.save(path)
+        self._saved = (self._num_steps, path)
 
     def close(self) -> None:
         """Closes the buffer; see ``RehearsalBuffer.close``. All ranks call it."""

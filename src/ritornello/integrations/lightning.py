@@ -26,6 +26,7 @@ import logging
 import os
 import types
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
@@ -112,7 +113,7 @@ class Rehearsal(Callback):
         self._buffer: RehearsalBuffer | None = None
         self._num_ranks = 0  # of the trainer that it was made for
         self._is_closed = False
-        self._folder: str | os.PathLike[str] | None = None
+        self._folder: Path | None = None
         self._task: str | None = None
         self._last_stats: BufferStats | None = None  # where figures are logged
         self._hooked: list[tuple[LightningModule | LightningDataModule, Hook | None]] = []
@@ -160,7 +161,7 @@ class Rehearsal(Callback):
                 raises it.
         """
         if self._buffer is None:
-            self._folder = folder
+            self._folder = Path(folder).absolute()
             return
         self._buffer.load(folder)
         if self._last_stats is not None:  # what it has cost is counted anew

@@ -91,7 +91,7 @@ class TensorBoard(_FirstRankOnly):
         except ImportError as error:
             raise missing("trackers", "TensorBoard") from error
         if self._is_first_rank():
-            self._writer = SummaryWriter(os.fspath(folder), purge_step=first_step)
+            self._writer = SummaryWriter(str(Path(folder).absolute()), purge_step=first_step)
 
     def log(self, figures: Mapping[str, float], step: int) -> None:
         """Notes some figures; see ``Tracker``. What is no number (NaN) is noted as such."""
@@ -132,12 +132,13 @@ class WandB(_FirstRankOnly):
             raise missing("trackers", "Weights & Biases")
         if not self._is_first_rank():
             return
-        place = Path(folder) / "wandb"
+        folder = Path(folder).absolute()
+        place = folder / "wandb"
         place.mkdir(parents=True, exist_ok=True)
         noted = place / RUN_ID
         if noted.exists():
             settings = {"id": noted.read_text().strip(), "resume": "allow"} | settings
-        self._run = wandb.init(dir=os.fspath(folder), **settings)
+        self._run = wandb.init(dir=str(folder), **settings)
         noted.write_text(f"{self._run.id}\n")
 
     def log(self, figures: Mapping[str, float], step: int) -> None:

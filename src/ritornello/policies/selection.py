@@ -5,8 +5,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ritornello.arrays import Ints
 
@@ -172,19 +174,26 @@ def checked_num_classes(num_classes: int | None) -> int | None:
     return num_classes
 
 
-def check_labels(labels: Ints, num_classes: int | None) -> None:
+MOST_LABELS = 2**63
+"""Labels are below it: they are kept as signed integers."""
+
+
+def check_labels(labels: NDArray[np.integer[Any]], num_classes: int | None) -> None:
     """Checks that labels are class labels.
+
+    Args:
+        labels: ``[n]``, of any integer type.
+        num_classes: they must be below it; None: any.
 
     Raises:
         ValueError: names the first one out of range.
     """
     if len(labels) == 0:
         return
-    if labels.min() < 0 or (num_classes is not None and labels.max() >= num_classes):
-        wrong = labels < 0
-        if num_classes is not None:
-            wrong |= labels >= num_classes
-        rule = "at least 0" if num_classes is None else f"from 0 to {num_classes - 1}"
+    end = num_classes or MOST_LABELS
+    if labels.min() < 0 or int(labels.max()) >= end:
+        wrong = (labels < 0) | (labels >= end)
+        rule = f"from 0 to {end - 1}" if num_classes or labels.min() >= 0 else "at least 0"
         raise ValueError(
             f"the label {int(labels[wrong][0])} is out of range: labels must be {rule} "
             f"({int(wrong.sum())} of {len(labels)} are not)"

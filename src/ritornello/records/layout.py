@@ -7,6 +7,8 @@ fields are typed views of the rows: nothing is ever converted.
 
 from __future__ import annotations
 
+import math
+import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass, is_dataclass, replace
 from typing import Any
@@ -39,6 +41,19 @@ INTEGERS = {
     for name in ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
 }
 
+DTYPES = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in vars(torch).values()
+    if isinstance(dtype, torch.dtype) and not str(dtype).startswith(("torch.q", "torch.bits"))
+}
+"""Those of fields, by name."""
+
+MOST_FIELDS = 10_000
+
+MOST_FIELD_BYTES = 2**40
+
+MOST_DIMENSIONS = 64
+
 LIST_REMEDY = (
     ". If a list holds a tensor for each sample, make it one tensor [b, ...], padded where "
     "lengths differ"
@@ -59,6 +74,11 @@ class Field:
     def __str__(self) -> str:
         return f"{path_text(self.path)}: {self.dtype} {list(self.shape)}"
 
+    @property
+    def is_integer(self) -> bool:
+        """Whether it is one integer per sample."""
+        return self.dtype in INTEGERS and self.shape == ()
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -75,11 +95,22 @@ class Layout:
 
         Raises:
             TypeError: a leaf is no dense tensor.
-            ValueError: a leaf has no batch dimension, or there is none.
+            ValueError: a leaf has no batch dimension, there is no leaf, or too many or too large
+                ones.
         """
-        fields, offset = [], 0
+        fields = list[Field]()
+        offset = 0
         for path, leaf in leaves_of(batch):
             _check_leaf(path, leaf)
+            if len(fields) == MOST_FIELDS:
+                raise ValueError(
+                    f"the mini-batch holds more than {MOST_FIELDS} tensors: stack those that are "
+                    "alike"
+                )
+            try:
+                check_field(leaf.dtype, leaf.shape[1:])
+            except ValueError as error:
+                raise ValueError(f"{path_text(path)}: {error}") from None
             alignment = min(leaf.element_size(), ROW_ALIGNMENT)
             offset = -(-offset // alignment) * alignment
             shape = tuple(leaf.shape[1:])
@@ -100,6 +131,9 @@ class Layout:
     def leaves(self, batch: Batch) -> list[Tensor]:
         """The leaves of a mini-batch in the order of ``fields``, checked against the layout.
 
+        Plain tensors: of subclasses, such as torchvision's images, only the values are stored, and
+        new samples come as representatives do, in every step alike.
+
         Raises:
             TypeError: a leaf is no dense tensor.
             ValueError: another nesting, dtype, shape, or leaves of different batch sizes.
@@ -107,8 +141,10 @@ class Layout:
         found: list[Any] = [None] * len(self.fields)
         leaves_like(self.template, batch, found)
         num_samples: int | None = None
-        for field, leaf in zip(self.fields, found, strict=True):
+        for position, (field, leaf) in enumerate(zip(self.fields, found, strict=True)):
             _check_leaf(field.path, leaf)
+            if type(leaf) is not Tensor:
+                found[position] = _plain(field.path, leaf)
             num_in_leaf, *shape = leaf.shape
             if leaf.dtype != field.dtype or tuple(shape) != field.shape:
                 raise ValueError(
@@ -214,7 +250,7 @@ class Layout:
             return None
         position = self.position(path)
         field = self.fields[position]
-        if field.dtype in INTEGERS and field.shape == ():
+        if field.is_integer:
             return position
         if not required:
             return None
@@ -241,6 +277,20 @@ def bytes_of(leaf: Tensor) -> Bytes | None:
         return None
     array: Bytes = leaf.detach().view(leaf.shape[0], -1).view(torch.uint8).numpy()
     return array
+
+
+def check_field(dtype: torch.dtype, shape: Sequence[int]) -> None:
+    """Checks that records can have such a field.
+
+    Raises:
+        ValueError: they cannot.
+    """
+    if dtype not in DTYPES.values():
+        raise ValueError(f"a field of the dtype {dtype} cannot be stored")
+    # Zeros count as ones: no stride may be too large for PyTorch.
+    num_bytes = dtype.itemsize * math.prod(max(1, size) for size in shape[:MOST_DIMENSIONS])
+    if len(shape) > MOST_DIMENSIONS or num_bytes > MOST_FIELD_BYTES:
+        raise ValueError(f"a field of the shape {reprlib.repr(list(shape))}")
 
 
 def shape_elements(shape: Sequence[int]) -> int:
@@ -316,6 +366,20 @@ def _remedy_for_label(field: Field) -> str:
         "Convert class numbers with long(); other targets need a policy without labels: "
         "selection='reservoir', label=None"
     )
+
+
+def _plain(path: Path, leaf: Tensor) -> Tensor:
+    """The plain tensor that one of a subclass is.
+
+    Raises:
+        TypeError: it only looks like one, and has its values elsewhere.
+    """
+    if type(leaf).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        raise TypeError(
+            f"{path_text(path)} is a {type(leaf).__name__}, which has no values of its own; give "
+            "the plain tensor that it stands for"
+        )
+    return leaf.as_subclass(Tensor)
 
 
 def _remedy_for(leaf: Any) -> str:

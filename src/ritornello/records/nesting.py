@@ -18,6 +18,9 @@ from torch.utils import _pytree as pytree
 Path = tuple[Any, ...]
 """Where a leaf is in a nested sample: ``(1,)`` or ``("target", "label")``."""
 
+MOST_LEVELS = 64
+"""In the nesting of a sample."""
+
 Batch = Any
 """A nesting of containers whose leaves are tensors ``[b, ...]``."""
 
@@ -88,7 +91,16 @@ def _registered_children_of(batch: Batch) -> Children | None:
 
 
 def leaves_of(batch: Batch, path: Path = ()) -> Iterator[tuple[Path, Any]]:
-    """The leaves of a nested batch with their paths, in order."""
+    """The leaves of a nested batch with their paths, in order.
+
+    Raises:
+        ValueError: containers are in each other too deeply.
+    """
+    if len(path) > MOST_LEVELS:
+        raise ValueError(
+            f"the mini-batch is nested more than {MOST_LEVELS} levels deep: give its tensors in a "
+            "flatter tuple, list or dict"
+        )
     children = None if isinstance(batch, Tensor) else children_of(batch)
     if children is None:
         yield path, batch

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import ast
 import math
+import re
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
 
-from ritornello.policies.names import sampling_policy, selection_policy
+from ritornello.policies.names import (
+    SAMPLING_POLICIES,
+    SELECTION_POLICIES,
+    sampling_policy,
+    selection_policy,
+)
 from ritornello.policies.sampling import SamplingPolicy
 from ritornello.policies.selection import SelectionPolicy
 from ritornello.version import __version__
 
 MOST_SECONDS = 366 * 24 * 3600
 """The longest time to wait; clocks cannot add much longer ones."""
+
+ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
+"""Where something is in memory, as Python prints it."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +47,7 @@ class Arguments:
     @property
     def label_path(self) -> tuple[Any, ...]:
         """Where the class label is in a sample."""
-        return self.label if isinstance(self.label, tuple) else (self.label,)
+        return tuple(self.label) if isinstance(self.label, (tuple, list)) else (self.label,)
 
     @property
     def rate_may_change(self) -> bool:
@@ -50,12 +62,13 @@ class Arguments:
         return math.ceil(self.num_representatives)
 
     def as_text(self) -> dict[str, str]:
-        """Argument to text, equal for equal arguments, to compare over ranks.
+        """Argument to text, equal for arguments that mean the same, to compare over ranks.
 
         Ranks of other versions would draw other numbers, so the versions are part of it.
         """
-        given = {name: _text(value) for name, value in vars(self).items()}
-        given["num_representatives"] = _text(plain(self.num_representatives))
+        given = {name: _text(plain(value)) for name, value in vars(self).items()}
+        given["label"] = _text(tuple(map(plain, self.label_path)))
+        given = {name: meant(name, text) for name, text in given.items()}
         return given | {"ritornello's version": __version__, "NumPy's version": np.__version__}
 
     def check(self, num_ranks: int) -> None:
@@ -171,13 +184,38 @@ def plain(value: Any) -> Any:
     return value
 
 
+def meant(argument: str, text: str) -> str:
+    """An argument's text, as it is written today, whatever was given or an earlier release wrote.
+
+    A policy without settings has its name, a label that is not nested no brackets, and nothing that
+    Python prints with its address has one.
+    """
+    text = ADDRESS.sub("", text)
+    if argument == "label" and text.endswith(",)"):
+        with suppress(ValueError, SyntaxError):
+            return str(ast.literal_eval(text)[0])
+    return _names_of_policies().get((argument, text), text)
+
+
+@cache
+def _names_of_policies() -> dict[tuple[str, str], str]:
+    """By the argument, and the text of a policy that was made without settings."""
+    names = {("selection", _text(kind())): name for name, kind in SELECTION_POLICIES.items()}
+    return names | {("sampling", _text(kind())): name for name, kind in SAMPLING_POLICIES.items()}
+
+
 def _text(value: object) -> str:
     """A value as text; of a policy its type and settings, as its repr has an address."""
     if isinstance(value, (SelectionPolicy, SamplingPolicy)):
         settings = (
-            f"{k}={v!r}"
+            f"{k}={_in_order(v)!r}"
             for k, v in vars(value).items()
             if not k.startswith("_") and k not in ("num_slots", "rank", "num_ranks")
         )
         return f"{type(value).__qualname__}({', '.join(settings)})"
     return str(value)
+
+
+def _in_order(value: object) -> object:
+    """A set as a list: processes have its elements in orders of their own."""
+    return sorted(value, key=repr) if isinstance(value, (set, frozenset)) else value

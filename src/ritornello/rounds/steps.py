@@ -32,7 +32,7 @@ from ritornello.errors import (
 from ritornello.policies.selection import check_labels
 from ritornello.records import accelerators
 from ritornello.records.layout import Layout
-from ritornello.records.nesting import Batch
+from ritornello.records.nesting import Batch, leaves_of
 from ritornello.records.storage import Storage
 from ritornello.rounds.arguments import Arguments, plain
 from ritornello.rounds.first_batch import Begun, device_of
@@ -151,7 +151,10 @@ class Steps:
         begun, leaves = self._checked(batch)
         staged = self._staged(call)
         augmented = batch
-        if staged is not None:
+        if staged is None:
+            if any(type(leaf) is not Tensor for _, leaf in leaves_of(batch)):
+                augmented = begun.layout.rebuild(leaves)
+        else:
             began = time.perf_counter()
             augmented = begun.layout.rebuild(self._joiner.join(begun.layout, leaves, staged))
             self.seconds_joining += time.perf_counter() - began

@@ -15,7 +15,8 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from functools import partial
+from typing import Any, Generic, Protocol, TypeVar
 
 from ritornello.transports.base import Transport
 
@@ -120,7 +121,7 @@ class Worker:
 
     def finish(self, errand: Errand[Result], seconds: float = math.inf) -> bool:
         """Starts it, unless it runs already, and waits; whether it has ended within ``seconds``."""
-        if self._is_this_thread or self._state.life.has_ended:  # then it never will
+        if self.is_calling or self._state.life.has_ended:  # then it never will
             return errand.has_ended
         if not errand.has_begun:
             self.start(errand)
@@ -135,15 +136,15 @@ class Worker:
         self._state.is_stopping = True
         self._state.starts.put(None)
         # Not `join`: Python takes a thread for ended when that is interrupted.
-        return not self._is_this_thread and self._state.life.wait(wait_seconds)
+        return not self.is_calling and self._state.life.wait(wait_seconds)
 
     def call_at_end(self, call: Callable[[], None]) -> None:
         """Has a worker that did not stop in time call this when it ends."""
         self._state.at_end = call
 
     @property
-    def _is_this_thread(self) -> bool:
-        """Whether it is itself at whose end the buffer was collected."""
+    def is_calling(self) -> bool:
+        """Whether the caller is on the worker's own thread, as where that collects the buffer."""
         return self._thread is threading.current_thread()
 
 
@@ -171,36 +172,71 @@ def _serve(state: _State) -> None:
         state.at_end()
 
 
+class Saving(Protocol):
+    """A save in the background, as the end of its buffer sees it. Nothing here raises."""
+
+    def write(self) -> None:
+        """Writes what is left of this rank's file."""
+
+    def finish(self, patience_seconds: float) -> None:
+        """Makes the save count, as soon as all ranks have written."""
+
+
 def shut_down(
     worker: Worker,
     transport: Transport,
-    finish_save: Callable[[float], None],
+    saving: Saving,
     process: int,
     wait_seconds: float,
+    patience_seconds: float,
     *,
     stop_watch: Callable[[], None] | None = None,
 ) -> None:
-    """Ends a buffer: a save in the background, its worker, its watch, its transport.
+    """Ends a buffer: its worker, its watch, its transport, and a save in the background.
 
     Args:
         worker: of the buffer.
         transport: of the buffer.
-        finish_save: writes what is left of a save, within so many seconds.
+        saving: what is saved meanwhile, if anything.
         process: that made the buffer.
         wait_seconds: for the save, and again for the worker.
+        patience_seconds: for other ranks, which may still write their files.
         stop_watch: ends the watch over the other ranks, where there are several.
     """
     if process != os.getpid():
         return  # in a forked child: worker and transport are the parent's
-    finish_save(wait_seconds)
+    # What an interrupt shall not break off; a worker that waits for other ranks cannot do it.
+    worker.finish(Errand(saving.write), wait_seconds)
     has_stopped = worker.stop(wait_seconds)
-    if not has_stopped:
-        # Python must not end while a thread is inside torch: that would abort the process.
+    end = partial(_end, worker, transport, saving, stop_watch, patience_seconds)
+    if worker.is_calling:  # collected while its own thread runs, maybe in the midst of a save
         transport.interrupt()
-        has_stopped = worker.stop(EXIT_SECONDS)
-    if stop_watch is not None:
-        stop_watch()
-    if has_stopped:
-        transport.close()
-    else:  # it still uses the transport
-        worker.call_at_end(transport.close)
+        worker.call_at_end(partial(end, True))
+    else:
+        end(has_stopped)
+
+
+def _end(
+    worker: Worker,
+    transport: Transport,
+    saving: Saving,
+    stop_watch: Callable[[], None] | None,
+    patience_seconds: float,
+    has_stopped: bool,
+) -> None:
+    """See ``shut_down``; the worker shall stop, or has."""
+    try:
+        saving.write()
+    finally:
+        # Now, as other ranks may wait for this one in a round, and cannot write meanwhile.
+        if not has_stopped:
+            # Python must not end while a thread is inside torch: that would abort the process.
+            transport.interrupt()
+            has_stopped = worker.stop(EXIT_SECONDS)
+        if stop_watch is not None:
+            stop_watch()
+        if has_stopped:
+            transport.close()
+        else:  # it still uses the transport
+            worker.call_at_end(transport.close)
+    saving.finish(patience_seconds)

@@ -4,27 +4,37 @@ from __future__ import annotations
 
 import logging
 import os
+import reprlib
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from ritornello.arrays import Arrays
 from ritornello.errors import CheckpointError, RoundError
+from ritornello.policies.names import SAMPLING_POLICIES, SELECTION_POLICIES
 from ritornello.records.digest import digest
 from ritornello.records.layout import Layout
 from ritornello.rounds.arguments import Arguments
 from ritornello.rounds.steps import Steps
-from ritornello.rounds.worker import Errand, Worker
-from ritornello.saving.manifest import Manifest, Removal, TaskMark
+from ritornello.rounds.worker import Worker
+from ritornello.saving.folder import MOST_LOOKS
+from ritornello.saving.manifest import MOST_NAME, Manifest, Removal, TaskMark
 from ritornello.saving.restoring import adopt, restore
-from ritornello.saving.saved_buffer import POLICY, SavedBuffer, contents_arrays, records_of
+from ritornello.saving.saved_buffer import (
+    SavedBuffer,
+    contents_arrays,
+    records_of,
+    sampling_state,
+    selection_arrays,
+    selection_state,
+)
+from ritornello.saving.shard_file import check_header, header_of
 from ritornello.saving.state_dict import PREFIX, Entry, entry_of, gathered
 from ritornello.saving.writing import SaveUnderWay, Snapshot, new_save_id
 from ritornello.transports.agreement import together
@@ -61,9 +71,18 @@ class Checkpointing:
     def begin_task(self, name: str) -> None:
         """See ``RehearsalBuffer.begin_task``."""
         text = str(name)
+        if len(text) > MOST_NAME:
+            raise ValueError(
+                self._steps.here(
+                    f"begin_task: the name {reprlib.repr(text)} has {len(text)} characters: it "
+                    f"must have at most {MOST_NAME}"
+                )
+            )
 
         def mark() -> None:
-            self.tasks = (*self.tasks, TaskMark(text, self._rounds.num_rounds, time.time()))
+            # No clock is right that is before 1970.
+            now = max(0.0, time.time())
+            self.tasks = (*self.tasks, TaskMark(text, self._rounds.num_rounds, now))
 
         self._steps.begin_task(mark)
 
@@ -76,7 +95,7 @@ class Checkpointing:
             self._end()
             snapshot = together(self._transport, self._snapshot, "save")
             saving = SaveUnderWay(
-                Path(folder),
+                Path(folder).absolute(),  # the trainer may go elsewhere meanwhile
                 snapshot,
                 new_save_id(self._transport),
                 self._rounds.to_host,
@@ -96,33 +115,35 @@ class Checkpointing:
         """See ``RehearsalBuffer.wait_until_saved``."""
         self._steps.with_peers("wait_until_saved", self._end)
 
-    def finish(self, wait_seconds: float) -> None:
-        """Writes what is left of a save when the buffer ends, or gives it up; never raises.
+    def write(self) -> None:
+        """Writes what is left of this rank's file when the buffer ends; raises nothing."""
+        if self._saving is not None:
+            self._saving.write()
 
-        Args:
-            wait_seconds: for the round that runs, which still writes the shard, and again for the
-                save.
-        """
-        saving = self._saving
-        if saving is None or saving.has_ended:
-            return
-        finishing = Errand(partial(saving.finish, wait_seconds))
-        if not self._worker.finish(finishing, 2 * wait_seconds):
-            logger.warning("a save in the background was given up")
-            saving.give_up()
+    def finish(self, patience_seconds: float) -> None:
+        """Makes a save count when the buffer has ended; raises nothing. See ``SaveUnderWay``."""
+        if self._saving is not None:
+            self._saving.finish(patience_seconds)
 
     def state_dict(self, whole: bool) -> dict[str, Any]:
         """See ``RehearsalBuffer.state_dict``."""
-        entry = self._steps.between_rounds(self._entry)
-        if not whole:
-            return {f"{PREFIX}{self._transport.rank}": entry}
-        return dict(self._steps.with_peers("state_dict", lambda: gathered(entry, self._transport)))
 
-    def _entry(self) -> Entry:
-        try:
+        def entry() -> Entry:
             return entry_of(self._snapshot(), self._rounds.to_host)
-        except TypeError as error:
-            raise CheckpointError(self._steps.here(str(error))) from error
+
+        def all_entries() -> dict[str, Any]:
+            own = together(self._transport, entry, "state_dict")
+            return dict(gathered(own, self._transport))
+
+        if whole:
+            return self._steps.with_peers("state_dict", all_entries)
+        try:
+            return {f"{PREFIX}{self._transport.rank}": self._steps.between_rounds(entry)}
+        except RoundError:
+            raise
+        except Exception as error:
+            text = str(error) if isinstance(error, CheckpointError) else f"it failed: {error}"
+            raise CheckpointError(self._steps.here(f"state_dict: {text}")) from error
 
     def _end(self) -> None:
         """Waits for the save under way, if any. All ranks have one, or none has."""
@@ -136,20 +157,35 @@ class Checkpointing:
         """What this rank saves, while no round runs.
 
         Raises:
-            TypeError: a policy cannot be saved.
+            Exception: it could not be loaded again; also what a policy of one's own raises.
         """
         rounds = self._rounds
-        arrays: dict[str, NDArray[Any]] = {
-            "admitted_in": rounds.admitted_in[: rounds.num_held].copy()
-        }
-        arrays |= {POLICY + name: each for name, each in rounds.selection.state().items()}
+        arrays: dict[str, Any] = {"admitted_in": rounds.admitted_in[: rounds.num_held].copy()}
+        arrays |= selection_arrays(rounds.selection.state())
         if rounds.contents.knows_labels:
             arrays |= contents_arrays(rounds.contents.state(), rounds.sampling.state())
         if self._steps.begun is not None:
             arrays["staged"] = self._steps.staged_records().numpy()
         manifest = self._manifest()
-        manifest.as_json()  # fails here, if at all
-        return Snapshot(manifest, arrays, rounds.used_rows(manifest.record_bytes))
+        manifest.as_readable_json()
+        rows = rounds.used_rows(manifest.record_bytes)
+        check_header(header_of(arrays, *rows.shape), arrays, *rows.shape)
+        self._check_restores(arrays)
+        return Snapshot(manifest, arrays, rows)
+
+    def _check_restores(self, arrays: Arrays) -> None:
+        """Has policies of one's own take back what they have given.
+
+        Raises:
+            Exception: what they raise.
+        """
+        rounds = self._rounds
+        copies = {name: array.copy() for name, array in arrays.items()}
+        if type(rounds.selection) not in SELECTION_POLICIES.values():
+            rounds.new_selection().restore(selection_state(copies), rounds.num_held)
+        remembered = sampling_state(copies)
+        if remembered and type(rounds.sampling) not in SAMPLING_POLICIES.values():
+            rounds.new_sampling().restore(remembered)
 
     def _manifest(self) -> Manifest:
         """What all ranks know, while no round runs."""
@@ -179,14 +215,17 @@ class Checkpointing:
         def take_over() -> None:
             with suppress(CheckpointError):  # it was logged, and is no reason not to load
                 self._end()
-            saved = together(self._transport, open_saved, call)
-            ids = self._transport.all_gather(np.array([digest(saved.manifest.in_common)]))
-            if (ids != ids[0]).any():
-                raise CheckpointError(f"{call}: the ranks see different saves")
-            together(self._transport, lambda: self._check_fits(saved.manifest), call)
             had_begun = self._steps.begun is not None
             try:
-                self._take_over(saved, call)
+                for _ in range(MOST_LOOKS):
+                    if self._load_once(open_saved, call):
+                        return
+                    if not had_begun:
+                        self._steps.forget_restored()
+                raise CheckpointError(
+                    f"{call}: other saves took the place of what was read, {MOST_LOOKS} times: "
+                    "another job saves there all the time; give each job a folder of its own"
+                )
             except BaseException:
                 if not had_begun:
                     self._steps.forget_restored()
@@ -198,6 +237,25 @@ class Checkpointing:
 
         self._steps.with_peers(call, take_over)
 
+    def _load_once(self, open_saved: Callable[[], SavedBuffer], call: str) -> bool:
+        """Whether it could; False: another save has taken the place of what was read.
+
+        Raises:
+            CheckpointError: on every rank, for another reason.
+        """
+        saved = together(self._transport, open_saved, call)
+        try:
+            ids = self._transport.all_gather(np.array([digest(saved.manifest.in_common)]))
+            if (ids != ids[0]).any():
+                raise CheckpointError(f"{call}: the ranks see different saves")
+            together(self._transport, lambda: self._check_fits(saved.manifest), call)
+            self._take_over(saved, call)
+        except CheckpointError:
+            if self._transport.all_gather(np.array([saved.has_been_replaced()])).any():
+                return False
+            raise
+        return True
+
     def _check_fits(self, manifest: Manifest) -> None:
         """Checks that a saved buffer can become this one.
 
@@ -205,7 +263,7 @@ class Checkpointing:
             CheckpointError: names what differs.
         """
         for name in ("selection", "label"):
-            saved, own = manifest.arguments.get(name), self._as_text[name]
+            saved, own = manifest.meant(name), self._as_text[name]
             if saved != own:
                 raise CheckpointError(
                     f"the saved buffer has {name}={str(saved)[:200]}, this one {name}={own}: they "
@@ -233,7 +291,7 @@ class Checkpointing:
         """
         manifest, own, steps = saved.manifest, self._manifest(), self._steps
         has_same_shards = manifest.num_ranks == own.num_ranks and manifest.capacity == own.capacity
-        draws_alike = all(manifest.arguments.get(name) == own.arguments[name] for name in DRAWN_BY)
+        draws_alike = all(manifest.meant(name) == own.meant(name) for name in DRAWN_BY)
         rate, rate_again = self._rates(manifest)
         goes_on = (
             has_same_shards
@@ -258,7 +316,7 @@ class Checkpointing:
         if goes_on:
             staged = together(self._transport, lambda: self._staged_in(saved), call)
         if has_same_shards:
-            same_sampling = manifest.arguments.get("sampling") == own.arguments["sampling"]
+            same_sampling = manifest.meant("sampling") == own.meant("sampling")
             # Another policy may have known no labels, or may remember something else.
             restore(self._rounds, saved, same_sampling and self._rounds.sampling.needs_labels)
         else:

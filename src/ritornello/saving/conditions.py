@@ -130,7 +130,7 @@ class Where:
         self, name: str, position: int, values: Values, is_private: bool
     ) -> Condition:
         field = self._fields[position]
-        if field.dtype not in INTEGERS or field.shape != ():
+        if not field.is_integer:
             raise ValueError(
                 f"where {name}: the field {field} per sample must be one integer; there are "
                 f"{self._names()}"
@@ -168,7 +168,7 @@ class Where:
         names += [
             f"{_short_name(field)} ({path_text(field.path)})"
             for field in self._fields
-            if field.dtype in INTEGERS and field.shape == ()
+            if field.is_integer
         ]
         return ", ".join(names) or "none"
 

@@ -58,6 +58,10 @@ class Converted(SavedBuffer):
         for positions, rows in self._saved.checked_rows(rank):
             yield positions, self.converted(rows)
 
+    def has_been_replaced(self) -> bool:
+        """See ``SavedBuffer.has_been_replaced``."""
+        return self._saved.has_been_replaced()
+
     def converted(self, rows: Bytes) -> Bytes:
         """Records in their new form, uint8 ``[n, record_bytes]``."""
         if len(rows) == 0:

@@ -8,6 +8,7 @@ import fcntl
 import logging
 import os
 import stat
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -69,11 +70,26 @@ def open_to_read(path: Path) -> int:
         CheckpointError: it is not there, or none.
     """
     try:
-        # No link, which may lead out of the folder; and no pipe, which would block.
-        flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
-        descriptor = os.open(path, flags)
+        return _open_ordinary(path, os.O_RDONLY)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be opened: {error.strerror}") from error
+
+
+def _open_ordinary(path: Path, flags: int) -> int:
+    """Opens a file that is no link, which may lead out of the folder, and no pipe or device.
+
+    Raises:
+        CheckpointError: it is one.
+        OSError: it cannot be opened.
+    """
+    try:
+        # A pipe must not block.
+        flags |= os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+        descriptor = os.open(path, flags, 0o644)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+            raise CheckpointError(f"{path} is no ordinary file") from error
+        raise
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise CheckpointError(f"{path} is no ordinary file")
@@ -84,31 +100,54 @@ class FolderInUseError(Exception):
     """Another job has locked a folder."""
 
 
-def lock(folder: Path, *, is_inherited: bool = True) -> int:
-    """Keeps other jobs out of a folder until ``unlock``, or the end of this process.
+_locks: set[int] = set()
+"""The descriptors of all folders that this process has locked."""
 
-    Where the file system has no locks, nothing is locked, and a warning says so.
+_forking = threading.RLock()
+"""Held while ``_locks`` changes, and while a process forks."""
+
+
+def _let_go() -> None:
+    """Closes what a forked process has inherited: it must not keep a folder when its job has ended.
+
+    A lock goes with the last descriptor of the open file, whoever has that.
+    """
+    for descriptor in _locks:
+        os.close(descriptor)
+    _locks.clear()
+    _forking.release()
+
+
+os.register_at_fork(
+    before=_forking.acquire, after_in_parent=_forking.release, after_in_child=_let_go
+)
+
+
+def lock(folder: Path) -> int:
+    """Keeps others out of a folder until ``unlock``, or the end of this process, however it ends.
+
+    Also keeps out other threads of this process; processes that are forked from it do not inherit
+    it. Where the file system has no locks, nothing is locked, and a warning says so.
 
     Args:
         folder: to lock.
-        is_inherited: whether the lock also keeps out this process itself, but is shared by those
-            that are forked from it, until the last of them has ended. Else it is the other way
-            round.
 
     Returns:
         The descriptor of the file ``LOCK``, open for writing.
 
     Raises:
         FolderInUseError: another one is in it.
+        CheckpointError: the file is a link, or no file at all.
         OSError: it cannot be written.
     """
-    descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    take = fcntl.flock if is_inherited else fcntl.lockf
+    with _forking:
+        descriptor = _open_ordinary(folder / LOCK, os.O_RDWR | os.O_CREAT)
+        _locks.add(descriptor)
     try:
-        take(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno not in NO_LOCKS:
-            os.close(descriptor)
+            _close(descriptor)
             if error.errno in (errno.EAGAIN, errno.EACCES):
                 raise FolderInUseError from None
             raise
@@ -117,8 +156,16 @@ def lock(folder: Path, *, is_inherited: bool = True) -> int:
 
 
 def unlock(descriptor: int) -> None:
-    """Lets others in."""
+    """Lets others in. Does nothing in a forked process, which does not have the lock."""
+    if descriptor not in _locks:
+        return
     with contextlib.suppress(OSError):
-        # Closing alone would not do: a forked process, such as a DataLoader's, has it open, too.
+        # Closing alone would not do for processes that were forked without Python's knowledge.
         fcntl.flock(descriptor, fcntl.LOCK_UN)
-    os.close(descriptor)
+    _close(descriptor)
+
+
+def _close(descriptor: int) -> None:
+    with _forking:
+        _locks.discard(descriptor)
+        os.close(descriptor)

@@ -24,6 +24,9 @@ from ritornello.saving.shard_file import ShardFile
 
 MANIFEST = "manifest.json"
 
+MOST_LOOKS = 20
+"""How often who reads looks again, if another save has taken the place of what was there."""
+
 OURS = re.compile(
     r"shard-[0-9]{5,}-of-[0-9]{5,}-[0-9a-f]{16}\.(begun|(safetensors|json)(\.partial)?)"
 )
@@ -41,8 +44,12 @@ def random_id() -> int:
 
 
 def replace_manifest(folder: Path, manifest: Manifest) -> None:
-    """Writes a folder's manifest beside the old one, and renames it."""
-    write_text(folder / MANIFEST, manifest.as_json())
+    """Writes a folder's manifest beside the old one, and renames it.
+
+    Raises:
+        CheckpointError: it could not be read again.
+    """
+    write_text(folder / MANIFEST, manifest.as_readable_json())
 
 
 def now() -> str:
@@ -111,7 +118,7 @@ class SavedFolder(SavedBuffer):
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
-        self.folder = Path(folder)
+        self.folder = Path(folder).absolute()
         if not os.path.lexists(self.folder / MANIFEST):
             raise CheckpointError(f"{folder} holds no saved buffer: it has no {MANIFEST}")
         self.manifest = _read_manifest(self.folder)
@@ -126,7 +133,15 @@ class SavedFolder(SavedBuffer):
         """
         manifest, about = self.manifest, self.manifest.files[rank]
         path = self.folder / about.name
-        file = ShardFile(path)
+        try:
+            file = ShardFile(path, about.sha256)
+        except CheckpointError as error:
+            if self.has_been_replaced():
+                raise CheckpointError(
+                    f"{self.folder}: another save has taken the place of this one while it was "
+                    "read; read it anew"
+                ) from error
+            raise
         try:
             for what, found, expected in (
                 ("bytes", file.num_bytes, about.num_bytes),
@@ -143,10 +158,17 @@ class SavedFolder(SavedBuffer):
             raise
         return file
 
+    def has_been_replaced(self) -> bool:
+        """See ``SavedBuffer.has_been_replaced``."""
+        try:
+            return _read_manifest(self.folder).save_id != self.manifest.save_id
+        except CheckpointError:
+            return False
+
     def checked_rows(self, rank: int) -> Iterator[tuple[Ints, Bytes]]:
         """See ``SavedBuffer.checked_rows``."""
         with self.shard(rank) as file:
-            yield from file.checked_rows(self.manifest.files[rank].sha256)
+            yield from file.checked_rows()
 
     def representatives(
         self, rank: int, slots: Ints | None = None
@@ -170,6 +192,4 @@ def _read_manifest(folder: Path) -> Manifest:
     with open(open_to_read(path), "rb") as file:
         # `read` takes as much memory as it may give, so the file's size first.
         content = file.read(min(os.fstat(file.fileno()).st_size, MOST_BYTES) + 1)
-    if len(content) > MOST_BYTES:
-        raise CheckpointError(f"{path} is no manifest: it has more than {MOST_BYTES} bytes")
     return Manifest.from_json(content, str(path))

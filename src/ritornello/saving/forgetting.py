@@ -98,8 +98,8 @@ def forget(
         CheckpointError: there is no saved buffer, it is damaged, in use, cannot be written, or the
             policy cannot forget. The folder is as it was.
     """
-    path = Path(folder)
-    saved = SavedFolder(path)  # first, so that nothing is made where there is none
+    saved = SavedFolder(folder)  # first, so that nothing is made where there is none
+    path = saved.folder
     if dry_run:
         return _find(saved, Where(where, saved.manifest)).outcome()
     try:

@@ -19,6 +19,7 @@ import torch
 from ritornello.arrays import Ints
 from ritornello.errors import CheckpointError
 from ritornello.records.layout import Layout
+from ritornello.rounds.arguments import meant
 from ritornello.saving.checked_json import (
     checked_bool,
     checked_count,
@@ -37,6 +38,9 @@ FORMAT_VERSION = 1
 
 MOST_BYTES = 2**24
 """A manifest has a few lines for each shard and task; a longer one is none of ours."""
+
+MOST_NAME = 10_000
+"""Characters of a task's name."""
 
 MOST_ROUNDS = 2**48
 """Nobody has more steps; what is computed from fewer fits into 64 bits."""
@@ -152,6 +156,11 @@ class Manifest:
             return self.num_rounds > 0 and self.num_held > 0 and self.num_staged == 0
         return self.num_held > 0 and self.num_staged < self.num_drawn
 
+    def meant(self, argument: str) -> str | None:
+        """An argument's text, the same for all that mean the same; None: it is not there."""
+        text = self.arguments.get(argument)
+        return None if text is None else meant(argument, text)
+
     def task_numbers(self, admitted_in: Ints) -> Ints:
         """The position in ``tasks`` of what was admitted in some rounds; -1: before the first."""
         first_rounds = np.array([task.first_round for task in self.tasks], dtype=np.int64)
@@ -170,6 +179,19 @@ class Manifest:
         content["layout"] = None if self.layout is None else layout_to_json(self.layout)
         return json.dumps(with_checksum(content), indent=1)
 
+    def as_readable_json(self) -> str:
+        """As text, after ``from_json`` has taken it: so nothing is saved that no load accepts.
+
+        Raises:
+            CheckpointError: it does not.
+        """
+        text = self.as_json()
+        try:
+            Manifest.from_json(text, "the manifest")
+        except CheckpointError as error:
+            raise CheckpointError(f"what is saved could not be loaded: {error}") from error
+        return text
+
     @classmethod
     def from_json(cls, text: str | bytes, where: str) -> Manifest:
         """From text.
@@ -181,6 +203,10 @@ class Manifest:
         Raises:
             CheckpointError: it is none, or of another version.
         """
+        if len(text) > MOST_BYTES:
+            raise CheckpointError(
+                f"{where} is no manifest: it has {len(text)} bytes, and {MOST_BYTES} at most"
+            )
         try:
             content = json.loads(text, parse_constant=no_constant)
             if not isinstance(content, dict) or content.get("format") != FORMAT:
@@ -205,6 +231,8 @@ class Manifest:
         label = content["label"]
         if label is not None and (layout is None or checked_count(label) >= len(layout.fields)):
             raise ValueError(f"label={reprlib.repr(label)} is no field of the layout")
+        if layout is not None and label is not None and not layout.fields[label].is_integer:
+            raise ValueError(f"label={label} is the field {layout.fields[label]}: no integer")
         num_drawn, rate = content.get("num_drawn"), content.get("rate")
         manifest = cls(
             arguments=checked_texts(content["arguments"]),

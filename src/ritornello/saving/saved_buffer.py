@@ -57,6 +57,10 @@ class SavedBuffer(Protocol):
             CheckpointError: at the end: it is damaged.
         """
 
+    def has_been_replaced(self) -> bool:
+        """Whether another save has taken its place, so that it cannot be read any more."""
+        return False
+
 
 @dataclass(frozen=True)
 class SavedRepresentatives:
@@ -167,6 +171,20 @@ def sampling_state(arrays: Arrays) -> Arrays:
         if name.startswith(CONTENTS) and name not in _OF_CONTENTS
     }
     return _checked(part, CONTENTS, np.int64, np.float64)
+
+
+def selection_arrays(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The arrays of ``selection_state``, with their names in the shard: copies.
+
+    Raises:
+        TypeError: the selection policy gives something else.
+    """
+    for name, each in state.items():
+        if not isinstance(each, np.ndarray) or each.ndim != 1 or each.dtype != np.int64:
+            raise TypeError(
+                f"the state of the selection policy has {name!r}: it must hold arrays, int64 [n]"
+            )
+    return {f"{POLICY}{name}": each.copy() for name, each in state.items()}
 
 
 def contents_arrays(contents: State, sampling: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import reprlib
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -10,24 +9,9 @@ from typing import Any
 import torch
 
 from ritornello.errors import CheckpointError
-from ritornello.records.layout import Layout
-from ritornello.records.nesting import Batch, Registered, Template, leaves_of
+from ritornello.records.layout import DTYPES, MOST_FIELDS, Layout, check_field
+from ritornello.records.nesting import MOST_LEVELS, Batch, Registered, Template, leaves_of
 from ritornello.saving.checked_json import checked_count, checked_text
-
-MOST_RECORD_BYTES = 2**40
-
-MOST_DIMENSIONS = 64
-
-MOST_FIELDS = 10_000
-
-MOST_LEVELS = 64
-"""In the nesting of a sample."""
-
-DTYPES = {
-    str(dtype).removeprefix("torch."): dtype
-    for dtype in vars(torch).values()
-    if isinstance(dtype, torch.dtype) and not str(dtype).startswith(("torch.q", "torch.bits"))
-}
 
 
 def layout_to_json(layout: Layout) -> dict[str, Any]:
@@ -64,10 +48,7 @@ def layout_from_json(content: dict[str, Any]) -> Layout:
         dtype = DTYPES.get(checked_text(each["dtype"]))
         if dtype is None:
             raise ValueError(f"a field of the dtype {reprlib.repr(each['dtype'])}")
-        # Zeros count as ones: no stride may be too large for PyTorch.
-        num_bytes = dtype.itemsize * math.prod(max(1, size) for size in shape[:MOST_DIMENSIONS])
-        if len(shape) > MOST_DIMENSIONS or num_bytes > MOST_RECORD_BYTES:
-            raise ValueError(f"a field of the shape {reprlib.repr(shape)}")
+        check_field(dtype, shape)
         leaves.append(torch.empty((0, *shape), dtype=dtype, device="cpu"))
     remaining = iter(leaves)
     batch = _nesting_from_json(content["nesting"], lambda: next(remaining))

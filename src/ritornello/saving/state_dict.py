@@ -152,8 +152,10 @@ class SavedState(SavedBuffer):
         if rank not in self._shards:
             raise CheckpointError(
                 f"the state holds only the rank(s) {sorted(self._shards)} of "
-                f"{self.manifest.num_ranks}, and rank {rank} is needed: for other ranks or another "
-                "capacity give every rank a state_dict(whole=True), or use save and load"
+                f"{self.manifest.num_ranks}, and rank {rank} is needed: state_dict() gives a "
+                "rank's own shard. Let all ranks call state_dict(whole=True) and rank 0 save what "
+                "it gets; let each rank save its own, for as many ranks with the same capacity; or "
+                "use save and load"
             )
         return nullcontext(self._shards[rank])
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ritornello.arrays import Arrays, Bytes, Ints
 from ritornello.errors import CheckpointError
-from ritornello.saving.files import sync_folder, unlock, write_text
+from ritornello.saving.files import PARTIAL, open_to_read, sync_folder, unlock, write_text
 from ritornello.saving.folder import (
     lock_to_save,
     locked_to_save,
@@ -37,6 +37,9 @@ logger = logging.getLogger(__name__)
 
 TIDY_SECONDS = 1.0
 """How long a save that is given up waits for its running step, to end it and remove its files."""
+
+FILES_SECONDS = 15.0
+"""How long rank 0 waits, where nobody waits for the save any more, for files that do not grow."""
 
 POLL_SECONDS = 0.02
 """How often rank 0 looks whether the other ranks' files are there."""
@@ -94,6 +97,7 @@ class SaveUnderWay:
         self._written = threading.Event()
         self._ended = threading.Event()
         self._files_due = math.inf  # when rank 0 must have seen the files of all
+        self._patience_seconds = transport.timeout_seconds  # for files that do not grow
         self._given_up = False
 
     def begin(self) -> None:
@@ -164,6 +168,10 @@ class SaveUnderWay:
                 if isinstance(error, OSError):
                     self._error = CheckpointError(f"{self._folder} could not be written: {error}")
                 logger.warning("rank %d: %s was not saved: %s", self._rank, self._folder, error)
+            except BaseException:  # an interrupt where no worker is left to do it
+                self._error = CheckpointError(f"{self._folder}: the save was interrupted")
+                self._end()
+                raise
             self._end()
         return None
 
@@ -183,14 +191,22 @@ class SaveUnderWay:
             self.give_up()
             raise
 
-    def finish(self, wait_seconds: float) -> None:
-        """Does what is left, while nobody else calls ``step``; gives up after ``wait_seconds``."""
-        deadline = time.monotonic() + wait_seconds
+    def write(self) -> None:
+        """Writes what is left of this rank's file; raises nothing."""
+        while not self._written.is_set() and self.step() is not None:
+            pass
+
+    def finish(self, patience_seconds: float) -> None:
+        """Does what is left, on each rank alone; a warning says what went wrong.
+
+        Args:
+            patience_seconds: how long rank 0 waits for other ranks' files that do not grow.
+        """
+        self._patience_seconds = min(patience_seconds, self._patience_seconds)
         while (pause := self.step()) is not None:
-            if time.monotonic() > deadline:
-                logger.warning("rank %d: %s was not saved: given up", self._rank, self._folder)
-                self.give_up()
             time.sleep(pause)
+        if self._error is not None:
+            self.give_up()
 
     def give_up(self) -> None:
         """Ends it; the save before stays the one that counts.
@@ -258,25 +274,39 @@ class SaveUnderWay:
 
     def _find_files(self) -> Iterator[float]:
         """Waits until the files of all ranks are there."""
-        began, missing = time.monotonic(), list(range(self._num_ranks))
-        timeout_seconds = self._transport.timeout_seconds
+        grew, missing = time.monotonic(), list(range(self._num_ranks))
+        sizes = self._num_bytes_of(missing)
         while missing := [
             rank for rank in missing if not (self._folder / self._name(rank, "json")).exists()
         ]:
-            if time.monotonic() > min(began + timeout_seconds, self._files_due):
-                raise CheckpointError(
-                    f"{self._folder}: the files of rank(s) {missing} are not there; all ranks must "
-                    "save in one folder, on a file system that they share, and write at most "
-                    f"{timeout_seconds:g} s longer than others (timeout_seconds)"
-                )
+            patience_seconds = self._patience_seconds
+            if time.monotonic() > min(grew + patience_seconds, self._files_due):
+                before, sizes = sizes, self._num_bytes_of(missing)
+                if sizes.items() <= before.items() or time.monotonic() > self._files_due:
+                    raise CheckpointError(
+                        f"{self._folder}: the files of rank(s) {missing} are not there; all ranks "
+                        "must save in one folder, on a file system that they share, and write at "
+                        f"most {patience_seconds:g} s longer than others (timeout_seconds)"
+                    )
+                grew = time.monotonic()
             yield POLL_SECONDS
+
+    def _num_bytes_of(self, ranks: list[int]) -> dict[int, int]:
+        """How much of their files some ranks have written so far."""
+        found = {}
+        for rank in ranks:
+            path = self._folder / self._name(rank, "safetensors")
+            for each in (path, path.with_name(path.name + PARTIAL)):
+                with contextlib.suppress(OSError):
+                    found[rank] = each.stat().st_size
+        return found
 
     def _commit(self) -> None:
         """Makes this save the one that counts."""
         files = []
         for rank in range(self._num_ranks):
-            about = json.loads((self._folder / self._name(rank, "json")).read_text())
-            files.append(SavedFile(**about))
+            with open(open_to_read(self._folder / self._name(rank, "json")), "rb") as file:
+                files.append(SavedFile(**json.load(file)))
         sync_folder(self._folder)
         replace_manifest(
             self._folder,

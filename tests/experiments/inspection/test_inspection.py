@@ -57,6 +57,16 @@ def save(folder: Path, num_ranks: int = 2, change: Any = None, num_classes: int 
     run_ranks(LocalTransport.connect(num_ranks), rank_main)
 
 
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 5000 + "1" + "}" * 5000, "7", "\0"])
+def test_what_lies_beside_a_buffer_is_not_believed(text: str, tmp_path: Path) -> None:
+    save(tmp_path / "buffer", num_ranks=1)
+    (tmp_path / "results.json").write_text(text)
+    assert inspect_buffer(tmp_path / "buffer").class_names == ()
+    with open(tmp_path / "results.json", "ab") as file:
+        file.truncate(2**40)  # which takes no room
+    assert inspect_buffer(tmp_path / "buffer").class_names == ()
+
+
 def mark_times(folder: Path, *hours: float) -> None:
     """Lets the tasks have begun some hours before the save."""
     manifest = SavedFolder(folder).manifest

@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from ritornello.experiments.data.data_set import DataSet
+from ritornello.experiments.data.load import load
 from ritornello.experiments.ranks.launch import launch
 from ritornello.experiments.recipes.named import recipe_named
 from ritornello.experiments.recipes.recipe import Recipe, with_changes
@@ -20,9 +22,16 @@ def quick(**changes: Any) -> Recipe:
     return recipe_named("digits", **{"epochs": 3, **changes})
 
 
-def test_results_of_a_run(tmp_path: Path) -> None:
+def test_results_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+
+    def data() -> DataSet:
+        monkeypatch.chdir("elsewhere")  # the output stays where it was
+        return load("digits")
+
     state = torch.get_rng_state()
-    results = train.run(quick(), str(tmp_path / "out"))
+    results = train.run(quick(), "out", data)
     assert torch.equal(torch.get_rng_state(), state)
     assert json.loads((tmp_path / "out" / "results.json").read_text()) == results
     assert np.array(results["top1"]).shape == np.array(results["top5"]).shape == (5, 5)

@@ -18,8 +18,12 @@ import numpy as np
 from ritornello.arrays import Floats, Ints
 from ritornello.errors import CheckpointError
 from ritornello.experiments.results.run_folder import COMPLETE, IN_WORK
-from ritornello.saving.folder import MANIFEST, SavedFolder, leftovers
+from ritornello.saving.folder import MANIFEST, MOST_LOOKS, SavedFolder, leftovers
 from ritornello.saving.manifest import Manifest
+from ritornello.saving.saved_buffer import admission_rounds
+
+MOST_RESULTS_BYTES = 2**26
+"""The results of a run have fewer."""
 
 
 @dataclass(frozen=True)
@@ -127,17 +131,25 @@ def inspect_buffer(folder: Path, check: bool = True) -> Inspection:
     Raises:
         CheckpointError: its manifest is damaged. (Damaged shards are only noted.)
     """
-    saved = SavedFolder(folder)
+    for _ in range(MOST_LOOKS):
+        inspection = _inspect(SavedFolder(folder), check)
+        # A job that saves there may have removed the files.
+        if inspection.is_whole or not inspection.saved.has_been_replaced():
+            break
+    return inspection
+
+
+def _inspect(saved: SavedFolder, check: bool) -> Inspection:
+    """See ``inspect_buffer``."""
     manifest = saved.manifest
     files = []
     parts: list[tuple[Ints, ...]] = []
-    for rank, (file, num_held) in enumerate(
-        zip(manifest.files, manifest.held_per_rank, strict=True)
-    ):
+    for rank, file in enumerate(manifest.files):
         damage = ""
         found: list[tuple[Ints, ...]] = []
         try:
-            for each in saved.representatives(rank, None if check else np.arange(num_held)):
+            slots = None if check else np.arange(len(admission_rounds(saved, rank)))
+            for each in saved.representatives(rank, slots):
                 labels = np.zeros_like(each.slots) if each.labels is None else each.labels
                 ranks = np.full_like(each.slots, rank)
                 found.append((ranks, each.slots, labels, each.admitted_in, each.tasks))
@@ -158,8 +170,8 @@ def inspect_buffer(folder: Path, check: bool = True) -> Inspection:
         None if manifest.label is None else labels,
         admitted_in,
         tasks,
-        _class_names(folder),
-        len(leftovers(folder)),
+        _class_names(saved.folder),
+        len(leftovers(saved.folder)),
     )
 
 
@@ -170,10 +182,12 @@ def _class_names(folder: Path) -> tuple[str, ...]:
         if not path.is_file():
             continue
         try:
+            if path.stat().st_size > MOST_RESULTS_BYTES:
+                return ()
             results: Any = json.loads(path.read_text())
             names = results.get("class_names", [])
-        except (ValueError, AttributeError):
-            return ()
+        except (OSError, ValueError, AttributeError, RecursionError):
+            return ()  # whatever that file is, the buffer is another one
         if isinstance(names, list) and all(isinstance(name, str) for name in names):
             return tuple(names)
     return ()

@@ -79,6 +79,7 @@ def locked(folder: Path, wait_seconds: float = 0.0) -> Iterator[None]:
 
     Raises:
         FileExistsError: another process holds the lock.
+        CheckpointError: the file ``LOCK`` is a link, or no file at all.
     """
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = _lock(folder, time.monotonic() + wait_seconds)
@@ -93,7 +94,7 @@ def locked(folder: Path, wait_seconds: float = 0.0) -> Iterator[None]:
 def _lock(folder: Path, deadline: float) -> int:
     while True:
         try:
-            return lock(folder, is_inherited=False)
+            return lock(folder)
         except FolderInUseError:
             if time.monotonic() > deadline:
                 raise FileExistsError(

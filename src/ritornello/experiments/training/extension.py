@@ -101,8 +101,8 @@ def extend(
         raise ValueError("--keep-buffer off: without its buffer the run could not go on next time")
     with ExitStack() as stack:
         ranks = stack.enter_context(Ranks())
-        told = ranks.tell((str(folder), None if output is None else str(output)))
-        folder, place = Path(told[0]), Path(told[1] or told[0])
+        told = ranks.tell([str(Path(each).absolute()) for each in (folder, output or folder)])
+        folder, place = map(Path, told)
         results_in(folder)  # so that nothing is locked that is no run
         with ranks.together("cannot begin"):
             if ranks.rank == 0:

@@ -89,6 +89,7 @@ def _compare(
     loaded: dict[tuple[Any, ...], DataSet] = {}
     comparison = {}
     signals = NotedSignals() if saving.is_on else None
+    output = None if output is None else str(Path(output).absolute())
     for label, recipe in variants.items():
         key = (recipe.data, recipe.data_path, recipe.image_size)
 
@@ -154,7 +155,7 @@ def _run(
     """See ``run``; all is checked. The runs before have noted their signals in ``signals``."""
     with ExitStack() as stack:
         ranks = stack.enter_context(Ranks())
-        output = ranks.tell(output)
+        output = ranks.tell(None if output is None else str(Path(output).absolute()))
         if output is None and saving.is_on:
             raise ValueError("checkpoints need an output folder")
         if output is None and tracking.track:
