@@ -214,11 +214,12 @@ class MappedMemory:
 def free_memory_bytes(group: Path = Path("/sys/fs/cgroup")) -> int | None:
     """Memory that can still be taken here, also inside a container; None if not known."""
     limits = []
-    with contextlib.suppress(OSError, StopIteration, ValueError):
+    unknown = FileNotFoundError, PermissionError, ValueError  # not OSError: an alarm may raise one
+    with contextlib.suppress(*unknown, StopIteration):
         lines = Path("/proc/meminfo").read_text().splitlines()
         available = next(line for line in lines if line.startswith("MemAvailable"))
         limits.append(int(available.split()[1]) * 1024)
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(*unknown):
         allowed = int((group / "memory.max").read_text())  # the text "max": no limit
         used = int((group / "memory.current").read_text())
         parts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
