@@ -28,8 +28,8 @@ IDLE_LOOKS = 10
 """Who does not wait, or for long, looks so many times less often. (Its trainer may wait.)"""
 
 PATIENCE_SECONDS = 0.3
-"""How long others wait for the watch to leave a note, or to look whether one explains an error:
-less than the trainer waits longer than a peer does."""
+"""How long others wait for the watch to leave a note, or to look whether one explains an error;
+it is less than the trainer waits longer than its worker."""
 
 WARN_SECONDS = 10.0
 """After which a call that still waits for other ranks says so."""
