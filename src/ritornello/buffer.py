@@ -242,6 +242,7 @@ class RehearsalBuffer:
         Raises:
             TypeError, ValueError: the mini-batch is not like the first one, or a label is out
                 of range; names the leaf. The buffer is unchanged and goes on.
+            RuntimeError: with "earlier-tasks": no task has begun, so that nothing would be drawn.
             PeerLostError: another rank is gone; raised again by every later call.
             RoundError: the last round failed.
             BufferClosedError: after ``close()``.
@@ -257,6 +258,8 @@ class RehearsalBuffer:
 
         Waits only if that round is still running. ``draw`` and ``offer`` alternate: each offer
         starts a round, and each draw takes its result. The first draw may come before any offer.
+        A step that draws and does not come to offer, as where it fails, counts as one that had
+        nothing to offer: the next ``draw`` or ``update`` runs its round first.
 
         Returns:
             ``r`` samples nested like a mini-batch, the caller's own; with ``num_draws`` of 2 or
@@ -264,8 +267,7 @@ class RehearsalBuffer:
             it holds. None where nothing was drawn, as while it is empty.
 
         Raises:
-            RuntimeError: no offer since the last draw.
-            PeerLostError, RoundError, BufferClosedError: see ``update``.
+            RuntimeError, PeerLostError, RoundError, BufferClosedError: see ``update``.
         """
         self._check_open("draw")
         drawn = self._steps.draw("draw")
@@ -386,7 +388,8 @@ class RehearsalBuffer:
         """Says that a task begins: what is offered from now on is of it.
 
         What is saved then tells of every representative which task it is of, and how old it is.
-        With ``sampling="earlier-tasks"`` all that is stored can be drawn from the next round on.
+        With ``sampling="earlier-tasks"`` all that is stored can be drawn from the next round on;
+        it must be called for the first task, too.
         Waits for the running round. All ranks call it alike, after as many updates.
 
         Args:

@@ -58,6 +58,7 @@ class Steps:
         is_offered: whether one was offered since the last draw.
         num_past: representatives in what the trainer got last; see ``RehearsalBuffer.num_past``.
         rate: ``r`` of the rounds to come.
+        knows_tasks: whether a task has begun.
     """
 
     def __init__(
@@ -85,6 +86,8 @@ class Steps:
         self._num_joined = self.num_past = 0
         self.rate: float = plain(arguments.num_representatives)
         self.failure: RoundError | None = None
+        self.knows_tasks = False
+        self._has_left_out_an_offer = False
         self._is_restored = False  # and no mini-batch has come since
         self.seconds_waited = self.seconds_joining = self.seconds_offering = 0.0
 
@@ -160,17 +163,54 @@ class Steps:
             self.begun.staging.drop_collected()
 
     def _staged(self, call: str) -> Tensor | None:
-        """Waits for the round; one step's representatives as records, None if there are none."""
+        """Waits for the round; one step's representatives as records, None if there are none.
+
+        Raises:
+            RuntimeError: the sampling policy needs to be told of tasks, and knows none.
+        """
         if not self.is_offered:
-            if self.num_offers:
-                raise RuntimeError(
-                    f"{call}: no mini-batch was offered since the last draw; draw and offer "
-                    "alternate: each offer starts a round, each draw takes its result"
-                )
-            return None
+            if not self.num_offers:
+                return None
+            self._offer_nothing(call)
         self.settle()
+        if not self.num_staged:
+            self._check_tasks(call)
         self._num_joined = self.num_staged
         return self._known.staging.take(self.num_staged) if self.num_staged else None
+
+    def _offer_nothing(self, call: str) -> None:
+        """Starts the round of a step that has drawn and offered nothing, such as one that failed.
+
+        So a rank takes part in as many rounds as it draws, whatever becomes of its steps.
+        """
+        if not self._has_left_out_an_offer:
+            self._has_left_out_an_offer = True
+            logger.warning(
+                self.here(
+                    f"{call}: no mini-batch was offered since the last draw; the step before "
+                    "counts as one that had nothing to offer, as if it had failed (said once)"
+                )
+            )
+        self.drop_prepared()
+        self.start_round()
+
+    def _check_tasks(self, call: str) -> None:
+        """Where nothing was drawn: whether it is because nobody says when a task begins.
+
+        The very first mini-batch may come before that.
+        """
+        rounds = self.rounds
+        if not rounds.sampling.needs_tasks or self.knows_tasks or self.num_offers < 2:
+            return
+        if rounds.rate and rounds.contents.num_held:
+            raise RuntimeError(
+                self.here(
+                    f"{call}: {type(rounds.sampling).__name__} draws what was stored before the "
+                    "running task began, and no task has begun, so that nothing would ever be "
+                    "drawn: all ranks call buffer.begin_task(name) before the first step of each "
+                    "task, the first one too"
+                )
+            )
 
     def _copy_candidates(self, staging: Staging, leaves: list[Tensor]) -> None:
         began = time.perf_counter()
@@ -318,9 +358,10 @@ class Steps:
         sampling = self.rounds.sampling
         if not sampling.needs_tasks:
             self.settle()
-            return
-        with self.with_peers("begin_task"):  # else ranks would draw differently, unnoticed
-            sampling.begin_task(self.rounds.contents)
+        else:
+            with self.with_peers("begin_task"):  # else ranks would draw differently, unnoticed
+                sampling.begin_task(self.rounds.contents)
+        self.knows_tasks = True
 
     def here(self, message: str) -> str:
         """The message, with the rank where there are several."""

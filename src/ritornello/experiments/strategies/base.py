@@ -109,6 +109,7 @@ class Strategy:
     ) -> None:
         self.criterion, self.sizes = criterion, sizes
         self.task_number = 0
+        self._has_begun = False
 
     def training_tasks(self, tasks: Sequence[Task], number: int) -> Sequence[Task]:
         """The tasks, of all, whose samples are trained on when task ``number`` has come."""
@@ -129,7 +130,7 @@ class Strategy:
 
     def begin_task(self, number: int, classes: Sequence[int] = ()) -> None:
         """Says that task ``number`` (from 0) begins, and which classes it brings, if known."""
-        self.task_number = number
+        self.task_number, self._has_begun = number, True
 
     def end_task(self, model: nn.Module) -> None:
         """Says that the running task has been learnt; all ranks call it, with the same weights."""
@@ -198,6 +199,19 @@ class Strategy:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+    def _check_begun(self) -> None:
+        """For strategies that look at tasks.
+
+        Raises:
+            RuntimeError: none has begun.
+        """
+        if not self._has_begun:
+            raise RuntimeError(
+                f"{type(self).__name__}: no task has begun, and its loss looks at tasks: call "
+                "strategy.begin_task(number, classes) before the first step of each task, from "
+                "task 0 on"
+            )
 
     def _mean(self, losses: Tensor, num_global: int | None) -> Tensor:
         if self.sizes is None or num_global is None:
