@@ -219,9 +219,19 @@ class RehearsalBuffer:
         """How many samples of the last augmented mini-batch are past: its last ones.
 
         Of all draws together; 0 before the first. After ``draw`` what it gave, and inside a loop of
-        ``rehearse`` of the mini-batch that the loop has.
+        ``rehearse`` of the mini-batch that the loop has. Where others take mini-batches from that
+        loop ahead of time, see ``rehearse(..., with_mask=True)``.
         """
         return self._steps.num_past
+
+    @property
+    def past_mask(self) -> Tensor:
+        """Which samples of the last augmented mini-batch are past, where mini-batches are.
+
+        bool ``[b + r]``: False for the new ones, which come first, True for the ``num_past`` behind
+        them. All False where nothing was drawn, as in the first step; all True after ``draw``.
+        """
+        return self._steps.past_mask()
 
     @outside_graphs
     def update(self, batch: Batch) -> Batch:

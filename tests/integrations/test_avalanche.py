@@ -95,6 +95,21 @@ def test_the_strategy_trains_on_augmented_mini_batches() -> None:
     assert sum(int((images[8:, 0] < 32).sum()) for images, _, _ in spy.trained[4:]) >= 4
 
 
+def test_the_mask_belongs_to_the_mini_batch_of_the_iteration() -> None:
+    class Masks(Spy):
+        def before_backward(self, strategy: Any, **kwargs: Any) -> None:
+            mask = plugin.buffer.past_mask
+            assert len(mask) == len(strategy.mb_output)
+            masks.append((int((~mask).sum()), plugin.buffer.num_past))
+
+    masks: list[tuple[int, int]] = []
+    with RehearsalPlugin(16, num_representatives=3) as plugin:
+        strategy = strategy_with(plugin, Masks(), train_mb_size=12)
+        for experience in numbered().train_stream:  # of 32 samples each
+            strategy.train(experience)
+    assert masks == [(12, 0), (12, 3), (8, 3)] + [(12, 3), (12, 3), (8, 3)]
+
+
 def test_evaluation_is_left_alone() -> None:
     spy = Spy()
     with RehearsalPlugin(16, num_representatives=3) as plugin:

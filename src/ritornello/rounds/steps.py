@@ -56,7 +56,8 @@ class Steps:
         begun: what the first mini-batch has fixed; None before it.
         num_offers: mini-batches offered so far.
         is_offered: whether one was offered since the last draw.
-        num_past: representatives in what the trainer got last; see ``RehearsalBuffer.num_past``.
+        num_new: new samples in what the trainer got last; they come first.
+        num_past: representatives in it; see ``RehearsalBuffer.num_past``.
         rate: ``r`` of the rounds to come.
         knows_tasks: whether a task has begun.
     """
@@ -83,6 +84,7 @@ class Steps:
         self.is_offered = False
         self._round_runs = False
         self.num_staged = 0
+        self._num_new_joined = self.num_new = 0
         self._num_joined = self.num_past = 0
         self.rate: float = plain(arguments.num_representatives)
         self.failure: RoundError | None = None
@@ -107,12 +109,14 @@ class Steps:
             augmented = begun.layout.rebuild(self._joiner.join(begun.layout, leaves, staged))
             self.seconds_joining += time.perf_counter() - began
         self._copy_candidates(begun.staging, leaves)
+        self._num_new_joined = leaves[0].shape[0]
         return augmented
 
     def draw(self, call: str) -> list[Batch] | None:
         """Copies of one step's representatives, a batch for each draw; None if there are none."""
         staged = self._staged(call)
         self.is_offered = False
+        self._num_new_joined = self.num_new = 0
         self.num_past = self._num_joined
         if staged is None:
             return None
@@ -151,11 +155,17 @@ class Steps:
         began = time.perf_counter()
         self.num_offers += 1
         self.is_offered = True
-        self.num_past = self._num_joined  # of a step that `rehearse` has prepared, only now
+        # Of a step that `rehearse` has prepared, only now.
+        self.num_new, self.num_past = self._num_new_joined, self._num_joined
         self.rounds.rate = self.rate
         self._round_runs = True
         self._worker.start(self._known.staging.candidates())
         self.seconds_offering += time.perf_counter() - began
+
+    def past_mask(self) -> Tensor:
+        """See ``RehearsalBuffer.past_mask``."""
+        places = torch.arange(self.num_new + self.num_past, device=self.trainer_device)
+        return places >= self.num_new
 
     def drop_prepared(self) -> None:
         """Drops what ``prepare`` has copied."""
