@@ -107,7 +107,7 @@ def test_the_mask_belongs_to_the_mini_batch_of_the_iteration() -> None:
         strategy = strategy_with(plugin, Masks(), train_mb_size=12)
         for experience in numbered().train_stream:  # of 32 samples each
             strategy.train(experience)
-    assert masks == [(12, 0), (12, 3), (8, 3)] + [(12, 3), (12, 3), (8, 3)]
+    assert masks == [(12, 0), (12, 3), (8, 3), (12, 3), (12, 3), (8, 3)]
 
 
 def test_evaluation_is_left_alone() -> None:

@@ -39,6 +39,8 @@ INTEGERS = {
     for name in ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
 }
 
+GRAPH_PACKAGES = ("torch_geometric", "dgl")
+
 SHAPE_REMEDY = ". Pad, crop or resize all samples to one shape"
 
 LIST_REMEDY = (
@@ -271,6 +273,11 @@ def _remedy_for(leaf: Any) -> str:
         return "leave text out of it, or offer its tokens, padded to one length"
     if leaf is None or "NonTensor" in type(leaf).__name__:  # TensorDict's
         return "leave out what is no tensor"
+    if type(leaf).__module__.partition(".")[0] in GRAPH_PACKAGES:
+        return (
+            "a batch of graphs numbers its nodes through: offer each graph's tensors padded to one "
+            "size, [b, n, ...], and build the batch behind update"
+        )
     if is_dataclass(leaf):
         return "torch.utils._pytree.register_dataclass makes a dataclass a container of tensors"
     if type(leaf).__module__.startswith("PIL."):

@@ -22,6 +22,7 @@ from ritornello.errors import CheckpointError, PeerLostError, RoundError, round_
 from ritornello.policies.selection import check_labels
 from ritornello.records import accelerators
 from ritornello.records.layout import Layout
+from ritornello.records.misread import check_not_misread
 from ritornello.records.nesting import Batch
 from ritornello.records.storage import Storage
 from ritornello.rounds.arguments import Arguments, plain
@@ -239,6 +240,7 @@ class Steps:
         try:
             begun = self.begun
             if begun is None:
+                check_not_misread(batch)
                 layout = Layout.of(batch)
                 leaves = layout.leaves(batch)
                 label = layout.label_position(self._arguments.label_path, self.rounds.needs_labels)
