@@ -33,6 +33,14 @@ from ritornello.rounds.rewriting import FieldsMadeAnew
 from ritornello.rounds.round import Rounds
 from ritornello.rounds.staging import Staging, WorkerStreams
 from ritornello.rounds.stats import BufferStats
+from ritornello.rounds.watching import (
+    MANY_STEPS,
+    NEVER_MEASURED,
+    NEVER_SET,
+    NOT_USED,
+    TrainingWatch,
+    nothing_drawn,
+)
 from ritornello.rounds.worker import Worker
 from ritornello.transports.agreement import check_in_step
 
@@ -61,6 +69,7 @@ class Steps:
         num_past: representatives in it; see ``RehearsalBuffer.num_past``.
         rate: ``r`` of the rounds to come.
         knows_tasks: whether a task has begun.
+        num_given: representatives that the trainer has got so far.
     """
 
     def __init__(
@@ -90,6 +99,10 @@ class Steps:
         self.rate: float = plain(arguments.num_representatives)
         self.failure: RoundError | None = None
         self.knows_tasks = False
+        self._is_rate_set = False
+        self._watch = TrainingWatch(self.here(NOT_USED))
+        self.num_given = 0
+        self._num_without = 0  # mini-batches since one had past samples
         self._has_left_out_an_offer = False
         self._is_restored = False  # and no mini-batch has come since
         self.seconds_waited = self.seconds_joining = self.seconds_offering = 0.0
@@ -119,6 +132,7 @@ class Steps:
         self.is_offered = False
         self._num_new_joined = self.num_new = 0
         self.num_past = self._num_joined
+        self._watch.num_steps = 0
         if staged is None:
             return None
         began = time.perf_counter()
@@ -158,10 +172,31 @@ class Steps:
         self.is_offered = True
         # Of a step that `rehearse` has prepared, only now.
         self.num_new, self.num_past = self._num_new_joined, self._num_joined
+        self._watch.num_steps = 0
+        self.num_given += self.num_past
+        self._num_without = 0 if self.num_past else self._num_without + 1
+        if self._num_without == MANY_STEPS:
+            self._say_why_nothing_is_past()
+        if self.num_offers == MANY_STEPS:
+            self._say_if_never_measured()
         self.rounds.rate = self.rate
         self._round_runs = True
         self._worker.start(self._known.staging.candidates())
         self.seconds_offering += time.perf_counter() - began
+
+    def _say_why_nothing_is_past(self) -> None:
+        """Warns where nothing is drawn, and nobody has said so."""
+        held, sampling = self.rounds.contents.num_held, self.rounds.sampling
+        if not self.rate and self._arguments.rate_may_change and not self._is_rate_set:
+            logger.warning(self.here(NEVER_SET))
+        # Of a small fraction many steps in a row get none; and in a first task nothing is earlier.
+        if held and self.rate > 0.1 and not sampling.needs_tasks:
+            logger.warning(self.here(nothing_drawn(type(sampling).__name__)))
+
+    def _say_if_never_measured(self) -> None:
+        """Warns where the sampling policy goes by distances, and gets none."""
+        if self.rounds.sampling.needs_distances and not self.rounds.is_measured:
+            logger.warning(self.here(NEVER_MEASURED))
 
     def past_mask(self) -> Tensor:
         """See ``RehearsalBuffer.past_mask``."""
@@ -312,6 +347,7 @@ class Steps:
 
     def finish(self, wait_seconds: float) -> None:
         """Ends the running round; no error is raised."""
+        self._watch.close()
         with self._settling:
             if self._round_runs and self.failure is None:
                 try:
@@ -340,6 +376,7 @@ class Steps:
         """
         try:
             self.rate = self._arguments.changed_rate(rate)
+            self._is_rate_set = True
         except (TypeError, ValueError) as error:
             raise type(error)(self.here(str(error))) from None
 
@@ -384,6 +421,7 @@ class Steps:
     def read(self, batch_size: int) -> Iterator[Batch]:
         """This rank's representatives; see ``RehearsalBuffer.representatives``."""
         rounds, num_rounds = self.rounds, self.rounds.num_rounds
+        self._watch.num_steps = 0
         for first in range(0, rounds.num_held, batch_size):
             if rounds.num_rounds != num_rounds:
                 raise RuntimeError(
@@ -432,6 +470,8 @@ class Steps:
             record_bytes=self.begun.layout.record_bytes if self.begun else 0,
             shard_bytes=rounds.shard.num_bytes if rounds.shard else 0,
             num_rounds=rounds.num_rounds,
+            num_given=self.num_given,
+            num_steps_without=self._watch.num_steps,
             bytes_sent=rounds.bytes_sent,
             bytes_received=rounds.bytes_received,
             seconds_waited=self.seconds_waited,
@@ -471,6 +511,8 @@ class Steps:
         self._known.staging.put_back(staged)
         self.num_staged = len(staged)
         self.num_offers, self.is_offered = num_rounds, is_offered
+        self._num_new_joined = self.num_new = 0
+        self._num_joined = self.num_past = 0
 
     def draw_again(self, rate: float) -> None:
         """Runs a round without candidates, for what the next step draws.
