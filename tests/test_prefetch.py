@@ -107,6 +107,7 @@ def test_the_mask_says_which_are_past(num_draws: int) -> None:
         assert [mask.tolist() for _, mask in taken] == expected
 
 
+@pytest.mark.accelerator
 def test_the_mask_is_where_mini_batches_are(accelerator: str) -> None:
     with RehearsalBuffer(12, num_representatives=2) as buffer:
         steps = ritornello.rehearse(loader(4), buffer, device=accelerator, with_mask=True)

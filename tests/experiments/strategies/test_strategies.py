@@ -34,7 +34,8 @@ from ritornello.experiments.strategies import (
     strategy_of,
 )
 from ritornello.experiments.strategies.a_gem import project
-from ritornello.testing import spawn_ranks
+from ritornello.testing import run_ranks, spawn_ranks
+from ritornello.transports import LocalTransport, Transport
 
 
 class Step(NamedTuple):
@@ -413,6 +414,36 @@ def test_after_a_step_that_failed_the_next_ones_go_on(name: str) -> None:
     strategy.close()
 
 
+@pytest.mark.parametrize("name", ["rehearsal", "er-ace", "der", "der++", "a-gem"])
+def test_a_rank_whose_step_failed_alone_stays_in_step(name: str) -> None:
+    kind: Any = strategy_named(name)
+    options = {key: value for key, value in OPTIONS[kind].items() if key != "logits_dtype"}
+
+    def no_memory(images: Tensor) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def rank_main(end: Transport) -> int:
+        network = nn.Linear(4, 6)
+        buffer = RehearsalBuffer(
+            50, num_representatives=4, num_draws=kind.num_draws, transport=end, timeout_seconds=20.0
+        )
+        with kind(buffer, **options) as strategy:
+            strategy.begin_task(0, range(6))
+            for step, (images, labels) in enumerate(batches(10)):
+                if end.rank == 1 and step in (3, 7):
+                    with pytest.raises(torch.OutOfMemoryError):
+                        strategy.backward(no_memory, images, labels)
+                elif end.rank == 1 and step == 5:
+                    with pytest.raises((ValueError, IndexError)):
+                        strategy.backward(network, images, labels.where(labels > 2, -5))
+                else:
+                    strategy.backward(network, images, labels)
+            buffer.state_dict(whole=True)  # all ranks must be in step
+            return buffer.stats().num_rounds
+
+    assert run_ranks(LocalTransport.connect(2), rank_main) == [10, 10]
+
+
 @pytest.mark.parametrize(
     ("kind", "options"),
     [
@@ -445,30 +476,26 @@ def test_er_ace_refuses_classes_that_no_task_has_named() -> None:
     with RehearsalBuffer(50, num_representatives=8) as buffer:
         strategy = ERACE(buffer)
         strategy.begin_task(1, (0, 1, 2, 3))
-        with pytest.raises(ValueError, match=message):
-            strategy.backward(network, images, labels % 4 + 2)
-        assert len(buffer) == 0
-        buffer.update((images, labels % 2 + 4))  # such as of a buffer that was loaded
-        with pytest.raises(ValueError, match=message):
-            strategy.backward(network, images, labels % 4)
+        for new in (labels % 4 + 2, labels % 4):  # then there are past ones, as after a load
+            with pytest.raises(ValueError, match=message):
+                strategy.backward(network, images, new)
         blurry = ERACE(buffer, is_blurry=True)
         blurry.begin_task(0, (0, 1))
         blurry.backward(network, images, labels)
 
 
+@pytest.mark.accelerator
 def test_er_ace_looks_at_labels_on_a_device_once_per_task(accelerator: str) -> None:
     (images, labels), network = next(batches(1)), nn.Linear(4, 6).to(accelerator)
     images, labels = images.to(accelerator), labels.to(accelerator)
     with RehearsalBuffer(50, num_representatives=4) as buffer:
         strategy = ERACE(buffer)
         strategy.begin_task(0, (0, 1, 2))
-        with pytest.raises(ValueError, match="no task has named"):
-            strategy.backward(network, images, labels)
-        strategy.backward(network, images, labels % 3)
-        strategy.backward(network, images, labels)  # not looked at
+        strategy.loss(network, images, labels % 3)
+        strategy.loss(network, images, labels)  # not looked at
         strategy.begin_task(1, (3,))
         with pytest.raises(ValueError, match=r"no task has named the class\(es\) \[4, 5\]"):
-            strategy.backward(network, images, labels)
+            strategy.loss(network, images, labels)
 
 
 def test_loss_weights_that_there_are_not() -> None:

@@ -222,6 +222,10 @@ class Strategy:
 class RehearsalStrategy(Strategy):
     """A strategy with a rehearsal buffer; each step draws once and offers once.
 
+    A step that fails, such as without memory or for a wrong label, counts as one that has nothing
+    to offer, if it did not come to that. So a rank on which a step failed alone, and which goes on
+    with the next one, is still in step with the others.
+
     Args:
         buffer: made with the class's ``num_draws``; its samples are (images, labels), or
             (images, labels, logits) where ``stores_logits``. Closed by ``close``.
@@ -295,9 +299,16 @@ class RehearsalStrategy(Strategy):
 
         Args:
             leaves: a mini-batch as the buffer stores it, images and labels first.
+
+        Raises:
+            TypeError, ValueError: the buffer refuses it.
         """
         if self.offers_stream and not self._leaves_out:
-            joined = self.buffer.update(leaves)
+            try:
+                joined = self.buffer.update(leaves)
+            except (TypeError, ValueError):
+                self.buffer.draw()  # the step counts, as one that has nothing to offer
+                raise
             self._num_past = None
             if self.sizes is not None:
                 self._num_past = self.sizes.global_past(len(joined[1]) - len(leaves[1]))

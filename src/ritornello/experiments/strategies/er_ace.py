@@ -65,11 +65,9 @@ class ERACE(RehearsalStrategy):
                 in each task's first step alone, as the trainer would wait for it.
         """
         self._check_begun()
-        self._check_named(labels)
         num_new = len(labels)
         images, labels = self.augment(images, labels)
-        self._check_named(labels[num_new:])
-        self._has_looked = True
+        self._check_named(labels)
         logits = model(images)
         new, past = logits.split([num_new, len(labels) - num_new])
         if self._earlier:
@@ -86,6 +84,7 @@ class ERACE(RehearsalStrategy):
     def _check_named(self, labels: Tensor) -> None:
         if self.is_blurry or (self._has_looked and labels.device.type != "cpu"):
             return
+        self._has_looked = True
         unnamed = sorted(set(labels.unique().tolist()) - self._seen)
         if unnamed:
             raise ValueError(
