@@ -78,6 +78,66 @@ def test_update_joins_all_draws() -> None:
         assert set(numbers[8:].tolist()) <= set(batch_of(0)[0].tolist())
 
 
+# Steps that fail between draw and offer.
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+@pytest.mark.parametrize("call", ["draw", "update"])
+def test_a_step_that_failed_counts_as_one_that_offered_nothing(
+    call: str, asynchronous: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    def rank_main(transport: Transport, failing: bool) -> list[Any]:
+        drawn = []
+        with RehearsalBuffer(
+            40, num_representatives=5, transport=transport, asynchronous=asynchronous
+        ) as buffer:
+            for step in range(12):
+                if call == "update" and step in (4, 7):
+                    drawn.append(buffer.update(batch_of(step, rank=transport.rank)))
+                    continue
+                drawn.append(buffer.draw())
+                batch = batch_of(step, rank=transport.rank)
+                if step in (3, 6) and transport.rank == 1:
+                    if failing:
+                        with pytest.raises(ValueError, match="label -1"):
+                            buffer.offer((batch[0], batch[1] - 10))
+                        continue  # the user's loop catches it, and goes on
+                    batch = batch_of(step, 0)
+                buffer.offer(batch)
+            buffer.draw()  # the rank is not a round behind the others
+            assert buffer.stats().num_rounds == 12
+        return drawn
+
+    wanted = run_ranks(LocalTransport.connect(2), lambda end: rank_main(end, False))
+    assert not caplog.records
+    found = run_ranks(LocalTransport.connect(2), lambda end: rank_main(end, True))
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert ours[0] is theirs[0] is None
+        for one, other in zip(ours[1:], theirs[1:], strict=True):
+            assert all(map(torch.equal, one, other))
+    (record,) = caplog.records
+    assert f"rank 1: {call}: no mini-batch was offered since the last draw" in record.message
+
+
+def test_a_first_step_that_failed() -> None:
+    with RehearsalBuffer(40, num_representatives=5) as buffer:
+        assert buffer.draw() is None
+        assert buffer.draw() is None  # nothing is known of the samples yet
+        buffer.offer(batch_of(0))
+        assert len(buffer.draw()[0]) == 5
+
+
+def test_it_is_saved_and_goes_on_after_a_step_that_failed() -> None:
+    with RehearsalBuffer(40, num_representatives=5) as buffer:
+        buffer.offer(batch_of(0))
+        buffer.draw()
+        state = buffer.state_dict()
+        wanted = buffer.draw()
+    with RehearsalBuffer(40, num_representatives=5) as buffer:
+        buffer.load_state_dict(state)
+        assert all(map(torch.equal, buffer.draw(), wanted))
+
+
 def test_representatives_are_the_shard() -> None:
     def rank_main(transport: Transport) -> list[int]:
         with RehearsalBuffer(31, num_representatives=2, transport=transport) as buffer:

@@ -77,6 +77,131 @@ def test_how_many_are_past_is_of_the_mini_batch_that_the_loop_has(
     assert [len(numbers) - 6 for numbers in ours[:4]] == [0, 2, 1, 0]
 
 
+@pytest.mark.parametrize("num_draws", [1, 2])
+def test_the_mask_says_which_are_past(num_draws: int) -> None:
+    batches = [*loader(5), (torch.arange(2), torch.arange(2)), (torch.arange(0), torch.arange(0))]
+
+    def make() -> RehearsalBuffer:
+        return RehearsalBuffer(12, num_representatives=2, num_draws=num_draws)
+
+    expected = [
+        [False] * len(numbers) + [True] * (2 * num_draws if step else 0)
+        for step, (numbers, _) in enumerate(batches)
+    ]
+    with make() as plain, make() as ahead, make() as further:
+        assert plain.past_mask.tolist() == []
+        for batch, mask in zip(batches, expected, strict=True):
+            assert len(plain.update(batch)[0]) == len(mask)
+            assert plain.past_mask.dtype == torch.bool
+            assert plain.past_mask.tolist() == mask
+        plain.draw()
+        assert plain.past_mask.tolist() == [True] * 2 * num_draws
+        found = []
+        for (numbers, _), mask in ritornello.rehearse(batches, ahead, with_mask=True):
+            assert len(numbers) == len(mask)
+            assert torch.equal(mask, ahead.past_mask)
+            found.append(mask.tolist())
+        assert found == expected
+        # A trainer that takes all ahead of time.
+        taken = list(ritornello.rehearse(batches, further, with_mask=True))
+        assert [mask.tolist() for _, mask in taken] == expected
+
+
+@pytest.mark.accelerator
+def test_the_mask_is_where_mini_batches_are(accelerator: str) -> None:
+    with RehearsalBuffer(12, num_representatives=2) as buffer:
+        steps = ritornello.rehearse(loader(4), buffer, device=accelerator, with_mask=True)
+        for step, ((numbers, _), mask) in enumerate(steps):
+            assert mask.device == numbers.device
+            assert mask.tolist() == [False] * 6 + [True] * (2 if step else 0)
+
+
+# Loaders that have a state.
+
+
+class StatefulLoader:
+    """Numbers from 0 on; goes on where its state says. The state is changed in place."""
+
+    def __init__(self, num_steps: int = 8) -> None:
+        self.num_steps = num_steps
+        self.state = {"epoch": 0, "position": 0}
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        while self.state["position"] < self.num_steps:
+            number = 10 * self.num_steps * self.state["epoch"] + 10 * self.state["position"]
+            self.state["position"] += 1
+            yield number + torch.arange(6), torch.arange(6) % 3
+        self.state |= {"epoch": self.state["epoch"] + 1, "position": 0}
+
+    def state_dict(self) -> dict[str, int]:
+        return self.state
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.state.update(state)
+
+
+def trained_on(loader: Any, buffer: RehearsalBuffer, num_epochs: int = 2) -> Iterator[Any]:
+    """Number of the mini-batch, what the loop holds, for each step of some epochs."""
+    while loader.state["epoch"] < num_epochs:
+        steps = ritornello.rehearse(loader, buffer)
+        for numbers, _ in steps:
+            yield int(numbers[0]), steps
+        yield None, steps
+
+
+@pytest.mark.parametrize("num_before", [1, 2, 7, 8, 9, 12, 16, 18])
+def test_resumed_it_trains_on_each_mini_batch_once(num_before: int) -> None:
+    with RehearsalBuffer(12, num_representatives=2) as buffer:
+        everything = [number for number, _ in trained_on(StatefulLoader(), buffer)]
+        assert [number for number in everything if number is not None] == list(range(0, 160, 10))
+    with RehearsalBuffer(12, num_representatives=2) as buffer:
+        for num_got, (_, steps) in enumerate(trained_on(StatefulLoader(), buffer), 1):
+            if num_got == num_before:
+                state = steps.state_dict()
+                break
+        steps.close()
+        kept = dict(state)
+        again = StatefulLoader()
+        ritornello.rehearse(again, buffer).load_state_dict(state)
+        rest = [number for number, _ in trained_on(again, buffer)]
+    assert state == kept
+    numbers = everything[:num_before] + rest
+    assert [number for number in numbers if number is not None] == list(range(0, 160, 10))
+
+
+def test_before_the_first_mini_batch_the_state_is_the_loaders_own() -> None:
+    with RehearsalBuffer(12, num_representatives=2) as buffer:
+        steps: Any = ritornello.rehearse(StatefulLoader(), buffer)
+        assert steps.state_dict() == {"epoch": 0, "position": 0}
+        steps.load_state_dict({"epoch": 0, "position": 5})
+        assert steps.state_dict()["position"] == 5
+        assert int(next(steps)[0][0]) == 50
+        assert steps.state_dict()["position"] == 6
+        with pytest.raises(RuntimeError, match="load_state_dict comes before the first mini-batch"):
+            steps.load_state_dict({"epoch": 0, "position": 0})
+        steps.close()
+
+
+def test_a_loader_without_a_state() -> None:
+    class Wrapper(list[Any]):
+        """As Accelerate's, which have the methods whatever they wrap."""
+
+        def state_dict(self) -> Any:
+            raise AttributeError("the wrapped loader has no state_dict")
+
+        def load_state_dict(self, state: Any) -> None:
+            raise AttributeError("the wrapped loader has no load_state_dict")
+
+    with RehearsalBuffer(12, num_representatives=2) as buffer:
+        steps: Any = ritornello.rehearse(list(loader(2)), buffer)
+        assert not hasattr(steps, "state_dict")
+        assert len(list(steps)) == 2
+        steps = ritornello.rehearse(Wrapper(loader(3)), buffer)
+        assert len(list(steps)) == 3
+        with pytest.raises(AttributeError, match="the wrapped loader has no state_dict"):
+            steps.state_dict()
+
+
 def test_a_loop_left_early_has_offered_what_it_trained_on() -> None:
     def make() -> RehearsalBuffer:
         return RehearsalBuffer(12, num_representatives=2, num_candidates=3)

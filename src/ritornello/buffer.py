@@ -39,7 +39,6 @@ from ritornello.rounds.modes import outside_modes
 from ritornello.rounds.round import Rounds
 from ritornello.rounds.stats import BufferStats
 from ritornello.rounds.steps import Steps
-from ritornello.rounds.watch import Watch
 from ritornello.rounds.worker import EXIT_SECONDS, Worker, shut_down
 from ritornello.saving.checkpointing import Checkpointing
 from ritornello.saving.converted import Converted
@@ -50,6 +49,7 @@ from ritornello.saving.writing import FILES_SECONDS
 from ritornello.transports.agreement import check_agreement
 from ritornello.transports.base import Transport
 from ritornello.transports.opening import open_transport
+from ritornello.transports.watch import Watch
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -243,9 +243,19 @@ class RehearsalBuffer:
         """How many samples of the last augmented mini-batch are past: its last ones.
 
         Of all draws together; 0 before the first. After ``draw`` what it gave, and inside a loop of
-        ``rehearse`` of the mini-batch that the loop has.
+        ``rehearse`` of the mini-batch that the loop has. Where others take mini-batches from that
+        loop ahead of time, see ``rehearse(..., with_mask=True)``.
         """
         return self._steps.num_past
+
+    @property
+    def past_mask(self) -> Tensor:
+        """Which samples of the last augmented mini-batch are past, where mini-batches are.
+
+        bool ``[b + r]``: False for the new ones, which come first, True for the ``num_past`` behind
+        them. All False where nothing was drawn, as in the first step; all True after ``draw``.
+        """
+        return self._steps.past_mask()
 
     @outside_modes
     def update(self, batch: Batch) -> Batch:
@@ -267,6 +277,7 @@ class RehearsalBuffer:
         Raises:
             TypeError, ValueError: the mini-batch is not like the first one, or a label is out
                 of range; names the leaf. The buffer is unchanged and goes on.
+            RuntimeError: with "earlier-tasks": no task has begun, so that nothing would be drawn.
             PeerLostError: another rank is gone; raised again by every later call.
             RoundError: the last round failed.
             BufferClosedError: after ``close()``.
@@ -286,6 +297,8 @@ class RehearsalBuffer:
 
         Waits only if that round is still running. ``draw`` and ``offer`` alternate: each offer
         starts a round, and each draw takes its result. The first draw may come before any offer.
+        A step that draws and does not come to offer, as where it fails, counts as one that had
+        nothing to offer: the next ``draw`` or ``update`` runs its round first.
 
         Returns:
             ``r`` samples nested like a mini-batch, the caller's own; with ``num_draws`` of 2 or
@@ -293,8 +306,7 @@ class RehearsalBuffer:
             it holds. None where nothing was drawn, as while it is empty.
 
         Raises:
-            RuntimeError: no offer since the last draw.
-            PeerLostError, RoundError, BufferClosedError: see ``update``.
+            RuntimeError, PeerLostError, RoundError, BufferClosedError: see ``update``.
         """
         self._check_open("draw")
         self._user = threading.get_ident()
@@ -421,7 +433,8 @@ class RehearsalBuffer:
         """Says that a task begins: what is offered from now on is of it.
 
         What is saved then tells of every representative which task it is of, and how old it is.
-        With ``sampling="earlier-tasks"`` all that is stored can be drawn from the next round on.
+        With ``sampling="earlier-tasks"`` all that is stored can be drawn from the next round on;
+        it must be called for the first task, too.
         Waits for the running round. All ranks call it alike, after as many updates; blocks until
         they have.
 

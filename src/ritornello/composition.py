@@ -249,9 +249,22 @@ class ComposedSteps:
 
 
 def composed_steps_of(loader: object) -> ComposedSteps | None:
-    """The batch sampler of a loader, if it is one that composes steps."""
-    steps = getattr(loader, "batch_sampler", None)
-    return steps if isinstance(steps, ComposedSteps) else None
+    """The batch sampler of a loader, if it is one that composes steps.
+
+    Raises:
+        ValueError: it is inside another one, so that nobody knows which step comes.
+    """
+    outermost = inner = getattr(loader, "batch_sampler", None)
+    while inner is not None and not isinstance(inner, ComposedSteps):
+        inner = getattr(inner, "batch_sampler", None)
+    if inner is not None and inner is not outermost:
+        raise ValueError(
+            f"the loader's batch sampler is a {type(outermost).__name__} around ComposedSteps, "
+            "which deals out to the ranks, and begins where it is told to, by itself: give the "
+            "loader as it was made, not what a framework has made of it; to go on in the middle "
+            "of an epoch, see ComposedSteps.positions"
+        )
+    return inner
 
 
 def _first_and_last_share(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from copy import deepcopy
 from itertools import count
+from typing import Any
 
 import torch
 
@@ -19,7 +21,9 @@ def rehearse(
     loader: Iterable[Batch],
     buffer: RehearsalBuffer,
     device: str | torch.device | None = None,
-) -> Iterator[Batch]:
+    *,
+    with_mask: bool = False,
+) -> Rehearsed:
     """The mini-batches of a loader, each augmented by ``buffer.update``, one step ahead.
 
     While the model trains on one mini-batch, the next one is loaded, copied to the device and
@@ -41,26 +45,112 @@ def rehearse(
         buffer: the rehearsal buffer.
         device: where the mini-batches shall be. None: where the loader puts them, on the trainer's
             stream.
+        with_mask: whether each mini-batch comes as ``(batch, mask)``, with its own
+            ``RehearsalBuffer.past_mask``. It stays right where others, such as a trainer that is
+            given this loop as its loader, take mini-batches ahead of time.
 
-    Yields:
-        Augmented mini-batches; see ``RehearsalBuffer.update``, which also says what raises.
+    Returns:
+        An iterator over augmented mini-batches; see ``RehearsalBuffer.update``, which also says
+        what raises. Of a loader with ``state_dict`` and ``load_state_dict``, such as torchdata's
+        ``StatefulDataLoader``, it has both, too: the loader itself is a step ahead, but this state
+        is of the mini-batch that the loop has got last, so that one that goes on from it trains on
+        each mini-batch once. ``load_state_dict`` comes before the first mini-batch.
     """
+    is_stateful = all(
+        callable(getattr(loader, name, None)) for name in ("state_dict", "load_state_dict")
+    )
+    received = _received(loader, buffer, device, with_mask, is_stateful)
+    return StatefulRehearsed(loader, received) if is_stateful else Rehearsed(received)
+
+
+class Rehearsed(Iterator[Batch]):
+    """What ``rehearse`` returns: augmented mini-batches, until the loader or the loop ends.
+
+    Args:
+        received: each with the loader's state when it had given it; returns that at the end.
+    """
+
+    def __init__(self, received: Generator[tuple[Batch, Any], None, Any]) -> None:
+        self._received = received
+        self._has_begun = False
+        self._state: Any = None  # of the loader, at what the loop has got last
+
+    def __next__(self) -> Batch:
+        self._has_begun = True
+        try:
+            batch, self._state = next(self._received)
+        except StopIteration as end:
+            self._state = self._state if end.value is None else end.value
+            raise StopIteration from None
+        return batch
+
+    def close(self) -> None:
+        """Ends it early. To let it go does the same."""
+        self._received.close()
+
+
+class StatefulRehearsed(Rehearsed):
+    """What ``rehearse`` returns of a loader that has a state.
+
+    Args:
+        loader: whose mini-batches come.
+        received: see ``Rehearsed``.
+    """
+
+    def __init__(self, loader: Any, received: Generator[tuple[Batch, Any], None, Any]) -> None:
+        super().__init__(received)
+        self._loader = loader
+
+    def state_dict(self) -> Any:
+        """The loader's state at the mini-batch that the loop has got last."""
+        return self._loader.state_dict() if self._state is None else self._state
+
+    def load_state_dict(self, state: Any) -> None:
+        """Has the loader go on from there.
+
+        Raises:
+            RuntimeError: a mini-batch has come already.
+        """
+        if self._has_begun:
+            raise RuntimeError(
+                "rehearse: load_state_dict comes before the first mini-batch: call rehearse again, "
+                "and load the state into what it returns"
+            )
+        self._loader.load_state_dict(state)
+
+
+def _state_of(loader: Any) -> Any:
+    """A copy of a loader's state, which it may go on to change."""
+    try:
+        return deepcopy(loader.state_dict())
+    except AttributeError:  # it only wraps one that has none, as Accelerate's do
+        return None
+
+
+def _received(
+    loader: Iterable[Batch],
+    buffer: RehearsalBuffer,
+    device: str | torch.device | None,
+    with_mask: bool,
+    is_stateful: bool,
+) -> Generator[tuple[Batch, Any], None, Any]:
     target = None if device is None else accelerators.with_index(torch.device(device))
     stream = None
     if target is not None and accelerators.has_streams(target):
         stream = accelerators.new_stream(target)
     batches, steps, composed = iter(loader), buffer._steps, composed_steps_of(loader)
 
-    def prepare(stream: torch.Stream | None) -> tuple[Batch, torch.Event | None] | None:
+    def prepare(stream: torch.Stream | None) -> tuple[Batch, torch.Event | None, Any] | None:
         with accelerators.on_streams(() if stream is None else (stream,)):
             for batch in batches:
+                state = _state_of(loader) if is_stateful else None
                 placed = batch if target is None else _moved(batch, target)
                 buffer._check_open("rehearse")
                 joined = steps.prepare(placed, "rehearse")
-                return joined, accelerators.mark(steps.trainer_device)
+                return joined, accelerators.mark(steps.trainer_device), state
         return None
 
-    def submit() -> Future[tuple[Batch, torch.Event | None] | None]:
+    def submit() -> Future[tuple[Batch, torch.Event | None, Any] | None]:
         """Has the next one prepared, behind all that the trainer has asked the device for."""
         if stream is None:
             return ahead.submit(prepare, _stream_of_the_trainer(steps))
@@ -71,16 +161,19 @@ def rehearse(
         coming, numbers = submit(), count(1)
         try:
             while (prepared := coming.result()) is not None:
-                batch, ready = prepared
+                batch, ready, state = prepared
                 if ready is not None:
                     _hand_over(batch, ready, steps.trainer_device)
                 if composed is not None:
                     buffer.num_representatives = composed.num_past(next(numbers))
                 steps.start_round()
+                if with_mask:
+                    batch = batch, steps.past_mask()
                 coming = submit()
-                yield batch
+                yield batch, state
                 # Held here, it could not be freed while the next one trains.
                 del batch, prepared
+            return _state_of(loader) if is_stateful else None
         finally:
             wait([coming])
             if stream is not None:  # what was prepared in vain comes before what follows

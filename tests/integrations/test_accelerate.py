@@ -16,7 +16,8 @@ accelerate = pytest.importorskip("accelerate")
 
 from accelerate.state import AcceleratorState, GradientState, PartialState  # noqa: E402
 
-from ritornello import CheckpointError, RehearsalBuffer  # noqa: E402
+import ritornello  # noqa: E402
+from ritornello import CheckpointError, ComposedSteps, RehearsalBuffer  # noqa: E402
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -61,6 +62,29 @@ def test_every_part_of_an_accumulated_mini_batch_is_augmented(
             optimiser.zero_grad()
     assert sizes == [4] + [7] * 14
     assert num_steps == 8
+
+
+@pytest.mark.parametrize("one_ahead", [False, True])
+def test_the_mask_belongs_to_the_mini_batch_of_the_step(
+    accelerator: Any, buffer: RehearsalBuffer, one_ahead: bool
+) -> None:
+    loader = accelerator.prepare(DataLoader(numbered(), batch_size=16))
+    steps = ritornello.rehearse(loader, buffer) if one_ahead else map(buffer.update, loader)
+    found = []
+    for images, _ in steps:
+        assert len(images) == len(buffer.past_mask)
+        found.append((int((~buffer.past_mask).sum()), buffer.num_past))
+    assert found == [(16, 0), (16, 3), (16, 3), (12, 3)]
+
+
+def test_a_composition_that_is_wrapped_is_refused(accelerator: Any) -> None:
+    steps = ComposedSteps(60, 180, samples_per_step=6)
+    loader = accelerator.prepare(DataLoader(numbered(), batch_sampler=steps))
+    rest = accelerator.skip_first_batches(loader, 2)
+    with RehearsalBuffer(24, num_representatives=0, most_representatives=6) as buffer:
+        assert len(next(ritornello.rehearse(loader, buffer))[0]) <= 6  # on one process as it was
+        with pytest.raises(ValueError, match="SkipBatchSampler around ComposedSteps"):
+            next(ritornello.rehearse(rest, buffer))
 
 
 def test_a_checkpoint_holds_the_buffer(

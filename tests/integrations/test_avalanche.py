@@ -69,12 +69,14 @@ def numbered(num_experiences: int = 2, *, task_labels: list[int] | None = None) 
     return tensors_benchmark(tensors, tensors, task_labels=task_labels or [0] * num_experiences)
 
 
-def strategy_with(*plugins: Any, model: nn.Module | None = None, **arguments: Any) -> Naive:
+def strategy_with(
+    *plugins: Any, model: nn.Module | None = None, kind: type[Naive] = Naive, **arguments: Any
+) -> Naive:
     torch.manual_seed(0)
     model = nn.Linear(4, 10) if model is None else model
     settings = {"train_mb_size": 8, "eval_mb_size": 16, "evaluator": None, **arguments}
     optimiser = torch.optim.SGD(model.parameters(), lr=0.001)
-    return Naive(model=model, optimizer=optimiser, plugins=list(plugins), **settings)
+    return kind(model=model, optimizer=optimiser, plugins=list(plugins), **settings)
 
 
 def test_the_strategy_trains_on_augmented_mini_batches() -> None:
@@ -93,6 +95,36 @@ def test_the_strategy_trains_on_augmented_mini_batches() -> None:
     new = torch.cat([images[:8, 0] for images, _, _ in spy.trained]).sort().values
     assert (new == torch.arange(64)).all()
     assert sum(int((images[8:, 0] < 32).sum()) for images, _, _ in spy.trained[4:]) >= 4
+
+
+def test_the_mask_belongs_to_the_mini_batch_of_the_iteration() -> None:
+    class Masks(Spy):
+        def before_backward(self, strategy: Any, **kwargs: Any) -> None:
+            mask = plugin.buffer.past_mask
+            assert len(mask) == len(strategy.mb_output)
+            masks.append((int((~mask).sum()), plugin.buffer.num_past))
+
+    masks: list[tuple[int, int]] = []
+    with RehearsalPlugin(16, num_representatives=3) as plugin:
+        strategy = strategy_with(plugin, Masks(), train_mb_size=12)
+        for experience in numbered().train_stream:  # of 32 samples each
+            strategy.train(experience)
+    assert masks == [(12, 0), (12, 3), (8, 3), (12, 3), (12, 3), (8, 3)]
+
+
+def test_a_strategy_that_does_not_let_it_augment(caplog: pytest.LogCaptureFixture) -> None:
+    class OwnLoop(Naive):
+        def _before_training_iteration(self, **kwargs: Any) -> None:
+            """Calls no plugin."""
+
+    for kind in (Naive, OwnLoop):
+        assert not caplog.records
+        with RehearsalPlugin(16, num_representatives=3) as plugin:
+            strategy = strategy_with(plugin, kind=kind)
+            for experience in numbered().train_stream:
+                strategy.train(experience)
+    (record,) = caplog.records
+    assert "OwnLoop has trained on an experience and augmented no mini-batch" in record.message
 
 
 def test_evaluation_is_left_alone() -> None:

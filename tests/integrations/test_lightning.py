@@ -36,6 +36,7 @@ from lightning.pytorch.loggers.logger import Logger  # noqa: E402
 from lightning.pytorch.utilities import CombinedLoader  # noqa: E402
 from lightning.pytorch.utilities.exceptions import SIGTERMException  # noqa: E402
 
+import ritornello  # noqa: E402
 from ritornello import (  # noqa: E402
     BufferClosedError,
     CheckpointError,
@@ -136,6 +137,39 @@ def test_only_training_is_augmented(made: Callable[..., Rehearsal]) -> None:
     training.predict(module, loader())
     assert set(sizes(module.evaluated)) == {8}
     assert rehearsal.buffer.stats().num_rounds == 10
+
+
+def test_the_mask_belongs_to_the_mini_batch_of_the_step(made: Callable[..., Rehearsal]) -> None:
+    """Also in the first step, and in the last, short one."""
+    rehearsal, masks = made(), []
+
+    class Masked(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            masks.append(rehearsal.buffer.past_mask.tolist())
+            assert rehearsal.buffer.num_past == sum(masks[-1])
+            return super().training_step(batch, batch_idx)
+
+    module = Masked()
+    trainer(rehearsal, accumulate_grad_batches=2).fit(module, loader(35))
+    assert sizes(module.trained) == [8] + [11] * 3 + [6]
+    assert masks == [[False] * 8, *[[False] * 8 + [True] * 3] * 3, [False] * 3 + [True] * 3]
+
+
+def test_a_trainer_that_takes_mini_batches_ahead_of_time_has_their_own_masks() -> None:
+    """As of a loop of ``rehearse``, whose length it does not know."""
+
+    class Masked(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            batch, mask = batch
+            assert int(mask.sum()) == (3 if batch_idx else 0)
+            ahead.append(buffer.num_past - int(mask.sum()))
+            return super().training_step(batch, batch_idx)
+
+    module, ahead = Masked(), []
+    with RehearsalBuffer(20, num_representatives=3) as buffer:
+        trainer().fit(module, ritornello.rehearse(loader(35), buffer, with_mask=True))
+    assert ahead[0] == 3  # what the buffer says is of the next one
+    assert sizes(module.trained) == [8] + [11] * 3 + [6]
 
 
 def composed() -> ComposedSteps:

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from labelled_contents import LABELS, ROWS, labelled_contents
 
-from ritornello import CheckpointError, EarlierTasks, RehearsalBuffer
+from ritornello import CheckpointError, EarlierTasks, RehearsalBuffer, rehearse
 from ritornello.rounds.planner import draw_all
 from ritornello.rounds.random_streams import Purpose, Streams
 from ritornello.testing import chi_square_p_value, run_ranks
@@ -163,6 +163,42 @@ def test_what_is_drawn_is_of_earlier_tasks(num_ranks: int) -> None:
     last = [each // 20 for found in everyone for offered_in in found[61:] for each in offered_in]
     assert set(last) == {0, 1, 2}
     assert everyone == run_ranks(LocalTransport.connect(num_ranks, 30.0), drawn_by)
+
+
+@pytest.mark.parametrize("call", ["update", "draw", "rehearse"])
+def test_without_a_task_it_does_not_go_on_in_silence(call: str) -> None:
+    def rank_main(end: Transport) -> None:
+        with RehearsalBuffer(
+            60,
+            num_representatives=0,
+            most_representatives=6,
+            sampling="earlier-tasks",
+            transport=end,
+        ) as buffer:
+            for step in range(4):  # no task needs to be known as long as nothing is to be drawn
+                buffer.update(batch_of(step, end.rank))
+            buffer.num_representatives = 6
+            buffer.update(batch_of(4, end.rank))
+            for _ in range(2):
+                with pytest.raises(
+                    RuntimeError, match=rf"{call}: EarlierTasks .* call buffer.begin_task\(name\)"
+                ):
+                    if call == "rehearse":
+                        next(rehearse([batch_of(5, end.rank)], buffer))
+                    elif call == "draw":
+                        buffer.draw()
+                    else:
+                        buffer.update(batch_of(5, end.rank))
+            buffer.begin_task("new")
+            buffer.update(batch_of(5, end.rank))
+            state = buffer.state_dict(whole=True)
+            assert len(buffer.update(batch_of(6, end.rank))[0]) == 8 + 6
+            if end.num_ranks == 1:
+                buffer.load_state_dict(state)  # it knows that a task has begun
+                assert len(buffer.update(batch_of(6, end.rank))[0]) == 8 + 6
+
+    for num_ranks in (1, 2):
+        run_ranks(LocalTransport.connect(num_ranks, 30.0), rank_main)
 
 
 def test_ranks_that_begin_a_task_after_unequally_many_updates() -> None:

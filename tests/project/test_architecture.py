@@ -255,7 +255,7 @@ def test_only_worker_watch_loader_and_checksums_own_a_thread() -> None:
     }
     assert makes_threads == {
         "rounds/worker.py",
-        "rounds/watch.py",
+        "transports/watch.py",
         "prefetch.py",
         "saving/shard_file.py",
         "testing.py",

@@ -164,6 +164,21 @@ def test_snippet(chain: list[Block], tmp_path: Path, monkeypatch: pytest.MonkeyP
                 each.close()
 
 
+@pytest.mark.parametrize("num_new", [0, 1, 5])
+@pytest.mark.parametrize("num_past", [0, 3])
+@pytest.mark.parametrize("k", [1, 2, 4])
+def test_the_weights_that_the_guide_gives_to_tasks(num_new: int, num_past: int, k: int) -> None:
+    (code,) = [each.code for each in blocks(of_python=True) if "def loss_of_k_tasks" in each.code]
+    function = code[code.index("def loss_of_k_tasks") : code.index("buffer = ")]
+    names: dict[str, Any] = {}
+    exec(function, names)
+    new, past = torch.rand(num_new), torch.rand(num_past)
+    loss = names["loss_of_k_tasks"](torch.cat((new, past)), num_past, k)
+    share = 1 / k if num_past else 1.0
+    wanted = share * new.mean().nan_to_num() + (1 - share) * past.mean().nan_to_num()
+    torch.testing.assert_close(loss, wanted)
+
+
 def test_excerpts_are_python() -> None:
     for block in blocks(of_python=True):
         ast.parse(block.code, filename=str(block))
@@ -360,7 +375,7 @@ def messages() -> str:
     """Every text in the library's sources, a line each; what is filled in is shown as a gap."""
     lines = []
     for path in SOURCES.rglob("*.py"):
-        if "experiments" not in path.parts:
+        if "experiments" not in path.parts or "strategies" in path.parts:
             lines += [text_of(each) for each in ast.walk(ast.parse(path.read_text()))]
     return "\n".join(lines)
 

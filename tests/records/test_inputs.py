@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import OrderedDict, UserDict, deque
+from collections import OrderedDict, UserDict, deque, namedtuple
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader
 
 from ritornello import RehearsalBuffer, rehearse
+from ritornello.records.nesting import leaves_of
 
 NUM_CLASSES = 3
 
@@ -346,6 +347,98 @@ def test_tokens_that_are_padded_anew_in_every_batch() -> None:
         with pytest.raises(ValueError, match=r"\['input_ids'\] is torch.int64 \[9\] .*Pad, crop"):
             buffer.update(batch(9))
         assert buffer.update(batch(12))["input_ids"].shape == (7, 12)
+
+
+# Mini-batches that would be taken for what they are not.
+
+
+def graphs(package: str) -> Any:
+    """A batch of graphs, of a package that need not be there."""
+    return type("DataBatch", (), {"__module__": f"{package}.data.batch"})()
+
+
+Target = namedtuple("Target", ["boxes", "batch_idx"])
+
+
+@pytest.mark.parametrize(
+    ("batch", "path"),
+    [
+        ({"image": torch.zeros(4, 3), "batch_idx": torch.arange(4.0)}, r"batch\['batch_idx'\]"),
+        ((torch.zeros(4, 3), {"batch_index": torch.zeros(4)}), r"batch\[1\]\['batch_index'\]"),
+        ((torch.zeros(2, 3), Target(torch.zeros(2, 4), torch.zeros(2))), r"batch\[1\]\[1\]"),
+        ({"x": torch.zeros(5, 3), "batch": torch.tensor([0, 0, 1, 1, 2])}, r"batch\['batch'\]"),
+        ({"x": torch.zeros(2, 3), "x_batch": torch.tensor([0, 1])}, r"batch\['x_batch'\]"),
+        ({"x": torch.zeros(2, 3), "edge_index": torch.zeros(2, 5).long()}, "edge_index"),
+    ],
+)
+def test_fields_that_count_places_in_the_mini_batch(batch: Any, path: str) -> None:
+    message = rf"{path}.* counts places in its mini-batch.* make it anew behind update"
+    with (
+        RehearsalBuffer(10, num_representatives=2, selection="fifo", label=None) as buffer,
+        pytest.raises(ValueError, match=message),
+    ):
+        buffer.update(batch)
+
+
+@pytest.mark.parametrize("package", ["torch_geometric", "dgl"])
+def test_batches_of_graphs(package: str) -> None:
+    message = r"batch\['graph'\] is a DataBatch; .*numbers its nodes through.* padded to one size"
+    with make_buffer() as buffer, pytest.raises(TypeError, match=message):
+        buffer.update({"graph": graphs(package), "label": torch.arange(3)})
+
+
+def image(height: int = 8, width: int = 8) -> torch.Tensor:
+    return torch.zeros(3, height, width)
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        ([image(), image(), image()], torch.arange(3)),
+        ((image(), image(), image()), torch.arange(3)),
+        ([image(8, 9), image(7, 7), image(6, 5)], torch.arange(3)),
+        {"images": [image(), image(), image()], "label": torch.arange(3)},
+        [image(), image(), image()],
+        [torch.zeros(4, 8, 8)] * 4,
+        (torch.zeros(2, 5), [{"boxes": torch.zeros(2, 4), "labels": torch.zeros(2).long()}] * 2),
+        ([torch.zeros(2).long(), torch.zeros(2).long()], torch.arange(2)),
+    ],
+)
+def test_lists_that_may_be_samples(batch: Any) -> None:
+    message = r"it cannot be told whether they are . samples or . fields.*torch.stack.* as a dict"
+    with (
+        RehearsalBuffer(10, num_representatives=2, selection="fifo", label=None) as buffer,
+        pytest.raises(ValueError, match=message),
+    ):
+        buffer.update(batch)
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        [torch.zeros(2, 3), torch.arange(2)],  # what loaders make of pairs
+        [torch.zeros(2, 3), torch.ones(2, 3)],
+        [torch.zeros(3, 3, 8, 8), torch.zeros(3, 3, 8, 8), torch.zeros(3, 3, 8, 8)],
+        ([torch.zeros(4, 3, 8, 8), torch.zeros(4, 3, 8, 8)], torch.arange(4)),  # two views
+        ([torch.zeros(2, 3), torch.zeros(2, 4)], torch.arange(2)),
+        {"a": torch.zeros(2, 3), "b": torch.zeros(2, 3)},
+        ({"views": {"a": torch.zeros(2, 3), "b": torch.zeros(2, 3)}}, torch.arange(2)),
+        {"x": torch.zeros(4), "batch": torch.tensor([7, 7, 8, 9])},  # of a data set
+        {"x": torch.zeros(4), "batch": torch.zeros(4).long()},
+        {"x": torch.zeros(4), "batch": torch.rand(4)},
+        {"index": torch.arange(4)},
+        ([torch.zeros(1, 8, 8)], torch.arange(1)),
+        [[], torch.zeros(2)],
+    ],
+)
+def test_what_is_not_misread(batch: Any) -> None:
+    with RehearsalBuffer(10, num_representatives=1, selection="fifo", label=None) as buffer:
+        for _ in range(2):
+            augmented = buffer.update(batch)
+        assert all(
+            len(ours) == len(theirs) + 1
+            for (_, ours), (_, theirs) in zip(leaves_of(augmented), leaves_of(batch), strict=True)
+        )
 
 
 @dataclasses.dataclass

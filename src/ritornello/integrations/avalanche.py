@@ -11,6 +11,7 @@ memory of all ranks::
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     import os
 
     from avalanche.training.templates import SupervisedTemplate
+
+logger = logging.getLogger(__name__)
 
 
 class RehearsalPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore[misc, call-arg]
@@ -66,6 +69,8 @@ class RehearsalPlugin(SupervisedPlugin, supports_distributed=True):  # type: ign
         self._arguments = {"capacity": capacity, **arguments}
         self.buffer = RehearsalBuffer(**self._arguments)
         self._num_steps = 0
+        self._num_before = 0  # the running experience
+        self._has_warned = False
         self._saved: tuple[int, Path] | None = None
 
     @classmethod
@@ -85,6 +90,7 @@ class RehearsalPlugin(SupervisedPlugin, supports_distributed=True):  # type: ign
 
         Parts of an online stream begin one if they tell that they are an experience's first part.
         """
+        self._num_before = self._num_steps
         experience = strategy.experience.logging()  # which hides nothing
         if isinstance(experience, OnlineCLExperience):
             if not (experience.access_task_boundaries and experience.is_first_subexp):
@@ -97,6 +103,17 @@ class RehearsalPlugin(SupervisedPlugin, supports_distributed=True):  # type: ign
         """Augments the mini-batch."""
         strategy.mbatch = self.buffer.update(strategy.mbatch)
         self._num_steps += 1
+
+    def after_training_exp(self, strategy: SupervisedTemplate, **kwargs: Any) -> None:
+        """Says so if no mini-batch was augmented, once."""
+        if self._num_steps == self._num_before and not self._has_warned:
+            self._has_warned = True
+            logger.warning(
+                "RehearsalPlugin: %s has trained on an experience and augmented no mini-batch: it "
+                "does not call before_training_iteration, as the loops of Avalanche's templates "
+                "do; call buffer.update(mbatch) where it unpacks them (said once)",
+                type(strategy).__name__,
+            )
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Saves the buffer in a folder, where the next ``save_checkpoint`` says it is.

@@ -15,8 +15,8 @@ class EarlierTasks(SamplingPolicy):
     """Every representative of an earlier task equally likely, wherever it is stored.
 
     Of an earlier task is what was admitted before ``RehearsalBuffer.begin_task`` was called last.
-    While the buffer holds none of them, as in the first task, nothing is drawn; and nothing ever,
-    if ``begin_task`` is not called. No representative comes twice in a joint draw, as with
+    While the buffer holds none of them, as in the first task, nothing is drawn; where no task has
+    begun, ``update`` is an error. No representative comes twice in a joint draw, as with
     ``UniformSampling``.
     """
 

@@ -31,7 +31,7 @@ class SamplingPolicy(ABC):
         needs_distances: whether it wants to be told what ``RehearsalBuffer.measure_distances``
             finds. Goes with ``needs_labels``.
         needs_tasks: whether it wants to be told when ``RehearsalBuffer.begin_task`` is called. Goes
-            with ``needs_labels``.
+            with ``needs_labels``. While it draws nothing and no task has begun, ``update`` raises.
     """
 
     needs_labels = False

@@ -54,6 +54,8 @@ MOST_FIELD_BYTES = 2**40
 
 MOST_DIMENSIONS = 64
 
+GRAPH_PACKAGES = ("torch_geometric", "dgl")
+
 LIST_REMEDY = (
     ". If a list holds a tensor for each sample, make it one tensor [b, ...], padded where "
     "lengths differ"
@@ -388,6 +390,11 @@ def _remedy_for(leaf: Any) -> str:
         return "leave text out of it, or offer its tokens, padded to one length"
     if leaf is None or "NonTensor" in type(leaf).__name__:  # TensorDict's
         return "leave out what is no tensor"
+    if type(leaf).__module__.partition(".")[0] in GRAPH_PACKAGES:
+        return (
+            "a batch of graphs numbers its nodes through: offer each graph's tensors padded to one "
+            "size, [b, n, ...], and build the batch behind update"
+        )
     if is_dataclass(leaf):
         return "torch.utils._pytree.register_dataclass makes a dataclass a container of tensors"
     if type(leaf).__module__.startswith("PIL."):

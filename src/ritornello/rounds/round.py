@@ -51,6 +51,7 @@ class Rounds:
     Attributes:
         rate: ``r`` of the next round.
         among_others: this buffer among those of the rank, to compare with other ranks; or None.
+        is_measured: whether the sampling policy may know distances.
         before_write: told the slots that are about to be overwritten, if anybody wants to know.
     """
 
@@ -78,6 +79,7 @@ class Rounds:
         self.before_write: Callable[[Ints], None] | None = None
         self.num_overwritten = 0  # loads and rewrites
         self.is_torn = False  # whether a load has failed when it had begun to overwrite
+        self.is_measured = False
         self._full = False
         self.capacity = capacity
         self.limits = rows_per_rank(capacity, transport.num_ranks)
@@ -210,6 +212,7 @@ class Rounds:
             for rank, of_rank in enumerate(everyone)
         ]
         self.sampling.measured(np.concatenate(places), np.concatenate(everyone))
+        self.is_measured = True
 
     # For who saves and restores it, between two rounds.
 
@@ -277,6 +280,7 @@ class Rounds:
     ) -> None:
         """Goes on from where another buffer was after as many rounds."""
         self.num_rounds = num_rounds
+        self.is_measured = True
         self.selection, self.sampling, self.contents = selection, sampling, contents
         self.admitted_in[: len(admitted_in)] = admitted_in
         self._full = np.array_equal(contents.sizes, self.limits)

@@ -24,6 +24,11 @@ class BufferStats:
     shard_bytes: int
     """Memory of this rank's shard."""
     num_rounds: int
+    num_given: int
+    """Representatives that this rank's trainer has got."""
+    num_steps_without: int
+    """Steps of optimisers since it last got something from the buffer. In a training whose
+    mini-batches come through the buffer there are none, or as many as optimisers in a step."""
     bytes_sent: int
     """Records that other ranks got from this one's shard, sent or read in shared memory."""
     bytes_received: int
@@ -60,6 +65,7 @@ class BufferStats:
         return replace(
             self,
             num_rounds=self.num_rounds - earlier.num_rounds,
+            num_given=self.num_given - earlier.num_given,
             bytes_sent=self.bytes_sent - earlier.bytes_sent,
             bytes_received=self.bytes_received - earlier.bytes_received,
             seconds_waited=self.seconds_waited - earlier.seconds_waited,
@@ -84,22 +90,26 @@ class BufferStats:
 
         Returns:
             ``held``, ``held_percent`` of the capacity, ``held/class_LABEL`` in this rank's shard,
-            ``shard_mb``. Where there were rounds, per round: ``exposed_ms`` on the trainer's
-            thread, which is ``waiting_ms`` + ``joining_ms`` + ``offering_ms``; ``worker_ms``,
-            which is ``admit_ms`` + ``plan_ms`` + ``exchange_ms`` + ``stage_ms``; ``hidden_ms``,
-            the part of it for which the trainer did not wait (with ``asynchronous=False``, where
-            ``offering_ms`` includes the rounds: what could be hidden); ``sent_mb`` and
-            ``received_mb``.
+            ``shard_mb``; once there were rounds, or steps without, ``steps_without``. Where there
+            were rounds, per round: ``past``, the representatives that the trainer got;
+            ``exposed_ms`` on the trainer's thread, which is ``waiting_ms`` + ``joining_ms`` +
+            ``offering_ms``; ``worker_ms``, which is ``admit_ms`` + ``plan_ms`` + ``exchange_ms`` +
+            ``stage_ms``; ``hidden_ms``, the part of it for which the trainer did not wait (with
+            ``asynchronous=False``, where ``offering_ms`` includes the rounds: what could be
+            hidden); ``sent_mb`` and ``received_mb``.
         """
         found: dict[str, float] = {
             "held": self.num_held,
             "held_percent": 100 * self.num_held / self.capacity,
             "shard_mb": self.shard_bytes * MEGA,
         }
+        if self.num_rounds or self.num_steps_without:
+            found["steps_without"] = self.num_steps_without
         for label, num_held in self.held_per_class.items():
             found[f"held/class_{label}"] = num_held
         in_worker = sum(self.seconds_per_stage.values())
         totals = {
+            "past": self.num_given,
             "exposed_ms": self.seconds_exposed * MILLI,
             "hidden_ms": max(0.0, in_worker - self.seconds_waited) * MILLI,
             "waiting_ms": self.seconds_waited * MILLI,

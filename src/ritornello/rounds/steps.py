@@ -32,6 +32,7 @@ from ritornello.errors import (
 from ritornello.policies.selection import check_labels
 from ritornello.records import accelerators
 from ritornello.records.layout import Layout
+from ritornello.records.misread import check_not_misread
 from ritornello.records.nesting import Batch, leaves_of
 from ritornello.records.storage import Storage
 from ritornello.rounds.arguments import Arguments, plain
@@ -43,9 +44,17 @@ from ritornello.rounds.rewriting import FieldsMadeAnew
 from ritornello.rounds.round import Rounds
 from ritornello.rounds.staging import Staging, WorkerStreams
 from ritornello.rounds.stats import BufferStats
-from ritornello.rounds.watch import Watch
+from ritornello.rounds.watching import (
+    MANY_STEPS,
+    NEVER_MEASURED,
+    NEVER_SET,
+    NOT_USED,
+    TrainingWatch,
+    nothing_drawn,
+)
 from ritornello.rounds.worker import Errand, Worker
 from ritornello.transports.agreement import check_in_step
+from ritornello.transports.watch import Watch
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +72,7 @@ class Place(NamedTuple):
 
     num_offers: int
     is_offered: bool
+    num_new: int
     num_past: int
     last_round: Errand[int]
     """What the next step gets: how many representatives are staged for it."""
@@ -91,6 +101,8 @@ class Steps:
         failure: what ended it; raised again by every later step.
         begun: what the first mini-batch has fixed; None before it.
         rate: ``r`` of the rounds to come.
+        knows_tasks: whether a task has begun.
+        num_given: representatives that the trainer has got so far.
     """
 
     def __init__(
@@ -112,11 +124,17 @@ class Steps:
         self._worker_streams: WorkerStreams = {}
         self.begun: Begun | None = None
         self._joiner = Joiner()
-        self._place = Place(0, False, 0, ended_round(0))
+        self._place = Place(0, False, 0, 0, ended_round(0))
         self._call: Errand[Any] | None = None  # between two rounds, if it has not ended
-        self._num_joined = 0
+        self._num_new_joined = self._num_joined = 0
         self.rate: float = plain(arguments.num_representatives)
         self.failure: RoundError | None = None
+        self.knows_tasks = False
+        self._is_rate_set = False
+        self._training = TrainingWatch(self.here(NOT_USED))
+        self.num_given = 0
+        self._num_without = 0  # mini-batches since one had past samples
+        self._has_left_out_an_offer = False
         self._is_restored = False  # and no mini-batch has come since
         self.seconds_waited = self.seconds_joining = self.seconds_offering = 0.0
 
@@ -159,13 +177,16 @@ class Steps:
             augmented = begun.layout.rebuild(self._joiner.join(begun.layout, leaves, staged))
             self.seconds_joining += time.perf_counter() - began
         self._copy_candidates(begun.staging, leaves)
+        self._num_new_joined = leaves[0].shape[0]
         return augmented
 
     def draw(self, call: str) -> list[Batch] | None:
         """Copies of one step's representatives, a batch for each draw; None if there are none."""
         staged = self._staged(call)
         drawn = None if staged is None else self._copies(staged)
-        self._place = self._place._replace(is_offered=False, num_past=self._num_joined)
+        self._num_new_joined = 0
+        self._training.num_steps = 0
+        self._place = self._place._replace(is_offered=False, num_new=0, num_past=self._num_joined)
         return drawn
 
     def _copies(self, staged: Tensor) -> list[Batch]:
@@ -202,18 +223,48 @@ class Steps:
         """Starts the round of the candidates that were copied."""
         began = time.perf_counter()
         # What `rehearse` has prepared becomes the trainer's only now.
-        next_round = self._start(self.rate, self._num_joined)
+        next_round = self._start(self.rate, self._num_new_joined, self._num_joined)
+        self._notice(self._place)
         if not self._asynchronous:
             self._worker.finish(next_round, self._timeout_seconds + GRACE_SECONDS)
         self.seconds_offering += time.perf_counter() - began
 
-    def _start(self, rate: float, num_past: int) -> Errand[int]:
+    def _start(self, rate: float, num_new: int, num_past: int) -> Errand[int]:
         """From one store on the step has happened, and the round will run."""
         self.rounds.rate = rate
         next_round = Errand(partial(self._run, self._known.staging.candidates()))
-        self._place = Place(self._place.num_offers + 1, True, num_past, next_round)
+        self._place = Place(self._place.num_offers + 1, True, num_new, num_past, next_round)
         self._worker.start(next_round)
         return next_round
+
+    def _notice(self, place: Place) -> None:
+        """Counts what the trainer gets, and warns where it gets nothing."""
+        self._training.num_steps = 0
+        self.num_given += place.num_past
+        self._num_without = 0 if place.num_past else self._num_without + 1
+        if self._num_without == MANY_STEPS:
+            self._say_why_nothing_is_past()
+        if place.num_offers == MANY_STEPS:
+            self._say_if_never_measured()
+
+    def _say_why_nothing_is_past(self) -> None:
+        """Warns where nothing is drawn, and nobody has said so."""
+        held, sampling = self.rounds.contents.num_held, self.rounds.sampling
+        if not self.rate and self._arguments.rate_may_change and not self._is_rate_set:
+            logger.warning(self.here(NEVER_SET))
+        # Of a small fraction many steps in a row get none; and in a first task nothing is earlier.
+        if held and self.rate > 0.1 and not sampling.needs_tasks:
+            logger.warning(self.here(nothing_drawn(type(sampling).__name__)))
+
+    def _say_if_never_measured(self) -> None:
+        """Warns where the sampling policy goes by distances, and gets none."""
+        if self.rounds.sampling.needs_distances and not self.rounds.is_measured:
+            logger.warning(self.here(NEVER_MEASURED))
+
+    def past_mask(self) -> Tensor:
+        """See ``RehearsalBuffer.past_mask``."""
+        num_new, num_past = self._place.num_new, self._place.num_past
+        return torch.arange(num_new + num_past, device=self.trainer_device) >= num_new
 
     def drop_prepared(self) -> None:
         """Drops what ``prepare`` has copied."""
@@ -221,17 +272,55 @@ class Steps:
             self.begun.staging.drop_collected()
 
     def _staged(self, call: str) -> Tensor | None:
-        """Waits for the round; one step's representatives as records, None if there are none."""
+        """Waits for the round; one step's representatives as records, None if there are none.
+
+        Raises:
+            RuntimeError: the sampling policy needs to be told of tasks, and knows none.
+        """
         if not self._place.is_offered:
-            if self._place.num_offers:
-                raise RuntimeError(
-                    f"{call}: no mini-batch was offered since the last draw; draw and offer "
-                    "alternate: each offer starts a round, each draw takes its result"
-                )
-            return None
+            if not self._place.num_offers:
+                return None
+            self._offer_nothing(call)
         self.settle()
-        num_staged = self._num_joined = self._place.last_round.result
+        num_staged = self._place.last_round.result
+        if not num_staged:
+            self._check_tasks(call)
+        self._num_joined = num_staged
         return self._known.staging.take(num_staged) if num_staged else None
+
+    def _offer_nothing(self, call: str) -> None:
+        """Starts the round of a step that has drawn and offered nothing, such as one that failed.
+
+        So a rank takes part in as many rounds as it draws, whatever becomes of its steps.
+        """
+        if not self._has_left_out_an_offer:
+            self._has_left_out_an_offer = True
+            logger.warning(
+                self.here(
+                    f"{call}: no mini-batch was offered since the last draw; the step before "
+                    "counts as one that had nothing to offer, as if it had failed (said once)"
+                )
+            )
+        self.drop_prepared()
+        self.start_round()
+
+    def _check_tasks(self, call: str) -> None:
+        """Where nothing was drawn: whether it is because nobody says when a task begins.
+
+        The very first mini-batch may come before that.
+        """
+        rounds = self.rounds
+        if not rounds.sampling.needs_tasks or self.knows_tasks or self.num_offers < 2:
+            return
+        if rounds.rate and rounds.contents.num_held:
+            raise RuntimeError(
+                self.here(
+                    f"{call}: {type(rounds.sampling).__name__} draws what was stored before the "
+                    "running task began, and no task has begun, so that nothing would ever be "
+                    "drawn: all ranks call buffer.begin_task(name) before the first step of each "
+                    "task, the first one too"
+                )
+            )
 
     def _copy_candidates(self, staging: Staging, leaves: list[Tensor]) -> None:
         began = time.perf_counter()
@@ -250,6 +339,7 @@ class Steps:
         try:
             begun = self.begun
             if begun is None:
+                check_not_misread(batch)
                 layout = Layout.of(batch)
                 leaves = layout.leaves(batch)
                 label = layout.label_position(self._arguments.label_path, self.rounds.needs_labels)
@@ -328,6 +418,7 @@ class Steps:
 
     def finish(self, wait_seconds: float) -> None:
         """Ends the running round; no error is raised."""
+        self._training.close()
         if self.rounds.among_others is not None:
             self.rounds.among_others.close()
         if self._call is not None and self._worker.finish(self._call, wait_seconds):
@@ -387,6 +478,7 @@ class Steps:
         """
         try:
             self.rate = self._arguments.changed_rate(rate)
+            self._is_rate_set = True
         except (TypeError, ValueError) as error:
             raise self._with_rank(error) from None
 
@@ -438,6 +530,7 @@ class Steps:
             if rounds.sampling.needs_tasks:
                 rounds.sampling.begin_task(rounds.contents)
             mark()
+            self.knows_tasks = True
 
         self.with_peers("begin_task", begin)  # else ranks would count tasks, or draw, differently
 
@@ -455,6 +548,7 @@ class Steps:
 
     def read(self, batch_size: int) -> Iterator[Batch]:
         """This rank's representatives; see ``RehearsalBuffer.representatives``."""
+        self._training.num_steps = 0
         return self._read(batch_size, self._contents_number())
 
     def _read(self, batch_size: int, contents: tuple[int, int]) -> Iterator[Batch]:
@@ -519,6 +613,8 @@ class Steps:
             record_bytes=self.begun.layout.record_bytes if self.begun else 0,
             shard_bytes=rounds.shard.num_bytes if rounds.shard else 0,
             num_rounds=rounds.num_rounds,
+            num_given=self.num_given,
+            num_steps_without=self._training.num_steps,
             bytes_sent=rounds.bytes_sent,
             bytes_received=rounds.bytes_received,
             seconds_waited=self.seconds_waited,
@@ -555,7 +651,8 @@ class Steps:
         """Takes the place of a buffer after some rounds, with what it had staged, and its rate."""
         self.rate = rate
         self._known.staging.put_back(staged)
-        self._place = Place(num_rounds, is_offered, self.num_past, ended_round(len(staged)))
+        self._num_new_joined = self._num_joined = 0
+        self._place = Place(num_rounds, is_offered, 0, 0, ended_round(len(staged)))
 
     def draw_again(self, rate: float) -> None:
         """Has a round run without candidates, for what the next step draws.
@@ -565,4 +662,4 @@ class Steps:
         """
         if self.is_offered:
             self.drop_prepared()
-            self._start(rate, self.num_past)
+            self._start(rate, self._place.num_new, self._place.num_past)

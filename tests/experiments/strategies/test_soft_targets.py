@@ -121,6 +121,21 @@ def test_the_classes_must_be_given() -> None:
         assert isinstance(strategy, Rehearsal)
 
 
+def test_a_task_that_was_trained_on_must_end() -> None:
+    model = nn.Linear(4, 6)
+    with RehearsalBuffer(40, num_representatives=4) as buffer:
+        strategy = soft_targets(buffer)
+        for number in range(3):  # what a run does that goes on with a later task
+            strategy.begin_task(number, (number,))
+        strategy.backward(model, *samples(8, (2,), 0))
+        strategy.begin_task(2, (2,))
+        with pytest.raises(RuntimeError, match=r"task 2 has not ended.* call strategy.end_task"):
+            strategy.begin_task(3, (3,))
+        strategy.end_task(model)
+        strategy.begin_task(3, (3,))
+        assert strategy.task_number == 3
+
+
 def test_further_classes_are_not_known() -> None:
     images, labels = samples(3, (0, 1), 0)
     stored = logits(3, 2).half()

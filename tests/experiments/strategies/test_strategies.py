@@ -29,11 +29,13 @@ from ritornello.experiments.strategies import (
     Joint,
     Rehearsal,
     RehearsalStrategy,
+    SoftTargets,
     strategy_named,
     strategy_of,
 )
 from ritornello.experiments.strategies.a_gem import project
-from ritornello.testing import spawn_ranks
+from ritornello.testing import run_ranks, spawn_ranks
+from ritornello.transports import LocalTransport, Transport
 
 
 class Step(NamedTuple):
@@ -381,6 +383,127 @@ def test_in_a_loop_of_ones_own(name: str) -> None:
         optimiser.step()
     strategy.close()
     assert np.mean(losses[-20:]) < 0.8 * np.mean(losses[:5])
+
+
+@pytest.mark.parametrize("name", ["rehearsal", "er-ace", "der", "der++", "a-gem", "gdumb"])
+def test_after_a_step_that_failed_the_next_ones_go_on(name: str) -> None:
+    kind: Any = strategy_named(name)
+    torch.manual_seed(0)
+    network = nn.Linear(4, 6)
+
+    def no_memory(images: Tensor) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    options = {key: value for key, value in OPTIONS[kind].items() if key != "logits_dtype"}
+    buffer = RehearsalBuffer(50, num_representatives=4, num_draws=kind.num_draws)
+    strategy = kind(buffer, **options)
+    strategy.begin_task(0, range(6))
+    for step, (images, labels) in enumerate(batches(12)):
+        if kind is GDumb and step < 2:
+            strategy.observe(images, labels)
+        elif step in (3, 4, 8):
+            with pytest.raises(torch.OutOfMemoryError):
+                strategy.backward(no_memory, images, labels)
+        elif step == 6 and kind is not GDumb:  # which is given no new samples
+            with pytest.raises((ValueError, IndexError)):
+                strategy.backward(network, images, labels.where(labels > 2, -5))
+        else:
+            strategy.backward(network, images, labels)
+            assert buffer.num_past == (4 * kind.num_draws if step else 0)
+    assert len(buffer) >= 12
+    strategy.close()
+
+
+@pytest.mark.parametrize("name", ["rehearsal", "er-ace", "der", "der++", "a-gem"])
+def test_a_rank_whose_step_failed_alone_stays_in_step(name: str) -> None:
+    kind: Any = strategy_named(name)
+    options = {key: value for key, value in OPTIONS[kind].items() if key != "logits_dtype"}
+
+    def no_memory(images: Tensor) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def rank_main(end: Transport) -> int:
+        network = nn.Linear(4, 6)
+        buffer = RehearsalBuffer(
+            50, num_representatives=4, num_draws=kind.num_draws, transport=end, timeout_seconds=20.0
+        )
+        with kind(buffer, **options) as strategy:
+            strategy.begin_task(0, range(6))
+            for step, (images, labels) in enumerate(batches(10)):
+                if end.rank == 1 and step in (3, 7):
+                    with pytest.raises(torch.OutOfMemoryError):
+                        strategy.backward(no_memory, images, labels)
+                elif end.rank == 1 and step == 5:
+                    with pytest.raises((ValueError, IndexError)):
+                        strategy.backward(network, images, labels.where(labels > 2, -5))
+                else:
+                    strategy.backward(network, images, labels)
+            buffer.state_dict(whole=True)  # all ranks must be in step
+            return buffer.stats().num_rounds
+
+    assert run_ranks(LocalTransport.connect(2), rank_main) == [10, 10]
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (Rehearsal, {"loss_weights": "by-task"}),
+        (ERACE, {}),
+        (SoftTargets, {"weight": 1.0, "num_classes": 6}),
+    ],
+)
+def test_a_loss_that_looks_at_tasks_wants_to_be_told_of_them(
+    kind: type[RehearsalStrategy], options: dict[str, Any]
+) -> None:
+    (images, labels), network = next(batches(1)), nn.Linear(4, 6)
+    with RehearsalBuffer(50, num_representatives=4) as buffer:
+        strategy = kind(buffer, **options)
+        message = rf"{kind.__name__}: no task has begun.* call strategy.begin_task\(number, classes"
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match=message):
+                strategy.backward(network, images, labels)
+        if kind is SoftTargets:
+            with pytest.raises(RuntimeError, match=message):
+                strategy.end_task(network)
+        strategy.begin_task(0, range(6))
+        strategy.backward(network, images, labels)
+        assert len(buffer) == 8
+
+
+def test_er_ace_refuses_classes_that_no_task_has_named() -> None:
+    (images, labels), network = next(batches(1)), nn.Linear(4, 6)
+    message = r"no task has named the class\(es\) \[4, 5\]: call strategy.begin_task.* every task"
+    with RehearsalBuffer(50, num_representatives=8) as buffer:
+        strategy = ERACE(buffer)
+        strategy.begin_task(1, (0, 1, 2, 3))
+        for new in (labels % 4 + 2, labels % 4):  # then there are past ones, as after a load
+            with pytest.raises(ValueError, match=message):
+                strategy.backward(network, images, new)
+        blurry = ERACE(buffer, is_blurry=True)
+        blurry.begin_task(0, (0, 1))
+        blurry.backward(network, images, labels)
+
+
+@pytest.mark.accelerator
+def test_er_ace_looks_at_labels_on_a_device_once_per_task(accelerator: str) -> None:
+    (images, labels), network = next(batches(1)), nn.Linear(4, 6).to(accelerator)
+    images, labels = images.to(accelerator), labels.to(accelerator)
+    with RehearsalBuffer(50, num_representatives=4) as buffer:
+        strategy = ERACE(buffer)
+        strategy.begin_task(0, (0, 1, 2))
+        strategy.loss(network, images, labels % 3)
+        strategy.loss(network, images, labels)  # not looked at
+        strategy.begin_task(1, (3,))
+        with pytest.raises(ValueError, match=r"no task has named the class\(es\) \[4, 5\]"):
+            strategy.loss(network, images, labels)
+
+
+def test_loss_weights_that_there_are_not() -> None:
+    with (
+        RehearsalBuffer(50, num_representatives=4) as buffer,
+        pytest.raises(ValueError, match="loss_weights='by_task': there are by-sample, by-task"),
+    ):
+        Rehearsal(buffer, loss_weights="by_task")
 
 
 def test_half_precision_logits_are_stored_as_such() -> None:

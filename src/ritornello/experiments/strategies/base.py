@@ -109,6 +109,7 @@ class Strategy:
     ) -> None:
         self.criterion, self.sizes = criterion, sizes
         self.task_number = 0
+        self._has_begun = False
 
     def training_tasks(self, tasks: Sequence[Task], number: int) -> Sequence[Task]:
         """The tasks, of all, whose samples are trained on when task ``number`` has come."""
@@ -129,7 +130,7 @@ class Strategy:
 
     def begin_task(self, number: int, classes: Sequence[int] = ()) -> None:
         """Says that task ``number`` (from 0) begins, and which classes it brings, if known."""
-        self.task_number = number
+        self.task_number, self._has_begun = number, True
 
     def end_task(self, model: nn.Module) -> None:
         """Says that the running task has been learnt; all ranks call it, with the same weights."""
@@ -199,6 +200,19 @@ class Strategy:
     ) -> None:
         self.close()
 
+    def _check_begun(self) -> None:
+        """For strategies that look at tasks.
+
+        Raises:
+            RuntimeError: none has begun.
+        """
+        if not self._has_begun:
+            raise RuntimeError(
+                f"{type(self).__name__}: no task has begun, and its loss looks at tasks: call "
+                "strategy.begin_task(number, classes) before the first step of each task, from "
+                "task 0 on"
+            )
+
     def _mean(self, losses: Tensor, num_global: int | None) -> Tensor:
         if self.sizes is None or num_global is None:
             return losses.mean() if len(losses) else losses.sum()
@@ -207,6 +221,10 @@ class Strategy:
 
 class RehearsalStrategy(Strategy):
     """A strategy with a rehearsal buffer; each step draws once and offers once.
+
+    A step that fails, such as without memory or for a wrong label, counts as one that has nothing
+    to offer, if it did not come to that. So a rank on which a step failed alone, and which goes on
+    with the next one, is still in step with the others.
 
     Args:
         buffer: made with the class's ``num_draws``; its samples are (images, labels), or
@@ -281,9 +299,16 @@ class RehearsalStrategy(Strategy):
 
         Args:
             leaves: a mini-batch as the buffer stores it, images and labels first.
+
+        Raises:
+            TypeError, ValueError: the buffer refuses it.
         """
         if self.offers_stream and not self._leaves_out:
-            joined = self.buffer.update(leaves)
+            try:
+                joined = self.buffer.update(leaves)
+            except (TypeError, ValueError):
+                self.buffer.draw()  # the step counts, as one that has nothing to offer
+                raise
             self._num_past = None
             if self.sizes is not None:
                 self._num_past = self.sizes.global_past(len(joined[1]) - len(leaves[1]))

@@ -54,6 +54,7 @@ class SoftTargets(Rehearsal):
         self.weight, self.num_classes = weight, num_classes
         self.temperature, self.logits_dtype = temperature, logits_dtype
         self._known: frozenset[int] = frozenset()
+        self._is_unended = False  # whether the running task has had steps, and no end
 
     @classmethod
     def options(cls, recipe: Recipe) -> dict[str, Any]:
@@ -66,14 +67,30 @@ class SoftTargets(Rehearsal):
         }
 
     def begin_task(self, number: int, classes: Sequence[int] = ()) -> None:
-        """See ``Strategy.begin_task``; here the classes must be given."""
-        super().begin_task(number, classes)
+        """See ``Strategy.begin_task``; here the classes must be given.
+
+        Raises:
+            ValueError: they are not.
+            RuntimeError: another task was trained on, and ``end_task`` was not called.
+        """
         if not classes:
             raise ValueError("soft targets: begin_task needs the classes that the task brings")
+        if self._is_unended and number != self.task_number:
+            raise RuntimeError(
+                f"soft targets: task {self.task_number} has not ended, so that its samples have "
+                "none: call strategy.end_task(model) behind the last step of each task"
+            )
+        super().begin_task(number, classes)
         self._known |= set(classes)
 
     def loss(self, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-        """The mean over the augmented mini-batch; past samples count their divergence, too."""
+        """The mean over the augmented mini-batch; past samples count their divergence, too.
+
+        Raises:
+            RuntimeError: no task has begun.
+        """
+        self._check_begun()
+        self._is_unended = True
         num_new = len(labels)
         images, labels, targets = self.augment(images, labels, self._without_logits(images))
         logits = model(images)
@@ -86,7 +103,12 @@ class SoftTargets(Rehearsal):
 
     @torch.no_grad()
     def end_task(self, model: nn.Module) -> None:
-        """Gives all representatives the logits of the model. Each rank looks at its own shard."""
+        """Gives all representatives the logits of the model. Each rank looks at its own shard.
+
+        Raises:
+            RuntimeError: no task has begun.
+        """
+        self._check_begun()
         was_training = model.training
         model.eval()
         known = torch.zeros(self.num_classes, dtype=torch.bool)
@@ -98,6 +120,7 @@ class SoftTargets(Rehearsal):
 
         self.buffer.rewrite(lambda batch: logits_of(*batch), fields=2)
         model.train(was_training)
+        self._is_unended = False
 
     def widening(self, num_classes: int) -> Callable[[Any], Any]:
         """See ``Strategy.widening``; also of a buffer that has stored no logits."""

@@ -14,9 +14,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 from ritornello.errors import PartedError
-from ritornello.rounds.staging import Candidates
 from ritornello.transports.base import Transport
 
 logger = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ class Watch:
         run: a round.
     """
 
-    def __init__(self, transport: Transport, run: Callable[[Candidates], int]) -> None:
+    def __init__(self, transport: Transport, run: Callable[[Any], int]) -> None:
         self._transport, self._run = transport, run
         self._num_calls = self._num_rounds = 0
         self._waits_in: str | None = None  # a call, or "" for a round
@@ -66,7 +66,7 @@ class Watch:
         )
         self._thread.start()
 
-    def run(self, candidates: Candidates) -> int:
+    def run(self, candidates: Any) -> int:
         """A round, watched over."""
         self._num_rounds += 1
         with self._waiting(""):
