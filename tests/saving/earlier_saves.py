@@ -4,6 +4,9 @@ They were made by the last commit that had ``rounds_per_exchange``::
 
     PYTHONPATH=EARLIER/src python tests/saving/earlier_saves.py tests/saving/earlier
 
+What comes of loading them on two or three ranks was recorded once more when labels had got their
+places on the ranks at random, run by run: which rank has the odd slots of a class.
+
 Only public names are used here, so that any release can make such saves.
 """
 

@@ -1,8 +1,14 @@
 """The scores by which classes share a capacity, without the ranks talking about it.
 
 The representatives that a class may have on a rank are numbered, and each number has a fixed
-score: number ``q`` of class ``label`` on rank ``i`` of ``N`` has the score
-``q * N + (i - label * stride) % N``. A shard keeps the lowest scores that its classes can fill.
+score: number ``q`` of a class on rank ``i`` of ``N`` has the score ``q * N + (i - h) % N``, where
+``h`` is the rank on which the class's first one belongs. A shard keeps the lowest scores that its
+classes can fill.
+
+Where a shard sees more classes than it has slots, scores alone do not say which of the first ones
+stay. Then classes have a fixed precedence, and those of the lowest hold a slot each. Of all classes
+that belong on a rank these are a random sample, whenever they came; and nothing need be known of
+the others.
 """
 
 from __future__ import annotations
@@ -10,8 +16,13 @@ from __future__ import annotations
 import math
 
 import numpy as np
+from numpy.typing import NDArray
 
-from ritornello.arrays import Ints
+from ritornello.arrays import Bools, Ints
+
+HASH_BITS = 42
+"""Of a precedence; above them is the distance from where a class belongs. So all of it fits into 63
+bits with up to two million ranks."""
 
 
 def rank_of_exemplar(label: int | Ints, place: int | Ints, num_ranks: int) -> Ints:
@@ -34,8 +45,16 @@ def rank_of_exemplar(label: int | Ints, place: int | Ints, num_ranks: int) -> In
 
 
 def rank_of_lowest_score(labels: Ints, num_ranks: int) -> Ints:
-    """Where the first representative of each class belongs."""
-    return labels % num_ranks * spreading_stride(num_ranks) % num_ranks
+    """Where the first representative of each class belongs.
+
+    Labels from a multiple of ``num_ranks`` to the next one belong to all ranks, one each; where
+    they begin has no order. So consecutive labels are spread evenly, and others at random, such as
+    those that are multiples of the number of ranks.
+    """
+    runs, places = np.divmod(labels, num_ranks)
+    first = (mixed(runs) % np.uint64(num_ranks)).astype(np.int64)
+    ranks: Ints = (places + first) % num_ranks * spreading_stride(num_ranks) % num_ranks
+    return ranks
 
 
 def spreading_stride(num_ranks: int) -> int:
@@ -87,17 +106,81 @@ def highest_scores(shares: Ints, excess: int, offsets: Ints, num_ranks: int) -> 
     return above
 
 
-def fixed_shares(num_slots: int, offsets: Ints, num_ranks: int) -> Ints:
+def precedence(labels: Ints, key: int, rank: int, num_ranks: int) -> Ints:
+    """Which classes hold a slot where there are more of them: those of the lowest numbers.
+
+    First come those that belong on this rank, then those that belong on the rank before, and so
+    on. Among them the order is pseudo-random, and on the next rank the other way round, by turns:
+    so the first there are those that find no slot where they belong.
+
+    Args:
+        labels: int64 ``[n]``.
+        key: of the order, the same on all ranks; from 0 to 2**64 - 1.
+        rank: whose shard it is.
+        num_ranks: how many there are.
+
+    Returns:
+        int64 ``[n]``, from 0 on; below ``2**HASH_BITS`` of classes that belong on this rank.
+    """
+    salt = mixed(np.array([key], dtype=np.uint64) + np.uint64(1))
+    hashes = mixed(labels.astype(np.uint64) + salt) >> np.uint64(64 - HASH_BITS)
+    offsets = (rank - rank_of_lowest_score(labels, num_ranks)) % num_ranks
+    places = hashes.astype(np.int64)
+    places = np.where(offsets % 2 == 0, places, 2**HASH_BITS - 1 - places)
+    return (offsets << HASH_BITS) + places
+
+
+def lowest(numbers: Ints, count: int) -> Bools:
+    """Which are the ``count`` lowest; bool, of the length of ``numbers``."""
+    chosen = np.zeros(len(numbers), dtype=np.bool_)
+    chosen[numbers.argsort(kind="stable")[:count]] = True
+    return chosen
+
+
+def num_labels_in_excess(num_seen: int, refused: Ints, num_slots: int, num_ranks: int) -> int:
+    """About how many distinct labels there are, if so many that the ranks have no slot for each.
+
+    Args:
+        num_seen: by this rank, at least.
+        refused: the precedence of classes for which this rank has no slot.
+        num_slots: of this rank, all of which have classes of a lower precedence.
+        num_ranks: how many there are.
+
+    Returns:
+        0 if each class that belongs on this rank has a slot.
+    """
+    first = int(refused.min(initial=num_ranks << HASH_BITS))
+    if first >> HASH_BITS:
+        return 0
+    if num_ranks == 1:
+        return num_seen
+    # They are spread evenly over all numbers, and `num_slots` of them are below the first.
+    return max(num_seen, round((num_slots + 1) * (num_ranks << HASH_BITS) / max(1, first)))
+
+
+def fixed_shares(num_slots: int, offsets: Ints, order: Ints, num_ranks: int) -> Ints:
     """What each class has of a shard's slots once all have offered enough; int64.
 
     Args:
         num_slots: of the shard.
         offsets: int64 ``[num_classes]``, the lowest score of each class on this rank.
+        order: int64 ``[num_classes]``, their precedence.
         num_ranks: the distance between scores of a class.
     """
+    if len(offsets) > num_slots:
+        return lowest(order, num_slots).astype(np.int64)
     wanted = np.full_like(offsets, num_slots)
     excess = int(wanted.sum()) - num_slots
     return wanted - highest_scores(wanted, excess, offsets, num_ranks)
+
+
+def mixed(numbers: Ints | NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Other numbers, which have no order; 0 stays 0. The last step of MurmurHash3 (Appleby)."""
+    bits = np.asarray(numbers).astype(np.uint64)
+    with np.errstate(over="ignore"):  # of a single number NumPy would say so
+        for factor in (0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53):
+            bits = (bits ^ (bits >> np.uint64(33))) * np.uint64(factor)
+    return bits ^ (bits >> np.uint64(33))
 
 
 def _num_above(tops: Ints, shares: Ints, level: int, num_ranks: int) -> Ints:

@@ -155,7 +155,7 @@ def _text(value: object) -> str:
         settings = (
             f"{k}={v!r}"
             for k, v in vars(value).items()
-            if not k.startswith("_") and k not in ("num_slots", "rank", "num_ranks")
+            if not k.startswith("_") and k not in SelectionPolicy.SET_BY_THE_BUFFER
         )
         return f"{type(value).__qualname__}({', '.join(settings)})"
     return str(value)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -22,7 +23,7 @@ from ritornello.errors import CheckpointError, PeerLostError, RoundError, round_
 from ritornello.policies.selection import check_labels
 from ritornello.records import accelerators
 from ritornello.records.layout import Layout
-from ritornello.records.nesting import Batch
+from ritornello.records.nesting import Batch, path_text
 from ritornello.records.storage import Storage
 from ritornello.rounds.arguments import Arguments, plain
 from ritornello.rounds.first_batch import Begun, check_room, device_of
@@ -85,6 +86,7 @@ class Steps:
         self._num_joined = self.num_past = 0
         self.rate: float = plain(arguments.num_representatives)
         self.failure: RoundError | None = None
+        self._has_warned_of_labels = False
         self._is_restored = False  # and no mini-batch has come since
         self.seconds_waited = self.seconds_joining = self.seconds_offering = 0.0
 
@@ -257,6 +259,8 @@ class Steps:
                 raise self.failure from error
             finally:
                 self.seconds_waited += time.perf_counter() - began
+            if self.rounds.selection.num_labels and not self._has_warned_of_labels:
+                self._warn_of_labels()
 
     def finish(self, wait_seconds: float) -> None:
         """Ends the running round; no error is raised."""
@@ -277,6 +281,24 @@ class Steps:
         """What the trainer sees of an error in the worker."""
         where = self.here(f"round {self.rounds.num_rounds} ({self.rounds.stage})")
         return round_error(error, where, self._timeout_seconds)
+
+    def _warn_of_labels(self) -> None:
+        """Says, once, that most classes hold nothing."""
+        self._has_warned_of_labels = True
+        assert self._known.label is not None
+        path = self._known.layout.fields[self._known.label].path
+        about = "about " if self._transport.num_ranks > 1 else ""
+        warnings.warn(
+            self.here(
+                f"label={self._arguments.label!r}, which is {path_text(path)}, has {about}"
+                f"{self.rounds.selection.num_labels} distinct values so far, but the buffer has "
+                f"{self.rounds.capacity} slots: it holds one sample of each of some random "
+                "classes, and nothing of the others. Often label= names the wrong leaf, such as an "
+                "index, an id or a timestamp. If these are classes, raise the capacity; if there "
+                "are none, take selection='reservoir'"
+            ),
+            stacklevel=2,
+        )
 
     # Between two rounds.
 
