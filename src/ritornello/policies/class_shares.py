@@ -180,9 +180,10 @@ class PerClassRandom(_ClassShares):
 class GreedyBalanced(_ClassShares):
     """The sampler of GDumb: what a class offers first stays, until its share shrinks.
 
-    Shares as for ``ClassBalanced``, also with more classes than slots. A class with its share in use rejects what it offers; when
-    its share shrinks, random ones go. So what is stored of a class is at any time a uniform
-    sample of its first ``M`` candidates, with ``M`` the most that it ever held on this rank.
+    Shares as for ``ClassBalanced``, also with more classes than slots. A class with its share in
+    use rejects what it offers; when its share shrinks, random ones go. So what is stored of a class
+    is at any time a uniform sample of its first ``M`` candidates, with ``M`` the most that it ever
+    held on this rank.
 
     Source: Prabhu, Torr, Dokania, "GDumb: A Simple Approach that Questions Our Progress in
     Continual Learning" (ECCV 2020), Algorithm 1.
@@ -204,8 +205,8 @@ class FirstOffered(_ClassShares):
 
     For exemplars that come in order of importance (see ``exemplars``): what is stored of a class
     is at any time exactly what it offered first to this rank, as many as its share, without any
-    chance. Shares as for ``ClassBalanced``, also with more classes than slots. Offer each exemplar to the rank that
-    ``rank_of_exemplar`` says, and the ranks together hold the first ones of all.
+    chance. Shares as for ``ClassBalanced``, also with more classes than slots. Offer each exemplar
+    to the rank that ``rank_of_exemplar`` says, and the ranks together hold the first ones of all.
 
     Source: Rebuffi et al., "iCaRL: Incremental Classifier and Representation Learning" (CVPR
     2017), Algorithm 5.

@@ -4,8 +4,8 @@ They come to the same sizes as equal shares without computing any: with room for
 representatives, the sizes are those of ``s`` slots dealt one at a time to the class that has
 fewest and has offered more. Which of the classes have one more than others is left to chance, on
 each rank for itself. So on many ranks the global sizes are less equal than with the policies of
-``class_shares``. Where every slot has a class of its own, classes of a lower precedence replace those
-of the highest, as there (see ``share_scores``).
+``class_shares``. Where every slot has a class of its own, classes of a lower precedence replace
+those of the highest, as there (see ``share_scores``).
 """
 
 from __future__ import annotations

@@ -28,6 +28,14 @@ class Arguments:
     sampling: str | SamplingPolicy
     storage: str
     num_draws: int
+    identity: Any = None
+
+    @property
+    def identity_path(self) -> tuple[Any, ...] | None:
+        """Where in a sample it is said which one it is; None: nowhere."""
+        if self.identity is None:
+            return None
+        return self.identity if isinstance(self.identity, tuple) else (self.identity,)
 
     @property
     def label_path(self) -> tuple[Any, ...]:

@@ -20,6 +20,8 @@ class Begun:
     layout: Layout
     label: int | None
     """The position of the class label among the fields."""
+    identity: int | None
+    """The position of the field that tells samples apart."""
     staging: Staging
 
     @classmethod
@@ -41,13 +43,18 @@ class Begun:
             arguments: of the buffer.
             storage: where the shard lies.
             streams: of the worker; see ``Staging``.
+
+        Raises:
+            ValueError: ``identity=`` names no leaf that can be it.
         """
         num_draws = arguments.num_draws
         num_per_step = arguments.most_per_draw * num_draws
         staging = Staging(
             layout, device, storage.device, num_per_step, streams, reorders=num_draws > 1
         )
-        return cls(layout, label, staging)
+        path = arguments.identity_path
+        identity = None if path is None else layout.identity_position(path)
+        return cls(layout, label, identity, staging)
 
 
 def check_room(layout: Layout, arguments: Arguments) -> None:

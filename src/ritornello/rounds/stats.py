@@ -35,6 +35,9 @@ class BufferStats:
     """What copying candidates (and with ``asynchronous=False`` the rounds) has taken there."""
     seconds_per_stage: dict[str, float]
     """Seconds of the worker: admit, plan, exchange, stage."""
+    num_distinct: int | None = None
+    """Distinct samples in this rank's shard, by ``identity=``; without it those whose bytes differ,
+    if asked, else None."""
 
     @property
     def seconds_exposed(self) -> float:
@@ -84,12 +87,12 @@ class BufferStats:
 
         Returns:
             ``held``, ``held_percent`` of the capacity, ``held/class_LABEL`` in this rank's shard,
-            ``shard_mb``. Where there were rounds, per round: ``exposed_ms`` on the trainer's
-            thread, which is ``waiting_ms`` + ``joining_ms`` + ``offering_ms``; ``worker_ms``,
-            which is ``admit_ms`` + ``plan_ms`` + ``exchange_ms`` + ``stage_ms``; ``hidden_ms``,
-            the part of it for which the trainer did not wait (with ``asynchronous=False``, where
-            ``offering_ms`` includes the rounds: what could be hidden); ``sent_mb`` and
-            ``received_mb``.
+            ``distinct`` there, where it is known, ``shard_mb``. Where there were rounds, per round:
+            ``exposed_ms`` on the trainer's thread, which is ``waiting_ms`` + ``joining_ms`` +
+            ``offering_ms``; ``worker_ms``, which is ``admit_ms`` + ``plan_ms`` + ``exchange_ms`` +
+            ``stage_ms``; ``hidden_ms``, the part of it for which the trainer did not wait (with
+            ``asynchronous=False``, where ``offering_ms`` includes the rounds: what could be
+            hidden); ``sent_mb`` and ``received_mb``.
         """
         found: dict[str, float] = {
             "held": self.num_held,
@@ -98,6 +101,8 @@ class BufferStats:
         }
         for label, num_held in self.held_per_class.items():
             found[f"held/class_{label}"] = num_held
+        if self.num_distinct is not None:
+            found["distinct"] = self.num_distinct
         in_worker = sum(self.seconds_per_stage.values())
         totals = {
             "exposed_ms": self.seconds_exposed * MILLI,

@@ -222,7 +222,7 @@ class Steps:
         begun = Begun.on(
             device, layout, label, self._arguments, self._storage, self._worker_streams
         )
-        self.rounds.open(layout, label, begun.staging)
+        self.rounds.open(layout, label, begun.identity, begun.staging)
         self.begun = begun
         return begun
 
@@ -369,7 +369,7 @@ class Steps:
             return
         rounds, layout, num_offers = self.rounds, self._known.layout, self.num_offers
         try:
-            anew = FieldsMadeAnew(layout, self._known.label, fields)
+            anew = FieldsMadeAnew(layout, self._known.label, self._known.identity, fields)
         except ValueError as error:
             raise ValueError(self.here(str(error))) from None
         for first in range(0, rounds.num_held, batch_size):
@@ -387,7 +387,7 @@ class Steps:
             with self._explaining("rewrite"):
                 rounds.rewrite(first, num_rows, values)
 
-    def stats(self, per_class: bool) -> BufferStats:
+    def stats(self, per_class: bool, distinct: bool) -> BufferStats:
         """See ``RehearsalBuffer.stats``."""
         self.settle()
         rounds = self.rounds
@@ -407,6 +407,7 @@ class Steps:
             seconds_joining=self.seconds_joining,
             seconds_offering=self.seconds_offering,
             seconds_per_stage=dict(rounds.seconds_per_stage),
+            num_distinct=rounds.num_distinct(distinct),
         )
 
     # For who saves and restores it.
