@@ -226,10 +226,10 @@ class SavedClasses:
     def of_rank(self, rank: int, num_ranks: int) -> SavedClasses:
         """The part of one of ``num_ranks`` ranks.
 
-        Every rank has equally many altogether, up to one, and of each class, too, where it has
-        room for all classes. What was offered of a class is divided equally, however many of it a
-        rank holds: so old and new candidates have equal chances over all ranks, if those are fed
-        alike. Of a class of which all is stored it is what a rank holds.
+        Every rank has equally many of each class and altogether, up to one. What was offered of a
+        class is divided equally, however many of it a rank holds: so old and new candidates have
+        equal chances over all ranks, if those are fed alike. Of a class of which all is stored it
+        is what a rank holds.
         """
         classes = np.repeat(np.arange(len(self.labels)), self.counts)
         part = np.flatnonzero(self._dealt(classes, num_ranks) == rank)
@@ -243,24 +243,23 @@ class SavedClasses:
         )
 
     def _dealt(self, classes: Ints, num_ranks: int) -> Ints:
-        """The rank of each representative, whose class is given.
+        """The rank of each representative, whose class is given; they are dealt turn by turn.
 
-        They are dealt turn by turn. Where a rank has no room for all classes, each class begins on
-        the rank that lets it go last, as far as there is room.
+        Where a rank has no room for all classes, the next class is one that begins on the rank
+        whose turn it is, as long as there is one: there it stays longest.
         """
         turns = np.arange(len(classes)) % num_ranks
         if np.count_nonzero(self.counts) <= len(classes) // num_ranks:
             return turns
-        firsts = np.repeat(self.counts.cumsum() - self.counts, self.counts)
-        ordinals = np.arange(len(classes)) - firsts
-        ranks = (rank_of_lowest_score(self.labels[classes], num_ranks) + ordinals) % num_ranks
-        rooms = np.bincount(turns, minlength=num_ranks)
-        in_order = ranks.argsort(kind="stable")
-        places = np.arange(len(ranks)) - ranks[in_order].searchsorted(ranks[in_order])
-        moves = in_order[places >= rooms[ranks[in_order]]]
-        free = np.maximum(0, rooms - np.bincount(ranks, minlength=num_ranks))
-        ranks[moves] = np.repeat(np.arange(num_ranks), free)
-        return ranks
+        homes = rank_of_lowest_score(self.labels, num_ranks)
+        waiting = [np.flatnonzero(homes == rank)[::-1].tolist() for rank in range(num_ranks)]
+        starts, at = np.zeros_like(self.counts), 0
+        for _ in range(len(self.labels)):
+            number = (waiting[at % num_ranks] or max(waiting, key=len)).pop()
+            starts[number] = at
+            at += int(self.counts[number])
+        firsts = self.counts.cumsum() - self.counts
+        return (starts[classes] + np.arange(len(classes)) - firsts[classes]) % num_ranks
 
     def state(self) -> State:
         """What their policy knows once they are in the slots from 0 on; see ``check_classes``."""

@@ -77,26 +77,24 @@ class KeepsShares(SelectionPolicy):
 
     def _class_numbers(self, labels: Ints) -> Ints:
         """Labels to class numbers; unknown labels get the next ones, or -1 if they are refused."""
-        known = self._knows(labels)
+        places, known = self._found(labels)
         if not known.all():
             new = self._welcome(np.unique(labels[~known]))
             if len(new):
                 self._add_classes(new)
-                known = self._knows(labels)
-        places = self._known.searchsorted(labels)
-        if known.all():
-            classes: Ints = self._sorted[places]
-            return classes
-        classes = np.full(len(labels), -1)
-        classes[known] = self._sorted[places[known]]
-        return classes
+                places, known = self._found(labels)
+            if not known.all():
+                classes = np.full(len(labels), -1)
+                classes[known] = self._sorted[places[known]]
+                return classes
+        return self._sorted[places]
 
-    def _knows(self, labels: Ints) -> Bools:
-        if len(self._known) == 0:
-            return np.zeros(len(labels), dtype=np.bool_)
+    def _found(self, labels: Ints) -> tuple[Ints, Bools]:
+        """Where among the known labels some are, and which of them are."""
         places = self._known.searchsorted(labels)
-        known: Bools = self._known.take(places, mode="clip") == labels
-        return known
+        if len(self._known) == 0:
+            return places, np.zeros(len(labels), dtype=np.bool_)
+        return places, self._known.take(places, mode="clip") == labels
 
     def _welcome(self, new: Ints) -> Ints:
         """Those of some unknown labels that get a slot: while there are enough, all of them."""
