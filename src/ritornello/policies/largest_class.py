@@ -48,22 +48,22 @@ class _LargestClassGivesWay(KeepsLargest):
         rows, slots = [], []
         # Two numbers for each candidate, needed or not: so that they do not shift.
         draws = generator.random((len(labels), 2)).tolist()
-        for row, (label, (u, v)) in enumerate(zip(labels.tolist(), draws, strict=True)):
-            slot = self._slot_of(label, u, v)
+        order = self._precedence(labels).tolist() if self._is_crowded else [None] * len(labels)
+        for row, (label, own, (u, v)) in enumerate(zip(labels.tolist(), order, draws, strict=True)):
+            slot = self._slot_of(label, own, u, v)
             if slot is not None:
                 rows.append(row)
                 slots.append(slot)
         return Assignment(np.array(rows, dtype=np.int64), np.array(slots, dtype=np.int64))
 
-    def _slot_of(self, label: int, u: float, v: float) -> int | None:
-        """Where a candidate goes; None: nowhere."""
+    def _slot_of(self, label: int, order: int | None, u: float, v: float) -> int | None:
+        """Where a candidate goes; None: nowhere. ``order`` is its precedence, if known."""
         number = self._numbers.get(label)
         is_full = self._num_used == self.num_slots
         if is_full and not self._largest:  # it has just become so
             self._find_largest()
-        is_crowded = is_full and self._largest_size == 1  # every slot has a class of its own
-        if is_crowded and (number is None or self._wants_its_first(number)):
-            return self._replace_last(label)
+        if self._is_crowded and (number is None or self._wants_its_first(number)):
+            return self._replace_last(label, order)
         if number is None:
             number = self._add_class(label)
         self._offered[number] += 1

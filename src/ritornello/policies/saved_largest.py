@@ -42,8 +42,10 @@ class KeepsLargest(SelectionPolicy):
         self._largest: list[int] = []
         self._largest_size = 0
         self._has_been_largest: list[bool] = []
-        # Where every slot has a class of its own: the number of the class of the last precedence.
-        self._last: int | None = None
+        # Where every slot has a class of its own: the precedence of each class, -1 without a slot,
+        # and the number of the highest one.
+        self._order: Ints | None = None
+        self._last = 0
 
     def _add_class(self, label: int) -> int:
         number = self._numbers[label] = len(self._members)
@@ -54,40 +56,49 @@ class KeepsLargest(SelectionPolicy):
         self._has_been_largest.append(False)
         return number
 
-    def _replace_last(self, label: int) -> int | None:
-        """Where every slot has a class of its own: gives the last one's to an earlier class.
+    @property
+    def _is_crowded(self) -> bool:
+        """Whether every slot has a class of its own."""
+        return self._largest_size == 1 and self._num_used == self.num_slots
+
+    def _replace_last(self, label: int, order: int | None) -> int | None:
+        """In a crowded shard: gives the slot of the class of the highest precedence to a lower one.
+
+        Args:
+            label: of a class without a slot.
+            order: its precedence, if known.
 
         Returns:
-            The slot; None: the class comes after all of them, and is refused.
+            The slot; None: the precedence is higher than all, and the class is refused.
         """
-        if self._last is None:
-            holding = np.flatnonzero(self._sizes)
-            order = self._precedence([self._labels[number] for number in holding.tolist()])
-            self._last, self._bound = int(holding[order.argmax()]), int(order.max())
-        (own,) = self._precedence([label]).tolist()
+        if order is None:
+            (order,) = self._precedence(np.array([label])).tolist()
+        if self._order is None:
+            self._order = self._precedence(np.array(self._labels))
+            self._order[self._sizes == 0] = -1
+            self._last = int(self._order.argmax())
+        number, bound = self._last, int(self._order[self._last])
         if self.num_labels == 0:
+            refused = np.array([max(order, bound)])
             self.num_labels = num_labels_in_excess(
-                self.num_slots + 1,
-                np.array([max(own, self._bound)]),
-                self.num_slots,
-                self.num_ranks,
+                self.num_slots + 1, refused, self.num_slots, self.num_ranks
             )
-        if own >= self._bound:
+        if order >= bound:
             return None
         # It takes over the number, too; if it had one, the other class has that now.
-        number, before = self._last, self._labels[self._last]
+        before, other = self._labels[number], self._numbers.get(label)
         del self._numbers[before]
-        other = self._numbers.get(label)
         if other is not None:
             self._labels[other], self._numbers[before] = before, other
             self._has_been_largest[other] = True
         self._labels[number], self._numbers[label] = label, number
         self._offered[number] = 1
-        self._last = None
+        self._order[number] = order
+        self._last = int(self._order.argmax())
         return self._members[number][0]
 
-    def _precedence(self, labels: list[int]) -> Ints:
-        return precedence(np.array(labels, np.int64), self._key, self.rank, self.num_ranks)
+    def _precedence(self, labels: Ints) -> Ints:
+        return precedence(labels, self._key, self.rank, self.num_ranks)
 
     def state(self) -> State:
         """See ``SelectionPolicy.state``."""

@@ -131,7 +131,8 @@ class KeepsShares(SelectionPolicy):
         self._labels = np.concatenate([self._labels, new])
         self._offered = np.concatenate([self._offered, np.zeros_like(new)])
         self._grows = np.concatenate([self._grows, np.ones(len(new), dtype=np.bool_)])
-        self._order = precedence(self._labels, self._key, self.rank, self.num_ranks)
+        order = precedence(new, self._key, self.rank, self.num_ranks)
+        self._order = np.concatenate([self._order, order])
         self._offsets = self._order >> HASH_BITS
         self._members.add_classes(len(new))
         self._sorted = np.argsort(self._labels, kind="stable")
@@ -141,7 +142,7 @@ class KeepsShares(SelectionPolicy):
     def _keep_classes(self, kept: Bools) -> None:
         """Knows no other classes any more; class numbers change."""
         self._labels, self._offered = self._labels[kept], self._offered[kept]
-        self._grows = self._grows[kept]
+        self._grows, self._order = self._grows[kept], self._order[kept]
         self._members.keep_classes(kept)
         self._add_classes(self._labels[:0])
 

@@ -132,8 +132,9 @@ def precedence(labels: Ints, key: int, rank: int, num_ranks: int) -> Ints:
 
 def lowest(numbers: Ints, count: int) -> Bools:
     """Which are the ``count`` lowest; bool, of the length of ``numbers``."""
-    chosen = np.zeros(len(numbers), dtype=np.bool_)
-    chosen[numbers.argsort(kind="stable")[:count]] = True
+    chosen = np.ones(len(numbers), dtype=np.bool_)
+    if count < len(numbers):
+        chosen[numbers.argpartition(count)[count:]] = False
     return chosen
 
 
