@@ -131,7 +131,7 @@ def test_classes_of_all_tasks_are_held_alike_over_loads(
 
             def make(seed: int = seed) -> SelectionPolicy:
                 policy = SELECTION_POLICIES[name]()
-                policy.seed = seed
+                policy.buffer_seed = seed
                 return policy
 
             shards = shards_of(make, 200, ranks_before, seed)

@@ -20,7 +20,7 @@ of_any_policy = pytest.mark.parametrize("name", WITH_CLASSES)
 
 def policy_of(name: str, seed: int) -> SelectionPolicy:
     policy = SELECTION_POLICIES[name]()
-    policy.seed = seed
+    policy.buffer_seed = seed
     return policy
 
 
@@ -71,7 +71,7 @@ def test_of_a_class_that_holds_a_slot_every_candidate_is_as_likely_held(
     held = np.zeros(30, dtype=np.int64)
     for seed in range(60):
         policy = make()
-        policy.seed = seed
+        policy.buffer_seed = seed
         shard = PlayedShard(policy, 10, seed=seed)
         for labels in (np.arange(10), np.arange(40)):
             for _ in range(15):
@@ -104,15 +104,15 @@ def test_the_number_of_labels_is_told_once_they_exceed_the_slots(name: str) -> N
         shards = played_shards(lambda: policy_of(name, 1), 400, num_ranks)
         for shard in shards:
             shard.offer(np.arange(400))  # a slot for each class
-            assert shard.policy.num_labels == 0
+            assert shard.policy.excess_labels == 0
             assert set(shard.labels) <= set(range(400))
             for first in range(400, 2000, 40):
                 shard.offer(np.arange(first, first + 40))
-            assert 400 < shard.policy.num_labels < 600
+            assert 400 < shard.policy.excess_labels < 600
     # Many small shards have no room for every class; the whole buffer has.
     for shard in played_shards(lambda: policy_of(name, 1), 128, 64):
         shard.offer(np.tile(np.arange(20), 5))
-        assert shard.policy.num_labels == 0
+        assert shard.policy.excess_labels == 0
 
 
 @of_any_policy
@@ -138,9 +138,9 @@ def test_of_fixed_shares_some_classes_have_none_where_there_are_too_many() -> No
     held = np.zeros(5, dtype=np.int64)
     for seed in range(10):
         policy = ClassBalanced(500, shares="fixed")
-        policy.seed = seed
+        policy.buffer_seed = seed
         shard = PlayedShard(policy, 200)
-        assert policy.num_labels == 500
+        assert policy.excess_labels == 500
         shard.offer(np.repeat(np.arange(500), 2))
         assert shard.size == 200
         held += np.bincount(shard.labels // 100, minlength=5)

@@ -30,7 +30,7 @@ class KeepsLargest(SelectionPolicy):
     def bind(self, num_slots: int, rank: int, num_ranks: int) -> None:
         """See ``SelectionPolicy.bind``."""
         super().bind(num_slots, rank, num_ranks)
-        self._key = self.seed
+        self._key = self.buffer_seed
         # Of the classes that hold slots, or, after a load, that other ranks hold.
         self._labels: list[int] = []  # class number -> label
         self._numbers: dict[int, int] = {}  # label -> class number
@@ -78,9 +78,9 @@ class KeepsLargest(SelectionPolicy):
             self._order[self._sizes == 0] = -1
             self._last = int(self._order.argmax())
         number, bound = self._last, int(self._order[self._last])
-        if self.num_labels == 0:
+        if self.excess_labels == 0:
             refused = np.array([max(order, bound)])
-            self.num_labels = num_labels_in_excess(
+            self.excess_labels = num_labels_in_excess(
                 self.num_slots + 1, refused, self.num_slots, self.num_ranks
             )
         if order >= bound:

@@ -51,7 +51,7 @@ class KeepsShares(SelectionPolicy):
     def bind(self, num_slots: int, rank: int, num_ranks: int) -> None:
         """See ``SelectionPolicy.bind``."""
         super().bind(num_slots, rank, num_ranks)
-        self._key = self.seed
+        self._key = self.buffer_seed
         # The classes that hold slots (or, after a load, that other ranks hold; or all, where shares
         # are fixed). Nothing is known of any other.
         self._labels = np.zeros(0, dtype=np.int64)  # class number -> label, as they appeared
@@ -73,7 +73,7 @@ class KeepsShares(SelectionPolicy):
             self._add_classes(np.arange(self.num_classes))
             self._limits = fixed_shares(num_slots, self._offsets, self._order, num_ranks)
             if (self._offsets[self._limits == 0] == 0).any():
-                self.num_labels = self.num_classes
+                self.excess_labels = self.num_classes
 
     def _class_numbers(self, labels: Ints) -> Ints:
         """Labels to class numbers; unknown labels get the next ones, or -1 if they are refused."""
@@ -122,8 +122,8 @@ class KeepsShares(SelectionPolicy):
             num_seen: distinct labels, at least.
             refused: the precedence of those that get no slot.
         """
-        if self.num_labels == 0:
-            self.num_labels = num_labels_in_excess(
+        if self.excess_labels == 0:
+            self.excess_labels = num_labels_in_excess(
                 num_seen, refused, self.num_slots, self.num_ranks
             )
 

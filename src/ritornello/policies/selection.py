@@ -55,12 +55,12 @@ class SelectionPolicy(ABC):
         num_slots: the shard's rows, known once the buffer has called ``bind``.
         rank: whose shard it is, known from then on, too.
         num_ranks: how many shards there are.
-        seed: of the buffer, known before ``bind`` is called.
-        num_labels: about how many distinct labels were offered, once there are so many that the
+        buffer_seed: of the buffer, known before ``bind`` is called.
+        excess_labels: about how many distinct labels were offered, once there are so many that the
             whole buffer has no slot for each; 0 before.
     """
 
-    SET_BY_THE_BUFFER = ("num_slots", "rank", "num_ranks", "seed", "num_labels")
+    SET_BY_THE_BUFFER = ("num_slots", "rank", "num_ranks", "buffer_seed", "excess_labels")
     """Attributes that are no settings."""
 
     needs_labels = False
@@ -68,8 +68,8 @@ class SelectionPolicy(ABC):
     num_slots = 0
     rank = 0
     num_ranks = 1
-    seed = 0
-    num_labels = 0
+    buffer_seed = 0
+    excess_labels = 0
 
     def bind(self, num_slots: int, rank: int, num_ranks: int) -> None:
         """Ties the policy to one shard; called once, by the buffer.

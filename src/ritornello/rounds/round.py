@@ -83,7 +83,7 @@ class Rounds:
         self._full = False
         self.capacity = capacity
         self.limits = rows_per_rank(capacity, transport.num_ranks)
-        selection.seed = seed
+        selection.buffer_seed = seed
         self._unused_selection, self._unused_sampling = copy.deepcopy((selection, sampling))
         self.selection, self.sampling = selection, self.new_sampling()
         self.needs_labels = selection.needs_labels or sampling.needs_labels

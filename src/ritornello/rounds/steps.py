@@ -259,7 +259,7 @@ class Steps:
                 raise self.failure from error
             finally:
                 self.seconds_waited += time.perf_counter() - began
-            if self.rounds.selection.num_labels and not self._has_warned_of_labels:
+            if self.rounds.selection.excess_labels and not self._has_warned_of_labels:
                 self._warn_of_labels()
 
     def finish(self, wait_seconds: float) -> None:
@@ -291,7 +291,7 @@ class Steps:
         warnings.warn(
             self.here(
                 f"label={self._arguments.label!r}, which is {path_text(path)}, has {about}"
-                f"{self.rounds.selection.num_labels} distinct values so far, but the buffer has "
+                f"{self.rounds.selection.excess_labels} distinct values so far, but the buffer has "
                 f"{self.rounds.capacity} slots: it holds one sample of each of some random "
                 "classes, and nothing of the others. Often label= names the wrong leaf, such as an "
                 "index, an id or a timestamp. If these are classes, raise the capacity; if there "
