@@ -239,7 +239,9 @@ def test_ranks_keep_together_the_first_exemplars_of_every_class(
                 mine = places[rank_of_exemplar(label, places, num_ranks) == rank]
                 stored |= set(mine[shard.positions_of(label)].tolist())
             assert max(shares) - min(shares) <= 1
-            if capacity % num_ranks == 0:  # exact with shards of one size
+            # Exact with shards of one size; else once a class has come whose label is a multiple
+            # of the number of ranks, as the larger shards are those of the first ranks.
+            if capacity % num_ranks == 0 or 0 in seen:
                 assert stored == set(range(len(stored)))
             assert stored >= set(range(min(shares) * num_ranks))
             assert max(stored, default=-1) < max(shares) * num_ranks
@@ -253,12 +255,7 @@ def test_where_exemplars_belong_depends_on_the_class() -> None:
     first = rank_of_exemplar(np.arange(5), 0, 5)
     assert sorted(first.tolist()) == [0, 1, 2, 3, 4]
     assert rank_of_exemplar(np.array([[2], [3]]), places, 5).shape == (2, 13)
-    # Each run of five labels belongs to all ranks, also of large ones; multiples of five to any.
-    for label in (5, 2**62 // 5 * 5):
-        run = rank_of_exemplar(label + np.arange(5), 1, 5)
-        assert sorted(run.tolist()) == [0, 1, 2, 3, 4]
-        assert run[2] == rank_of_exemplar(label + 2, 1, 5)
-    assert set(rank_of_exemplar(5 * np.arange(50), 0, 5).tolist()) == {0, 1, 2, 3, 4}
+    assert rank_of_exemplar(2**62, 1, 5) == rank_of_exemplar(2**62 % 5, 1, 5)
 
     def misplaced(deal: Callable[[int, np.ndarray], np.ndarray]) -> int:
         shards = played_shards(FirstOffered, capacity=210, num_ranks=4)

@@ -108,7 +108,11 @@ def test_the_number_of_labels_is_told_once_they_exceed_the_slots(name: str) -> N
             assert set(shard.labels) <= set(range(400))
             for first in range(400, 2000, 40):
                 shard.offer(np.arange(first, first + 40))
-            assert 400 < shard.policy.excess_labels < 600
+            assert 400 < shard.policy.excess_labels < (600 if num_ranks == 1 else 1000)
+    # So few more that it may be by chance.
+    for shard in played_shards(lambda: policy_of(name, 1), 11, 4):
+        shard.offer(np.tile(np.arange(12), 5))
+        assert shard.policy.excess_labels == 0
     # Many small shards have no room for every class; the whole buffer has.
     for shard in played_shards(lambda: policy_of(name, 1), 128, 64):
         shard.offer(np.tile(np.arange(20), 5))
@@ -172,7 +176,7 @@ def test_classes_are_held_alike_whatever_their_labels(step: int, num_ranks: int)
     found, counts = np.unique(labels_of(shards), return_counts=True)
     assert np.array_equal(found, labels)
     assert counts.min() >= 3
-    assert counts.max() <= 9
+    assert counts.max() <= 12
 
 
 def test_a_shard_with_a_slot_for_each_class_that_it_sees_holds_all_of_them() -> None:

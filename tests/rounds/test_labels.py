@@ -76,7 +76,7 @@ def test_ranks_name_themselves_and_say_about() -> None:
     assert len(told) == 2
     for rank, message in enumerate(told):
         assert message.startswith(f"rank {rank}: label=1, which is ")
-        assert "about 2" in message or "about 3" in message
+        assert "has about " in message
         assert "20 slots" in message
 
 

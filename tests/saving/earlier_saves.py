@@ -4,8 +4,8 @@ They were made by the last commit that had ``rounds_per_exchange``::
 
     PYTHONPATH=EARLIER/src python tests/saving/earlier_saves.py tests/saving/earlier
 
-What comes of loading them on two or three ranks was recorded once more when labels had got their
-places on the ranks at random, run by run: which rank has the odd slots of a class.
+What comes of loading them on two or three ranks was recorded once more when shards with more classes
+than slots, and what other ranks take over of the past, had got new laws.
 
 Only public names are used here, so that any release can make such saves.
 """

@@ -15,7 +15,6 @@ from ritornello.policies.share_scores import (
     mixed,
     precedence,
     rank_of_lowest_score,
-    spreading_stride,
 )
 
 MOST_OFFERED = 2**48
@@ -157,8 +156,6 @@ class SavedClasses:
             ends = state["counts"].cumsum()
             firsts = np.repeat(ends - state["counts"], state["counts"])
             first_ranks = rank_of_lowest_score(labels[classes], num_ranks)
-            if "key" not in state:  # of an earlier release, for which all labels were one run
-                first_ranks = labels[classes] % num_ranks * spreading_stride(num_ranks) % num_ranks
             scores = (np.arange(len(classes)) - firsts) * num_ranks
             scores += (rank - first_ranks) % num_ranks
             owners = np.full(len(classes), rank)

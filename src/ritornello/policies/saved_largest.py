@@ -79,9 +79,8 @@ class KeepsLargest(SelectionPolicy):
             self._last = int(self._order.argmax())
         number, bound = self._last, int(self._order[self._last])
         if self.excess_labels == 0:
-            refused = np.array([max(order, bound)])
             self.excess_labels = num_labels_in_excess(
-                self.num_slots + 1, refused, self.num_slots, self.num_ranks
+                self.num_slots + 1, bound, self.num_slots, self.num_ranks
             )
         if order >= bound:
             return None

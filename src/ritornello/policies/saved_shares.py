@@ -72,7 +72,7 @@ class KeepsShares(SelectionPolicy):
             assert self.num_classes is not None
             self._add_classes(np.arange(self.num_classes))
             self._limits = fixed_shares(num_slots, self._offsets, self._order, num_ranks)
-            if (self._offsets[self._limits == 0] == 0).any():
+            if self.num_classes > (num_slots + (num_ranks > 1)) * num_ranks:
                 self.excess_labels = self.num_classes
 
     def _class_numbers(self, labels: Ints) -> Ints:
@@ -106,25 +106,20 @@ class KeepsShares(SelectionPolicy):
             if self._bound is None:
                 self._bound = int(held.max())
             early = order < self._bound
-            self._note_excess(len(held) + len(new), order[~early])
             if not early.any():
+                self._note_excess(len(held) + len(new), self._bound)
                 return new[early]
             new, order = new[early], order[early]
         both = np.concatenate([held, order])
         stay = lowest(both, self.num_slots)
-        self._note_excess(len(both), both[~stay])
+        self._note_excess(len(both), int(both[stay].max()))
         return new[stay[len(held) :]]
 
-    def _note_excess(self, num_seen: int, refused: Ints) -> None:
-        """Says so if labels get no slot that would be the first to have one.
-
-        Args:
-            num_seen: distinct labels, at least.
-            refused: the precedence of those that get no slot.
-        """
+    def _note_excess(self, num_seen: int, last: int) -> None:
+        """Says so if there are more classes than slots; see ``num_labels_in_excess``."""
         if self.excess_labels == 0:
             self.excess_labels = num_labels_in_excess(
-                num_seen, refused, self.num_slots, self.num_ranks
+                num_seen, last, self.num_slots, self.num_ranks
             )
 
     def _add_classes(self, new: Ints) -> None:

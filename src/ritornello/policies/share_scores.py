@@ -1,9 +1,8 @@
 """The scores by which classes share a capacity, without the ranks talking about it.
 
 The representatives that a class may have on a rank are numbered, and each number has a fixed
-score: number ``q`` of a class on rank ``i`` of ``N`` has the score ``q * N + (i - h) % N``, where
-``h`` is the rank on which the class's first one belongs. A shard keeps the lowest scores that its
-classes can fill.
+score: number ``q`` of class ``label`` on rank ``i`` of ``N`` has the score
+``q * N + (i - label * stride) % N``. A shard keeps the lowest scores that its classes can fill.
 
 Where a shard sees more classes than it has slots, scores alone do not say which of the first ones
 stay. Then classes have a fixed precedence, and those of the lowest hold a slot each. Of all classes
@@ -14,6 +13,7 @@ the others.
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,16 +45,8 @@ def rank_of_exemplar(label: int | Ints, place: int | Ints, num_ranks: int) -> In
 
 
 def rank_of_lowest_score(labels: Ints, num_ranks: int) -> Ints:
-    """Where the first representative of each class belongs.
-
-    Labels from a multiple of ``num_ranks`` to the next one belong to all ranks, one each; where
-    they begin has no order. So consecutive labels are spread evenly, and others at random, such as
-    those that are multiples of the number of ranks.
-    """
-    runs, places = np.divmod(labels, num_ranks)
-    first = (mixed(runs) % np.uint64(num_ranks)).astype(np.int64)
-    ranks: Ints = (places + first) % num_ranks * spreading_stride(num_ranks) % num_ranks
-    return ranks
+    """Where the first representative of each class belongs."""
+    return labels % num_ranks * spreading_stride(num_ranks) % num_ranks
 
 
 def spreading_stride(num_ranks: int) -> int:
@@ -110,8 +102,10 @@ def precedence(labels: Ints, key: int, rank: int, num_ranks: int) -> Ints:
     """Which classes hold a slot where there are more of them: those of the lowest numbers.
 
     First come those that belong on this rank, then those that belong on the rank before, and so
-    on. Among them the order is pseudo-random, and on the next rank the other way round, by turns:
-    so the first there are those that find no slot where they belong.
+    on. Among these the order is that of a hash, which lies on a circle. On every second rank it is
+    gone through the other way round, and each two ranks begin elsewhere, far from those before: so
+    classes that find no slot on one rank are among the first on another, also where all of them
+    belong on the same rank, as labels do that are multiples of the number of ranks.
 
     Args:
         labels: int64 ``[n]``.
@@ -125,9 +119,21 @@ def precedence(labels: Ints, key: int, rank: int, num_ranks: int) -> Ints:
     salt = mixed(np.array([key], dtype=np.uint64) + np.uint64(1))
     hashes = mixed(labels.astype(np.uint64) + salt) >> np.uint64(64 - HASH_BITS)
     offsets = (rank - rank_of_lowest_score(labels, num_ranks)) % num_ranks
-    places = hashes.astype(np.int64)
-    places = np.where(offsets % 2 == 0, places, 2**HASH_BITS - 1 - places)
+    hashes = (hashes.astype(np.int64) - _beginnings(num_ranks)[offsets]) % 2**HASH_BITS
+    places: Ints = np.where(offsets % 2 == 0, hashes, 2**HASH_BITS - 1 - hashes)
     return (offsets << HASH_BITS) + places
+
+
+@cache
+def _beginnings(num_ranks: int) -> Ints:
+    """Where on the circle a rank begins, by its distance from where classes belong.
+
+    Both ranks of a pair at the same place, in different directions: at 0, 1/2, 1/4, 3/4, 1/8, ...
+    of it (van der Corput).
+    """
+    pairs = np.arange(num_ranks) // 2
+    bits = range(HASH_BITS)
+    return np.array(sum(((pairs >> bit) & 1) << (HASH_BITS - 1 - bit) for bit in bits))
 
 
 def lowest(numbers: Ints, count: int) -> Bools:
@@ -138,25 +144,25 @@ def lowest(numbers: Ints, count: int) -> Bools:
     return chosen
 
 
-def num_labels_in_excess(num_seen: int, refused: Ints, num_slots: int, num_ranks: int) -> int:
-    """About how many distinct labels there are, if so many that the ranks have no slot for each.
+def num_labels_in_excess(num_seen: int, last: int, num_slots: int, num_ranks: int) -> int:
+    """About how many distinct labels there are, if more than the ranks have slots.
 
     Args:
-        num_seen: by this rank, at least.
-        refused: the precedence of classes for which this rank has no slot.
-        num_slots: of this rank, all of which have classes of a lower precedence.
+        num_seen: by this rank, at least; more than it has slots.
+        last: the highest precedence of those that hold a slot of this rank.
+        num_slots: of this rank.
         num_ranks: how many there are.
 
     Returns:
-        0 if each class that belongs on this rank has a slot.
+        0 if the ranks may have a slot for each.
     """
-    first = int(refused.min(initial=num_ranks << HASH_BITS))
-    if first >> HASH_BITS:
-        return 0
     if num_ranks == 1:
         return num_seen
-    # They are spread evenly over all numbers, and `num_slots` of them are below the first.
-    return max(num_seen, round((num_slots + 1) * (num_ranks << HASH_BITS) / max(1, first)))
+    # Labels are spread evenly over all numbers, and `num_slots` of them are up to the last one.
+    # That so many are there by chance must be unlikely: a root is one standard deviation.
+    estimate = num_slots * (num_ranks << HASH_BITS) / max(1, last)
+    surely = num_slots * num_ranks * (1 + 6 / math.sqrt(num_slots))
+    return round(estimate) if estimate > surely else 0
 
 
 def fixed_shares(num_slots: int, offsets: Ints, order: Ints, num_ranks: int) -> Ints:
