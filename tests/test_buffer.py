@@ -155,7 +155,7 @@ def test_what_draw_returns_is_the_callers_own() -> None:
 
 
 def test_draw_and_offer_alternate() -> None:
-    with RehearsalBuffer(5, num_representatives=1) as buffer:
+    with RehearsalBuffer(20, num_representatives=1) as buffer:
         buffer.offer(batch_of(0))
         with pytest.raises(RuntimeError, match="offer: .*draw and offer alternate"):
             buffer.offer(batch_of(0))

@@ -95,6 +95,9 @@ class RehearsalBuffer:
         label: which leaf of a sample is the class label: an index, key or attribute, or a tuple
             (or list) of them for a nested leaf; None for policies that need none. One integer per
             sample.
+        identity: which leaf says which sample it is, named as by ``label``: one integer, the same
+            whenever the same sample comes, as an index in the data set. A sample that is held is
+            then not admitted to the same shard again, as in a second epoch. None: it may be.
         process_group: whose ranks share the buffer, or a device mesh of one dimension, such as
             ``mesh["data_parallel"]``. None: the default group's, or a single process if there is
             none.
@@ -133,6 +136,7 @@ class RehearsalBuffer:
         num_candidates: int | None = None,
         selection: str | SelectionPolicy = "class-balanced",
         label: int | str | Sequence[int | str] | None = 1,
+        identity: int | str | Sequence[int | str] | None = None,
         process_group: dist.ProcessGroup | DeviceMesh | None = None,
         seed: int = 0,
         sampling: str | SamplingPolicy = "uniform",
@@ -163,6 +167,7 @@ class RehearsalBuffer:
                 sampling=sampling,
                 storage=place.kind,
                 num_draws=num_draws,
+                identity=identity,
             )
             # Before any check that only one rank might fail: so all ranks fail together.
             check_agreement(channel, arguments.as_text())
@@ -382,7 +387,7 @@ class RehearsalBuffer:
                 batches before are rewritten, and all others are as they were. An interrupt, too,
                 leaves each batch as it was or as it shall be.
             fields: which leaf of a sample, named as by ``label``, or a list of such. The class
-                label cannot be rewritten.
+                label and the identity cannot be rewritten.
             batch_size: representatives at a time.
 
         Raises:
@@ -587,16 +592,19 @@ class RehearsalBuffer:
         """True, also while empty: ``if buffer`` asks whether there is one."""
         return True
 
-    def stats(self, per_class: bool = True) -> BufferStats:
+    def stats(self, per_class: bool = True, *, distinct: bool = False) -> BufferStats:
         """What the buffer holds and has cost so far. Waits for the running round.
 
         Involves no other rank. May be called after ``close()``.
 
         Args:
             per_class: whether to count classes, which reads the label of every representative.
+            distinct: whether to count distinct samples in this rank's shard without ``identity``,
+                too: those whose bytes differ, all of which are read. Where samples were augmented
+                before they were offered, copies of one differ.
         """
         self._check_process("stats")
-        return self._steps.stats(per_class)
+        return self._steps.stats(per_class, distinct)
 
     def close(self) -> None:
         """Finishes the running round and ends the worker. May be called twice.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from played_shard import PlayedShard
 
 from ritornello.policies.class_shares import ClassBalanced, FirstOffered
 from ritornello.policies.largest_class import ClassBalancedReservoir
+from ritornello.policies.names import SELECTION_POLICIES
 from ritornello.policies.reservoir import Reservoir
 from ritornello.policies.selection import SavedShards, SelectionPolicy
 from ritornello.records.shard import rows_of_rank
@@ -72,6 +74,78 @@ def test_what_is_stored_stays_a_uniform_sample(
     assert chi_square_p_value(counts, counts.mean()) > 0.001
     halves = np.array([counts[:60].sum(), counts[60:].sum()])
     assert abs(halves[0] - halves[1]) < 4 * np.sqrt(counts.sum())
+
+
+@pytest.mark.parametrize("make", [ClassBalanced, Reservoir, ClassBalancedReservoir])
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 5])
+@pytest.mark.parametrize("capacity", [5, 7, 13, 30])
+def test_old_and_new_candidates_have_exactly_equal_chances(
+    make: Callable[[], SelectionPolicy], num_ranks: int, capacity: int
+) -> None:
+    """Also where ranks hold unequally many of a class; here two ranks saw 60 candidates, and then
+    each of ``num_ranks`` sees 8 more."""
+    num_old, num_new = 120, 8
+    before = shards_of(make, capacity, 2, 0)
+    for shard in before:
+        shard.offer_one_by_one(0, num_old // 2)
+    stay = Fraction(0)
+    for shard in adopted(before, make, capacity, capacity, num_ranks):
+        # A candidate that was offered enters with slots / offered, and takes the place of any.
+        (offered,) = shard.policy.state()["offered"].tolist()
+        stay += shard.size * Fraction(offered, offered + num_new)
+    assert stay == capacity * Fraction(num_old, num_old + num_ranks * num_new)
+
+
+@pytest.mark.parametrize("make", [ClassBalanced, ClassBalancedReservoir])
+def test_they_have_equal_chances_with_few_slots_per_class_and_rank(
+    make: Callable[[], SelectionPolicy],
+) -> None:
+    """Seven classes with 6 or 7 slots on 3 ranks, then with 1 or 2 on each of 5 ranks: old ones
+    were held 5 to 6 % more often."""
+    held = np.zeros(2)
+    for seed in range(200):
+        dice = np.random.default_rng(seed)
+        before = shards_of(make, 48, 3, seed)
+        for shard in before:
+            shard.offer(dice.permutation(np.repeat(np.arange(7), 40)))
+        for shard in adopted(before, make, 48, 48, 5):
+            shard.offered = dict.fromkeys(range(7), 1000)
+            shard.offer(dice.permutation(np.repeat(np.arange(7), 24)))
+            new = shard.positions >= 1000
+            held += [np.count_nonzero(~new), np.count_nonzero(new)]
+    assert held.sum() == 200 * 48
+    assert (
+        chi_square_p_value(held, held.mean()) > 0.001
+    )  # 120 of each class have come before, and since
+
+
+@pytest.mark.parametrize("name", ["class-balanced", "class-balanced-reservoir", "grasp"])
+@pytest.mark.parametrize(("ranks_before", "ranks"), [(1, 3), (4, 2), (2, 2)])
+def test_classes_of_all_tasks_are_held_alike_over_loads(
+    name: str, ranks_before: int, ranks: int
+) -> None:
+    """Five tasks of 100 classes, the last two on other ranks; 200 slots, and then 120."""
+    for capacity in (200, 120):
+        held = np.zeros(5, dtype=np.int64)
+        for seed in range(6):
+
+            def make(seed: int = seed) -> SelectionPolicy:
+                policy = SELECTION_POLICIES[name]()
+                policy.buffer_seed = seed
+                return policy
+
+            shards = shards_of(make, 200, ranks_before, seed)
+            for task in range(5):
+                if task == 3:
+                    shards = adopted(shards, make, 200, capacity, ranks)
+                    assert sum(shard.size for shard in shards) == capacity
+                for shard in shards:
+                    shard.offer(task * 100 + np.arange(100))
+            held += np.bincount(
+                np.concatenate([shard.labels for shard in shards]) // 100, minlength=5
+            )
+        assert held.sum() == 6 * capacity
+        assert chi_square_p_value(held, held.mean()) > 0.001
 
 
 def test_a_class_that_never_lost_any_goes_on_growing() -> None:

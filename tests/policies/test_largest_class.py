@@ -95,7 +95,6 @@ def evicted(
         (GraspEviction, [6, 5], 1, [1 / 2, 1 / 2]),  # it does
         (GraspEviction, [6, 5], 0, [1, 0]),
         (GraspEviction, [6, 6], 0, [1, 0]),
-        (GraspEviction, [1, 1, 1], 3, [1 / 3, 1 / 3, 1 / 3]),  # nothing of its own to replace
     ],
 )
 def test_who_gives_way(

@@ -4,6 +4,9 @@ They were made by the last commit that had ``rounds_per_exchange``::
 
     PYTHONPATH=EARLIER/src python tests/saving/earlier_saves.py tests/saving/earlier
 
+What comes of loading them on two or three ranks was recorded once more when shards with more classes
+than slots, and what other ranks take over of the past, had got new laws.
+
 Only public names are used here, so that any release can make such saves.
 """
 

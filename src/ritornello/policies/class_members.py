@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ritornello.arrays import Ints
+from ritornello.arrays import Bools, Ints
 
 
 class ClassMembers:
@@ -31,6 +31,12 @@ class ClassMembers:
         self.counts = np.concatenate([self.counts, nothing])
         self._starts = np.concatenate([self._starts, nothing])
         self._rooms = np.concatenate([self._rooms, nothing])
+
+    def keep_classes(self, kept: Bools) -> None:
+        """Drops all classes but those, bool ``[num_classes]``; they keep their order."""
+        self.counts, self._starts, self._rooms = (
+            each[kept] for each in (self.counts, self._starts, self._rooms)
+        )
 
     def slots(self, classes: Ints, positions: Ints) -> Ints:
         """The slots at ``positions`` of the lists of ``classes``; both int64 ``[n]``."""

@@ -11,7 +11,7 @@ from ritornello.policies.reservoir import reservoir_positions
 from ritornello.policies.saved_classes import Choose, first_ones
 from ritornello.policies.saved_shares import KeepsShares
 from ritornello.policies.selection import Assignment
-from ritornello.policies.share_scores import highest_scores
+from ritornello.policies.share_scores import highest_scores, lowest
 
 
 class _ClassShares(KeepsShares):
@@ -23,6 +23,10 @@ class _ClassShares(KeepsShares):
     different ranks for different classes, so that the global shares are equal too; and the ranks
     need not talk about it. As the scores are fixed, a class that once had to give up
     representatives never grows again: what it keeps can stay a uniform sample.
+
+    Where a shard sees more classes than it has slots, those of the lowest precedence have one each.
+    A class that gives up its last one is forgotten, and others are not even noted: their precedence
+    is above the last one held, and it always will be.
 
     Fixed shares are those that the labels below ``num_classes`` have when all of them have
     offered enough. They are kept free for their classes, and nobody ever has to give up a
@@ -59,6 +63,9 @@ class _ClassShares(KeepsShares):
         classes = self._class_numbers(labels)
         rows = classes.argsort(kind="stable")
         classes = classes[rows]
+        if classes[0] < 0:  # refused
+            first = int(classes.searchsorted(0))
+            rows, classes = rows[first:], classes[first:]
         offered, shares = self._offered[classes], self._members.counts[classes]
         turns = np.arange(len(rows)) - classes.searchsorted(classes)  # which one of its class
         ordinals, new_places = offered + turns, shares + turns
@@ -75,6 +82,11 @@ class _ClassShares(KeepsShares):
             positions = np.where(filling, new_places, positions)
             enters |= filling
         slots = self._members.slots(classes[enters], positions[enters])
+        if len(self._gone):
+            stays = np.ones(len(self._labels), dtype=np.bool_)
+            stays[self._gone] = False
+            self._keep_classes(stays)
+            self._gone = self._gone[:0]
         return Assignment(rows[enters], slots)
 
     def _fill(self, classes: Ints, turns: Ints, generator: np.random.Generator) -> Bools:
@@ -89,6 +101,7 @@ class _ClassShares(KeepsShares):
         losing = np.flatnonzero(shares < held)
         freed = self._drop(losing, held[losing] - shares[losing], generator)
         filling: Bools = turns < (shares - held)[classes]
+        self._gone = losing[shares[losing] == 0]
         self._grows[losing] = False
         self._grows[classes[~filling]] = False
         num_fresh = int(filling.sum()) - len(freed)
@@ -109,6 +122,12 @@ class _ClassShares(KeepsShares):
         shares[seen] += growth
         if self._limits is not None:
             return np.minimum(shares, self._limits)
+        holding = np.flatnonzero(shares)
+        if len(holding) > self.num_slots:
+            stays = holding[lowest(self._order[holding], self.num_slots)]
+            shares[:] = 0
+            shares[stays] = 1
+            return shares
         # Only what does not fit into unused slots makes somebody give way: perhaps the new ones.
         excess = int(growth.sum()) - (self.num_slots - self._num_used)
         if excess > 0:
@@ -122,6 +141,8 @@ class ClassBalanced(_ClassShares):
     A class with less to offer than its share leaves the rest to the others, so the whole
     capacity is in use. Inside a class the policy is a reservoir (Vitter 1985): at any time a
     uniform sample of all that the class has offered to this rank, also after its share shrank.
+    With more classes than slots each slot is of another class, and these are a uniform sample of
+    all classes that have come, whenever they came.
 
     Args:
         num_classes: if given, labels must be below it.
@@ -140,7 +161,7 @@ class PerClassRandom(_ClassShares):
     """The paper's policy: every candidate enters and evicts a random one of its class.
 
     Shares as for ``ClassBalanced``; the authors' code has fixed ones. A class that keeps
-    arriving forgets its older samples.
+    arriving forgets its older samples. With more classes than slots see ``ClassBalanced``, too.
     Source: Bouvier et al., "Efficient Data-Parallel Continual Learning with Asynchronous
     Distributed Rehearsal Buffers" (CCGrid 2024), Algorithm 1.
 
@@ -159,9 +180,10 @@ class PerClassRandom(_ClassShares):
 class GreedyBalanced(_ClassShares):
     """The sampler of GDumb: what a class offers first stays, until its share shrinks.
 
-    Shares as for ``ClassBalanced``. A class with its share in use rejects what it offers; when
-    its share shrinks, random ones go. So what is stored of a class is at any time a uniform
-    sample of its first ``M`` candidates, with ``M`` the most that it ever held on this rank.
+    Shares as for ``ClassBalanced``, also with more classes than slots. A class with its share in
+    use rejects what it offers; when its share shrinks, random ones go. So what is stored of a class
+    is at any time a uniform sample of its first ``M`` candidates, with ``M`` the most that it ever
+    held on this rank.
 
     Source: Prabhu, Torr, Dokania, "GDumb: A Simple Approach that Questions Our Progress in
     Continual Learning" (ECCV 2020), Algorithm 1.
@@ -183,8 +205,8 @@ class FirstOffered(_ClassShares):
 
     For exemplars that come in order of importance (see ``exemplars``): what is stored of a class
     is at any time exactly what it offered first to this rank, as many as its share, without any
-    chance. Shares as for ``ClassBalanced``. Offer each exemplar to the rank that
-    ``rank_of_exemplar`` says, and the ranks together hold the first ones of all.
+    chance. Shares as for ``ClassBalanced``, also with more classes than slots. Offer each exemplar
+    to the rank that ``rank_of_exemplar`` says, and the ranks together hold the first ones of all.
 
     Source: Rebuffi et al., "iCaRL: Incremental Classifier and Representation Learning" (CVPR
     2017), Algorithm 5.

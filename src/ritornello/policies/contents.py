@@ -79,16 +79,16 @@ class Contents:
     def class_labels(self) -> list[int]:
         """The labels that some representative has, ascending."""
         if self._class_labels is None:
-            self._class_labels = sorted(label for label, held in self._members.items() if held)
+            self._class_labels = sorted(self._members)
         return self._class_labels
 
     def counts(self, labels: list[int]) -> Ints:
         """How many representatives each of some classes has; int64, of the length of ``labels``."""
-        return np.array([len(self._members[label]) for label in labels], dtype=np.int64)
+        return np.array([len(self._members.get(label, ())) for label in labels], dtype=np.int64)
 
     def places(self, label: int) -> Ints:
         """The places of a class's representatives, int64, in the same order on every rank."""
-        return np.array(self._members[label], dtype=np.int64)
+        return np.array(self._members.get(label, ()), dtype=np.int64)
 
     def places_at(self, labels: list[int], positions: Ints) -> Ints:
         """The places at some positions of classes' lists; one position for each label."""
@@ -151,9 +151,9 @@ class Contents:
 
         The places of the first class, of the second, and so on, and how many each has.
         """
-        lists = [members for members in self._members.values() if members]
+        lists = self._members.values()
         return {
-            "labels": np.array([label for label, held in self._members.items() if held], np.int64),
+            "labels": np.array(list(self._members), np.int64),
             "counts": np.array([len(members) for members in lists], np.int64),
             "places": np.array([place for members in lists for place in members], np.int64),
         }
@@ -222,7 +222,8 @@ class Contents:
     def _take_out(self, place: int, label: int) -> None:
         members, position = self._members[label], self._positions[place]
         last = members.pop()
-        if not members:
+        if not members:  # nothing is remembered of a class that has nothing
+            del self._members[label]
             self._class_labels = None
         if last != place:
             members[position] = last

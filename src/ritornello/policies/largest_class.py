@@ -4,7 +4,8 @@ They come to the same sizes as equal shares without computing any: with room for
 representatives, the sizes are those of ``s`` slots dealt one at a time to the class that has
 fewest and has offered more. Which of the classes have one more than others is left to chance, on
 each rank for itself. So on many ranks the global sizes are less equal than with the policies of
-``class_shares``, and a class may by chance be missing where shards have no room for all classes.
+``class_shares``. Where every slot has a class of its own, classes of a lower precedence replace
+those of the highest, as there (see ``share_scores``).
 """
 
 from __future__ import annotations
@@ -38,29 +39,41 @@ class _LargestClassGivesWay(KeepsLargest):
             Its slot, or None: rejected.
         """
 
+    @abstractmethod
+    def _wants_its_first(self, number: int) -> bool:
+        """Whether a class has nothing, and would have a slot in a full shard."""
+
     def admit(self, labels: Ints, generator: np.random.Generator) -> Assignment:
         """See ``SelectionPolicy.admit``."""
         rows, slots = [], []
         # Two numbers for each candidate, needed or not: so that they do not shift.
         draws = generator.random((len(labels), 2)).tolist()
-        for row, (label, (u, v)) in enumerate(zip(labels.tolist(), draws, strict=True)):
-            number = self._numbers.get(label)
-            if number is None:
-                number = self._add_class(label)
-            self._offered[number] += 1
-            if self._num_used < self.num_slots:
-                slot: int | None = self._num_used
-                self._num_used += 1
-                self._members[number].append(self._num_used - 1)
-                self._sizes[number] += 1
-            else:
-                if not self._largest:  # the shard has just become full
-                    self._find_largest()
-                slot = self._replace(number, u, v)
+        order = self._precedence(labels).tolist() if self._is_crowded else [None] * len(labels)
+        for row, (label, own, (u, v)) in enumerate(zip(labels.tolist(), order, draws, strict=True)):
+            slot = self._slot_of(label, own, u, v)
             if slot is not None:
                 rows.append(row)
                 slots.append(slot)
         return Assignment(np.array(rows, dtype=np.int64), np.array(slots, dtype=np.int64))
+
+    def _slot_of(self, label: int, order: int | None, u: float, v: float) -> int | None:
+        """Where a candidate goes; None: nowhere. ``order`` is its precedence, if known."""
+        number = self._numbers.get(label)
+        is_full = self._num_used == self.num_slots
+        if is_full and not self._largest:  # it has just become so
+            self._find_largest()
+        if self._is_crowded and (number is None or self._wants_its_first(number)):
+            return self._replace_last(label, order)
+        if number is None:
+            number = self._add_class(label)
+        self._offered[number] += 1
+        if is_full:
+            return self._replace(number, u, v)
+        slot = self._num_used
+        self._num_used += 1
+        self._members[number].append(slot)
+        self._sizes[number] += 1
+        return slot
 
     def _find_largest(self) -> None:
         self._largest_size = int(self._sizes.max())
@@ -106,6 +119,8 @@ class ClassBalancedReservoir(_LargestClassGivesWay):
     Algorithm 1. Fullness counts from when the shard is full: before, the first class to come
     would be the largest at once, and would never grow.
 
+    With more classes than slots each slot is of another class, see ``ClassBalanced``.
+
     Args:
         num_classes: if given, labels must be below it.
     """
@@ -115,6 +130,9 @@ class ClassBalancedReservoir(_LargestClassGivesWay):
             return self._take_from_largest(int(u * len(self._largest)), number, v)
         members, position = self._members[number], int(u * self._offered[number])
         return members[position] if position < len(members) else None
+
+    def _wants_its_first(self, number: int) -> bool:
+        return not self._has_been_largest[number]
 
 
 class GraspEviction(_LargestClassGivesWay):
@@ -130,6 +148,8 @@ class GraspEviction(_LargestClassGivesWay):
     Source: Harun et al., "GRASP: A Rehearsal Policy for Efficient Online Continual Learning"
     (CoLLAs 2024), where it keeps the buffer; GRASP itself says what is drawn from it.
 
+    With more classes than slots each slot is of another class, see ``ClassBalanced``.
+
     Args:
         num_classes: if given, labels must be below it.
     """
@@ -144,3 +164,6 @@ class GraspEviction(_LargestClassGivesWay):
         if exceeds or place == len(self._largest):
             return members[int(v * len(members))]
         return self._take_from_largest(place, number, v)
+
+    def _wants_its_first(self, number: int) -> bool:
+        return not self._members[number]

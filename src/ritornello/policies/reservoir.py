@@ -114,8 +114,11 @@ class Reservoir(SelectionPolicy):
             for state, size in zip(saved.states, saved.sizes.tolist(), strict=True)
         )
         self._num_used = len(own)
-        # As many were offered to it as make its chances those of all.
-        self._num_offered = len(own) * num_offered // max(1, len(kept))
+        # Equally many for all ranks, whichever have an odd representative: so old and new
+        # candidates have equal chances over all ranks, if those are fed alike.
+        each, rest = divmod(num_offered, self.num_ranks)
+        each += self.num_ranks - 1 - self.rank < rest
+        self._num_offered = len(own) if num_offered == len(kept) else max(len(own), each)
         return owners[own], slots[own]
 
     def forget(self, state: State, size: int, removed: Ints) -> tuple[State, Ints]:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from ritornello.arrays import Bools, Ints
-from ritornello.policies.selection import SavedShards, State, part_of_rank
-from ritornello.policies.share_scores import highest_scores, rank_of_lowest_score
+from ritornello.policies.selection import SavedShards, State
+from ritornello.policies.share_scores import (
+    highest_scores,
+    lowest,
+    mixed,
+    precedence,
+    rank_of_lowest_score,
+)
 
 MOST_OFFERED = 2**48
 """No class offers as many candidates; what is computed from fewer fits into 64 bits."""
@@ -63,8 +69,7 @@ def forget_slots(state: State, size: int, removed: Ints) -> tuple[State, Ints]:
     classes = np.repeat(np.arange(len(before)), before)[stays]
     counts = np.bincount(classes, minlength=len(before))
     kept = np.sort(slots[stays])
-    forgotten = {
-        "labels": state["labels"],
+    forgotten = state | {
         "offered": np.where(
             counts < before, in_proportion(state["offered"], counts, before), state["offered"]
         ),
@@ -72,6 +77,27 @@ def forget_slots(state: State, size: int, removed: Ints) -> tuple[State, Ints]:
         "slots": kept.searchsorted(slots[stays]),
     }
     return forgotten, kept
+
+
+def key_array(key: int) -> Ints:
+    """What is saved of the key of the precedence of classes."""
+    return np.array([key], dtype=np.uint64).view(np.int64)
+
+
+def key_of(states: Sequence[State], otherwise: int) -> int:
+    """The key of the precedence of classes, as shards have saved it.
+
+    Args:
+        states: of the shards' policies.
+        otherwise: if they have none, as those of earlier releases.
+
+    Raises:
+        ValueError: they contradict each other.
+    """
+    keys = np.unique(np.concatenate([state.get("key", np.zeros(0, np.int64)) for state in states]))
+    if len(keys) > 1:
+        raise ValueError("key must be one number, the same in all shards")
+    return int(keys.view(np.uint64)[0]) if len(keys) else otherwise
 
 
 def in_proportion(offered: Ints, counts: Ints, whole: Ints) -> Ints:
@@ -116,10 +142,16 @@ class SavedClasses:
         labels = everywhere[np.sort(np.unique(everywhere, return_index=True)[1])]
         ascending = np.argsort(labels, kind="stable")
         offered = np.zeros_like(labels)
+        num_known = np.zeros_like(labels)  # ranks that know what they were offered
+        num_refusing = np.zeros_like(labels)  # ranks that may have refused, and know nothing
         parts = []
         for rank, state in enumerate(saved.states):
             numbers = ascending[labels[ascending].searchsorted(state["labels"])]
             offered[numbers] += state["offered"]
+            num_known[numbers] += 1
+            if np.count_nonzero(state["counts"]) == saved.num_slots(rank):
+                num_refusing += 1
+                num_refusing[numbers] -= 1
             classes = np.repeat(numbers, state["counts"])
             ends = state["counts"].cumsum()
             firsts = np.repeat(ends - state["counts"], state["counts"])
@@ -128,18 +160,30 @@ class SavedClasses:
             scores += (rank - first_ranks) % num_ranks
             owners = np.full(len(classes), rank)
             parts.append(np.stack([classes, scores, owners, state["slots"]]))
+        # Those are taken to have seen as many as the others.
+        offered += num_refusing * offered // np.maximum(1, num_known)
         classes, scores, owners, slots = np.concatenate(parts, axis=1)
         order = np.lexsort([scores, classes])
         counts = np.bincount(classes, minlength=len(labels))
         return cls(labels, offered, counts, owners[order], slots[order], offered > counts)
 
-    def shares(self, capacity: int) -> Ints:
-        """What each class keeps where there is room for so many: the largest ones give way."""
+    def shares(self, capacity: int, key: int) -> Ints:
+        """What each class keeps where there is room for so many: the largest ones give way.
+
+        Args:
+            capacity: the room.
+            key: of the precedence of classes, by which some go if there is no room for all.
+        """
+        if np.count_nonzero(self.counts) > capacity:
+            held = np.flatnonzero(self.counts)
+            shares = np.zeros_like(self.counts)
+            shares[held[lowest(precedence(self.labels[held], key, 0, 1), capacity)]] = 1
+            return shares
         excess = int(self.counts.sum()) - capacity
         if excess <= 0:
             return self.counts
-        lowest = np.zeros_like(self.counts)
-        return self.counts - highest_scores(self.counts, excess, lowest, 1)
+        offsets = np.zeros_like(self.counts)
+        return self.counts - highest_scores(self.counts, excess, offsets, 1)
 
     def cut(self, shares: Ints, choose: Choose) -> SavedClasses:
         """With no more than its share of each class.
@@ -165,19 +209,54 @@ class SavedClasses:
             lost=self.lost | (shares < self.counts),
         )
 
+    def without_empty(self) -> SavedClasses:
+        """Without those of which nothing is stored."""
+        held = self.counts > 0
+        return replace(
+            self,
+            labels=self.labels[held],
+            offered=self.offered[held],
+            counts=self.counts[held],
+            lost=self.lost[held],
+        )
+
     def of_rank(self, rank: int, num_ranks: int) -> SavedClasses:
         """The part of one of ``num_ranks`` ranks.
 
-        Every rank has equally many of each class and altogether, up to one. Of what was offered
-        it gets as many as make its chances those of all.
+        Every rank has equally many of each class and altogether, up to one. What was offered of a
+        class is divided equally, however many of it a rank holds: so old and new candidates have
+        equal chances over all ranks, if those are fed alike. Of a class of which all is stored it
+        is what a rank holds.
         """
-        part = part_of_rank(rank, num_ranks)
-        classes = np.repeat(np.arange(len(self.labels)), self.counts)[part]
-        counts = np.bincount(classes, minlength=len(self.labels))
-        offered = in_proportion(self.offered, counts, self.counts)
+        classes = np.repeat(np.arange(len(self.labels)), self.counts)
+        part = np.flatnonzero(self._dealt(classes, num_ranks) == rank)
+        counts = np.bincount(classes[part], minlength=len(self.labels))
+        each, rest = np.divmod(self.offered, num_ranks)
+        first = (mixed(self.labels + self.offered) % np.uint64(num_ranks)).astype(np.int64)
+        each += (rank - first) % num_ranks < rest
+        offered = np.where(self.lost, np.maximum(each, counts), counts)
         return replace(
             self, counts=counts, offered=offered, owners=self.owners[part], slots=self.slots[part]
         )
+
+    def _dealt(self, classes: Ints, num_ranks: int) -> Ints:
+        """The rank of each representative, whose class is given; they are dealt turn by turn.
+
+        Where a rank has no room for all classes, the next class is one that begins on the rank
+        whose turn it is, as long as there is one: there it stays longest.
+        """
+        turns = np.arange(len(classes)) % num_ranks
+        if np.count_nonzero(self.counts) <= len(classes) // num_ranks:
+            return turns
+        homes = rank_of_lowest_score(self.labels, num_ranks)
+        waiting = [np.flatnonzero(homes == rank)[::-1].tolist() for rank in range(num_ranks)]
+        starts, at = np.zeros_like(self.counts), 0
+        for _ in range(len(self.labels)):
+            number = (waiting[at % num_ranks] or max(waiting, key=len)).pop()
+            starts[number] = at
+            at += int(self.counts[number])
+        firsts = self.counts.cumsum() - self.counts
+        return (starts[classes] + np.arange(len(classes)) - firsts[classes]) % num_ranks
 
     def state(self) -> State:
         """What their policy knows once they are in the slots from 0 on; see ``check_classes``."""

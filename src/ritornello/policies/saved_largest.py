@@ -7,8 +7,16 @@ from array import array
 import numpy as np
 
 from ritornello.arrays import Ints
-from ritornello.policies.saved_classes import SavedClasses, at_random, check_classes, forget_slots
+from ritornello.policies.saved_classes import (
+    SavedClasses,
+    at_random,
+    check_classes,
+    forget_slots,
+    key_array,
+    key_of,
+)
 from ritornello.policies.selection import SavedShards, SelectionPolicy, State, checked_num_classes
+from ritornello.policies.share_scores import num_labels_in_excess, precedence
 
 
 class KeepsLargest(SelectionPolicy):
@@ -22,7 +30,10 @@ class KeepsLargest(SelectionPolicy):
     def bind(self, num_slots: int, rank: int, num_ranks: int) -> None:
         """See ``SelectionPolicy.bind``."""
         super().bind(num_slots, rank, num_ranks)
-        self._numbers: dict[int, int] = {}  # label -> class number, as they appeared
+        self._key = self.buffer_seed
+        # Of the classes that hold slots, or, after a load, that other ranks hold.
+        self._labels: list[int] = []  # class number -> label
+        self._numbers: dict[int, int] = {}  # label -> class number
         self._members: list[array[int]] = []  # class number -> its slots
         self._sizes = np.zeros(0, dtype=np.int64)
         self._offered: list[int] = []
@@ -31,19 +42,68 @@ class KeepsLargest(SelectionPolicy):
         self._largest: list[int] = []
         self._largest_size = 0
         self._has_been_largest: list[bool] = []
+        # Where every slot has a class of its own: the precedence of each class, -1 without a slot,
+        # and the number of the highest one.
+        self._order: Ints | None = None
+        self._last = 0
 
     def _add_class(self, label: int) -> int:
         number = self._numbers[label] = len(self._members)
+        self._labels.append(label)
         self._members.append(array("q"))
         self._sizes = np.append(self._sizes, 0)
         self._offered.append(0)
         self._has_been_largest.append(False)
         return number
 
+    @property
+    def _is_crowded(self) -> bool:
+        """Whether every slot has a class of its own."""
+        return self._largest_size == 1 and self._num_used == self.num_slots
+
+    def _replace_last(self, label: int, order: int | None) -> int | None:
+        """In a crowded shard: gives the slot of the class of the highest precedence to a lower one.
+
+        Args:
+            label: of a class without a slot.
+            order: its precedence, if known.
+
+        Returns:
+            The slot; None: the precedence is higher than all, and the class is refused.
+        """
+        if order is None:
+            (order,) = self._precedence(np.array([label])).tolist()
+        if self._order is None:
+            self._order = self._precedence(np.array(self._labels))
+            self._order[self._sizes == 0] = -1
+            self._last = int(self._order.argmax())
+        number, bound = self._last, int(self._order[self._last])
+        if self.excess_labels == 0:
+            self.excess_labels = num_labels_in_excess(
+                self.num_slots + 1, bound, self.num_slots, self.num_ranks
+            )
+        if order >= bound:
+            return None
+        # It takes over the number, too; if it had one, the other class has that now.
+        before, other = self._labels[number], self._numbers.get(label)
+        del self._numbers[before]
+        if other is not None:
+            self._labels[other], self._numbers[before] = before, other
+            self._has_been_largest[other] = True
+        self._labels[number], self._numbers[label] = label, number
+        self._offered[number] = 1
+        self._order[number] = order
+        self._last = int(self._order.argmax())
+        return self._members[number][0]
+
+    def _precedence(self, labels: Ints) -> Ints:
+        return precedence(labels, self._key, self.rank, self.num_ranks)
+
     def state(self) -> State:
         """See ``SelectionPolicy.state``."""
         return {
-            "labels": np.array(list(self._numbers), dtype=np.int64),
+            "key": key_array(self._key),
+            "labels": np.array(self._labels, dtype=np.int64),
             "offered": np.array(self._offered, dtype=np.int64),
             "counts": self._sizes.copy(),
             "slots": np.array([slot for of_class in self._members for slot in of_class], np.int64),
@@ -54,6 +114,7 @@ class KeepsLargest(SelectionPolicy):
     def restore(self, state: State, size: int) -> None:
         """See ``SelectionPolicy.restore``."""
         check_classes(state, size)
+        self._key = key_of([state], self._key)
         sizes, largest = state["counts"], state["largest"]
         flags = state["has_been_largest"]
         if len(flags) != len(sizes) or len(np.unique(largest)) < len(largest):
@@ -65,13 +126,19 @@ class KeepsLargest(SelectionPolicy):
             or np.any(sizes[largest] != sizes.max())
         ):
             raise ValueError("largest must be numbers of the largest classes of a full shard")
-        self._numbers = {label: i for i, label in enumerate(state["labels"].tolist())}
+        labels, offered = state["labels"], state["offered"]
+        if "key" not in state:  # of an earlier release, which remembered every label for ever
+            held = sizes > 0
+            largest = (held.cumsum() - 1)[largest]
+            labels, offered, sizes, flags = (each[held] for each in (labels, offered, sizes, flags))
+        self._labels = labels.tolist()
+        self._numbers = {label: i for i, label in enumerate(self._labels)}
         ends = sizes.cumsum()
         self._members = [
             array("q", state["slots"][end - count : end].tolist())
             for end, count in zip(ends.tolist(), sizes.tolist(), strict=True)
         ]
-        self._sizes, self._offered = sizes.copy(), state["offered"].tolist()
+        self._sizes, self._offered = sizes.copy(), offered.tolist()
         self._num_used = size
         self._largest, self._largest_size = largest.tolist(), int(sizes.max(initial=0))
         self._has_been_largest = (flags != 0).tolist()
@@ -81,7 +148,8 @@ class KeepsLargest(SelectionPolicy):
     ) -> tuple[Ints, Ints]:
         """See ``SelectionPolicy.adopt``. Of the largest classes random ones leave."""
         whole = SavedClasses.merged(saved)
-        whole = whole.cut(whole.shares(capacity), at_random(generator))
+        key = key_of(saved.states, self._key)
+        whole = whole.cut(whole.shares(capacity, key), at_random(generator)).without_empty()
         were_largest = np.concatenate(
             [state["labels"][state["has_been_largest"] != 0] for state in saved.states]
         )
@@ -90,6 +158,7 @@ class KeepsLargest(SelectionPolicy):
         self.restore(
             own.state()
             | {
+                "key": key_array(key),
                 "largest": np.zeros(0, dtype=np.int64),
                 "has_been_largest": full.astype(np.int64),
             },
@@ -101,5 +170,4 @@ class KeepsLargest(SelectionPolicy):
         """See ``SelectionPolicy.forget``. Until the shard is full again, no class gives way."""
         forgotten, kept = forget_slots(state, size, removed)
         forgotten["largest"] = np.zeros(0, dtype=np.int64)
-        forgotten["has_been_largest"] = state["has_been_largest"]
         return forgotten, kept

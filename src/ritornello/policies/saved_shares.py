@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ritornello.arrays import Ints
+from ritornello.arrays import Bools, Ints
 from ritornello.policies.class_members import ClassMembers
 from ritornello.policies.saved_classes import (
     Choose,
@@ -16,9 +16,17 @@ from ritornello.policies.saved_classes import (
     at_random,
     check_classes,
     forget_slots,
+    key_array,
+    key_of,
 )
 from ritornello.policies.selection import SavedShards, SelectionPolicy, State, checked_num_classes
-from ritornello.policies.share_scores import fixed_shares, rank_of_lowest_score
+from ritornello.policies.share_scores import (
+    HASH_BITS,
+    fixed_shares,
+    lowest,
+    num_labels_in_excess,
+    precedence,
+)
 
 
 class KeepsShares(SelectionPolicy):
@@ -43,39 +51,95 @@ class KeepsShares(SelectionPolicy):
     def bind(self, num_slots: int, rank: int, num_ranks: int) -> None:
         """See ``SelectionPolicy.bind``."""
         super().bind(num_slots, rank, num_ranks)
+        self._key = self.buffer_seed
+        # The classes that hold slots (or, after a load, that other ranks hold; or all, where shares
+        # are fixed). Nothing is known of any other.
         self._labels = np.zeros(0, dtype=np.int64)  # class number -> label, as they appeared
         self._known = np.zeros(0, dtype=np.int64)  # the labels, ascending
         self._sorted = np.zeros(0, dtype=np.int64)  # their class numbers
-        # By class number: what it has offered, whether all of that is stored, its lowest score.
+        # By class number: what it has offered, whether all of that is stored, its lowest score,
+        # its precedence.
         self._offered = np.zeros(0, dtype=np.int64)
         self._grows = np.zeros(0, dtype=np.bool_)
         self._offsets = np.zeros(0, dtype=np.int64)
+        self._order = np.zeros(0, dtype=np.int64)
+        self._bound: int | None = None  # where every slot has a class of its own: the last of them
         self._members = ClassMembers()
+        self._gone = np.zeros(0, dtype=np.int64)  # class numbers, of those that gave up all
         self._num_used = 0  # slots
         self._limits: Ints | None = None  # fixed shares, by class number
         if self.shares == "fixed":
             assert self.num_classes is not None
             self._add_classes(np.arange(self.num_classes))
-            self._limits = fixed_shares(num_slots, self._offsets, num_ranks)
+            self._limits = fixed_shares(num_slots, self._offsets, self._order, num_ranks)
+            if self.num_classes > (num_slots + (num_ranks > 1)) * num_ranks:
+                self.excess_labels = self.num_classes
 
     def _class_numbers(self, labels: Ints) -> Ints:
-        """Labels to class numbers; unknown labels get the next ones."""
+        """Labels to class numbers; unknown labels get the next ones, or -1 if they are refused."""
+        places, known = self._found(labels)
+        if not known.all():
+            new = self._welcome(np.unique(labels[~known]))
+            if len(new):
+                self._add_classes(new)
+                places, known = self._found(labels)
+            if not known.all():
+                classes = np.full(len(labels), -1)
+                classes[known] = self._sorted[places[known]]
+                return classes
+        return self._sorted[places]
+
+    def _found(self, labels: Ints) -> tuple[Ints, Bools]:
+        """Where among the known labels some are, and which of them are."""
         places = self._known.searchsorted(labels)
-        if len(self._known) == 0 or (self._known.take(places, mode="clip") != labels).any():
-            self._add_classes(np.setdiff1d(labels, self._known))
-            places = self._known.searchsorted(labels)
-        classes: Ints = self._sorted[places]
-        return classes
+        if len(self._known) == 0:
+            return places, np.zeros(len(labels), dtype=np.bool_)
+        return places, self._known.take(places, mode="clip") == labels
+
+    def _welcome(self, new: Ints) -> Ints:
+        """Those of some unknown labels that get a slot: while there are enough, all of them."""
+        held = self._order[self._members.counts > 0]
+        if len(held) + len(new) <= self.num_slots:
+            return new
+        order = precedence(new, self._key, self.rank, self.num_ranks)
+        if len(held) == self.num_slots:
+            if self._bound is None:
+                self._bound = int(held.max())
+            early = order < self._bound
+            if not early.any():
+                self._note_excess(len(held) + len(new), self._bound)
+                return new[early]
+            new, order = new[early], order[early]
+        both = np.concatenate([held, order])
+        stay = lowest(both, self.num_slots)
+        self._note_excess(len(both), int(both[stay].max()))
+        return new[stay[len(held) :]]
+
+    def _note_excess(self, num_seen: int, last: int) -> None:
+        """Says so if there are more classes than slots; see ``num_labels_in_excess``."""
+        if self.excess_labels == 0:
+            self.excess_labels = num_labels_in_excess(
+                num_seen, last, self.num_slots, self.num_ranks
+            )
 
     def _add_classes(self, new: Ints) -> None:
         self._labels = np.concatenate([self._labels, new])
         self._offered = np.concatenate([self._offered, np.zeros_like(new)])
         self._grows = np.concatenate([self._grows, np.ones(len(new), dtype=np.bool_)])
-        first_ranks = rank_of_lowest_score(self._labels, self.num_ranks)
-        self._offsets = (self.rank - first_ranks) % self.num_ranks
+        order = precedence(new, self._key, self.rank, self.num_ranks)
+        self._order = np.concatenate([self._order, order])
+        self._offsets = self._order >> HASH_BITS
         self._members.add_classes(len(new))
         self._sorted = np.argsort(self._labels, kind="stable")
         self._known = self._labels[self._sorted]
+        self._bound = None
+
+    def _keep_classes(self, kept: Bools) -> None:
+        """Knows no other classes any more; class numbers change."""
+        self._labels, self._offered = self._labels[kept], self._offered[kept]
+        self._grows, self._order = self._grows[kept], self._order[kept]
+        self._members.keep_classes(kept)
+        self._add_classes(self._labels[:0])
 
     def state(self) -> State:
         """See ``SelectionPolicy.state``."""
@@ -83,6 +147,7 @@ class KeepsShares(SelectionPolicy):
         owners = np.repeat(np.arange(len(counts)), counts)
         positions = np.arange(len(owners)) - np.repeat(counts.cumsum() - counts, counts)
         return {
+            "key": key_array(self._key),
             "labels": self._labels.copy(),
             "offered": self._offered.copy(),
             "counts": counts.copy(),
@@ -101,10 +166,14 @@ class KeepsShares(SelectionPolicy):
             if not np.array_equal(labels, np.arange(self.num_classes)):
                 raise ValueError(f"labels must be those from 0 to {self.num_classes - 1}")
         else:
+            self._key = key_of([state], self._key)
             self._add_classes(labels)
         self._offered, self._grows = state["offered"].copy(), grows != 0
         self._members.append(np.repeat(np.arange(len(labels)), state["counts"]), state["slots"])
         self._num_used = size
+        if "key" not in state and self.shares == "adaptive":
+            # Of an earlier release, which remembered every label for ever.
+            self._keep_classes(self._members.counts > 0)
         if self._limits is None:
             return
         if "limits" not in state:  # dealt out anew
@@ -126,20 +195,27 @@ class KeepsShares(SelectionPolicy):
         but recent samples of a class that had lost some are then more likely stored.
         """
         whole = SavedClasses.merged(saved)
+        key = key_of(saved.states, self._key)
         if capacity < saved.capacity:
-            shares = whole.shares(capacity)
+            shares = whole.shares(capacity, key)
             if self.shares == "fixed":
-                shares = fixed_shares(capacity, np.zeros_like(whole.counts), 1)
+                order = precedence(whole.labels, key, 0, 1)
+                shares = fixed_shares(capacity, np.zeros_like(whole.counts), order, 1)
             whole = whole.cut(shares, self._choice(generator))
+        if self.shares == "adaptive":
+            whole = whole.without_empty()
         own = whole.of_rank(self.rank, self.num_ranks)
         grows = ~whole.lost | (capacity > whole.counts.sum())
-        self.restore(own.state() | {"grows": grows.astype(np.int64)}, len(own.slots))
+        self.restore(
+            own.state() | {"key": key_array(key), "grows": grows.astype(np.int64)}, len(own.slots)
+        )
         return own.owners, own.slots
 
     def forget(self, state: State, size: int, removed: Ints) -> tuple[State, Ints]:
         """See ``SelectionPolicy.forget``. All classes may grow again, as in ``adopt``."""
         forgotten, kept = forget_slots(state, size, removed)
-        return forgotten | {"grows": np.ones_like(state["labels"])}, kept
+        forgotten["grows"] = np.ones_like(state["labels"])
+        return forgotten, kept
 
     def _choice(self, generator: np.random.Generator) -> Choose:
         """Who stays of a class that has more than its share, like ``_drop``."""

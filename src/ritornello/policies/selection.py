@@ -43,6 +43,10 @@ class SavedShards:
     sizes: Ints
     capacity: int
 
+    def num_slots(self, rank: int) -> int:
+        """Of the shard of a rank; the capacity was divided among them to the last one."""
+        return self.capacity // len(self.states) + (rank < self.capacity % len(self.states))
+
 
 class SelectionPolicy(ABC):
     """Decides about the candidates of one rank's shard.
@@ -53,13 +57,21 @@ class SelectionPolicy(ABC):
         num_slots: the shard's rows, known once the buffer has called ``bind``.
         rank: whose shard it is, known from then on, too.
         num_ranks: how many shards there are.
+        buffer_seed: of the buffer, known before ``bind`` is called.
+        excess_labels: about how many distinct labels were offered, once there are so many that the
+            whole buffer has no slot for each; 0 before.
     """
+
+    SET_BY_THE_BUFFER = ("num_slots", "rank", "num_ranks", "buffer_seed", "excess_labels")
+    """Attributes that are no settings."""
 
     needs_labels = False
     num_classes: int | None = None
     num_slots = 0
     rank = 0
     num_ranks = 1
+    buffer_seed = 0
+    excess_labels = 0
 
     def bind(self, num_slots: int, rank: int, num_ranks: int) -> None:
         """Ties the policy to one shard; called once, by the buffer.

@@ -7,6 +7,7 @@ fields are typed views of the rows: nothing is ever converted.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import reprlib
 from collections.abc import Sequence
@@ -192,6 +193,13 @@ class Layout:
         columns = rows.numpy()[:, field.offset : field.offset + field.num_bytes]
         return columns.view(INTEGERS[field.dtype])[:, 0].astype(np.int64)
 
+    def num_distinct(self, rows: Bytes) -> int:
+        """How many of some records, uint8 ``[n, record_bytes]``, differ in a field."""
+        used = np.zeros(self.record_bytes, dtype=np.bool_)  # without what lies between the fields
+        for field in self.fields:
+            used[field.offset : field.offset + field.num_bytes] = True
+        return len({hashlib.blake2b(row[used], digest_size=16).digest() for row in rows})
+
     def pack(self, leaves: Sequence[Tensor], index: Ints | None, rows: Tensor) -> None:
         """Copies samples into records.
 
@@ -223,8 +231,12 @@ class Layout:
         """A batch nested as the samples were, from one tensor per field."""
         return rebuild(self.template, leaves)
 
-    def position(self, path: Path) -> int:
+    def position(self, path: Path, argument: str) -> int:
         """The position in ``fields`` of the leaf at ``path``.
+
+        Args:
+            path: of the leaf.
+            argument: the one that names it, for the error: "label" or "identity".
 
         Raises:
             ValueError: there is none.
@@ -233,9 +245,11 @@ class Layout:
             if field.path == path:
                 return position
         raise ValueError(
-            f"label={path[0] if len(path) == 1 else path!r} names no leaf of the samples; "
-            f"there are {'; '.join(map(str, self.fields))}. Give the index or key of the label, "
-            "a tuple of them for a nested one, or label=None for a policy that needs no labels"
+            f"{argument}={path[0] if len(path) == 1 else path!r} names no leaf of the samples; "
+            f"there are {'; '.join(map(str, self.fields))}. Give the index or key of the "
+            f"{argument}, a tuple of them for a nested one, or {argument}=None"
+            + " for a policy that needs no labels"
+            * (argument == "label")
         )
 
     def label_position(self, path: Path, required: bool) -> int | None:
@@ -250,16 +264,29 @@ class Layout:
         """
         if not required and path not in [field.path for field in self.fields]:
             return None
-        position = self.position(path)
-        field = self.fields[position]
-        if field.is_integer:
-            return position
-        if not required:
+        position = self.position(path, "label")
+        if not required and not self.fields[position].is_integer:
             return None
-        raise ValueError(
-            f"the label {field} per sample: it must be one integer per sample, such as int64 []; "
-            f"label= says which leaf it is. {_remedy_for_label(field)}"
-        )
+        return self._checked_integer(position, "label")
+
+    def identity_position(self, path: Path) -> int:
+        """The position in ``fields`` of what tells samples apart.
+
+        Raises:
+            ValueError: there is no such leaf, or it is not one integer per sample.
+        """
+        return self._checked_integer(self.position(path, "identity"), "identity")
+
+    def _checked_integer(self, position: int, argument: str) -> int:
+        field = self.fields[position]
+        if not field.is_integer:
+            raise ValueError(
+                f"the {argument} {field} per sample: it must be one integer per sample, such as "
+                f"int64 []; {argument}= says which leaf it is"
+                + f". {_remedy_for_label(field)}"
+                * (argument == "label")
+            )
+        return position
 
     @property
     def digest(self) -> int:

@@ -43,11 +43,19 @@ class Arguments:
     sampling: str | SamplingPolicy
     storage: str
     num_draws: int
+    identity: Any = None
+
+    @property
+    def identity_path(self) -> tuple[Any, ...] | None:
+        """Where in a sample it is said which one it is; None: nowhere."""
+        if self.identity is None:
+            return None
+        return _path(self.identity)
 
     @property
     def label_path(self) -> tuple[Any, ...]:
         """Where the class label is in a sample."""
-        return tuple(self.label) if isinstance(self.label, (tuple, list)) else (self.label,)
+        return _path(self.label)
 
     @property
     def rate_may_change(self) -> bool:
@@ -67,7 +75,8 @@ class Arguments:
         Ranks of other versions would draw other numbers, so the versions are part of it.
         """
         given = {name: _text(plain(value)) for name, value in vars(self).items()}
-        given["label"] = _text(tuple(map(plain, self.label_path)))
+        for name, path in (("label", self.label_path), ("identity", self.identity_path)):
+            given[name] = _text(path and tuple(map(plain, path)))
         given = {name: meant(name, text) for name, text in given.items()}
         return given | {"ritornello's version": __version__, "NumPy's version": np.__version__}
 
@@ -175,6 +184,11 @@ def _check_rate(rate: Any) -> None:
         raise ValueError(f"num_representatives={rate}: it must be a finite number of at least 0")
 
 
+def _path(name: Any) -> tuple[Any, ...]:
+    """Where a leaf is that is named by an index, a key, or several of them."""
+    return tuple(name) if isinstance(name, (tuple, list)) else (name,)
+
+
 def plain(value: Any) -> Any:
     """A number as one of Python's own, whole ones as integers; all else as it is."""
     if isinstance(value, np.integer):
@@ -191,7 +205,7 @@ def meant(argument: str, text: str) -> str:
     Python prints with its address has one.
     """
     text = ADDRESS.sub("", text)
-    if argument == "label" and text.endswith(",)"):
+    if argument in ("label", "identity") and text.endswith(",)"):
         with suppress(ValueError, SyntaxError):
             return str(ast.literal_eval(text)[0])
     return _names_of_policies().get((argument, text), text)
@@ -210,7 +224,7 @@ def _text(value: object) -> str:
         settings = (
             f"{k}={_in_order(v)!r}"
             for k, v in vars(value).items()
-            if not k.startswith("_") and k not in ("num_slots", "rank", "num_ranks")
+            if not k.startswith("_") and k not in SelectionPolicy.SET_BY_THE_BUFFER
         )
         return f"{type(value).__qualname__}({', '.join(settings)})"
     return str(value)

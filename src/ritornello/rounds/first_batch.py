@@ -20,6 +20,8 @@ class Begun:
     layout: Layout
     label: int | None
     """The position of the class label among the fields."""
+    identity: int | None
+    """The position of the field that tells samples apart."""
     staging: Staging
 
     @classmethod
@@ -44,6 +46,7 @@ class Begun:
 
         Raises:
             MemoryError: what is drawn in a step does not fit.
+            ValueError: ``identity=`` names no leaf that can be it.
         """
         _check_room(layout, arguments)
         num_draws = arguments.num_draws
@@ -51,7 +54,9 @@ class Begun:
         staging = Staging(
             layout, device, storage.device, num_per_step, streams, reorders=num_draws > 1
         )
-        return cls(layout, label, staging)
+        path = arguments.identity_path
+        identity = None if path is None else layout.identity_position(path)
+        return cls(layout, label, identity, staging)
 
 
 def _check_room(layout: Layout, arguments: Arguments) -> None:

@@ -17,13 +17,17 @@ class FieldsMadeAnew:
     Args:
         layout: of the records.
         label: the position of the class label among the fields.
+        identity: that of what tells samples apart.
         fields: an index, key or attribute, or a tuple of them for a nested leaf; or a list.
 
     Raises:
-        ValueError: there is no such leaf, it is the class label, or named twice; or none is.
+        ValueError: there is no such leaf, it is the class label or the identity, or named twice; or
+            none is.
     """
 
-    def __init__(self, layout: Layout, label: int | None, fields: Any) -> None:
+    def __init__(
+        self, layout: Layout, label: int | None, identity: int | None, fields: Any
+    ) -> None:
         self._layout, self._is_list = layout, isinstance(fields, list)
         self._names: list[Any] = fields if self._is_list else [fields]
         if not self._names:
@@ -38,9 +42,10 @@ class FieldsMadeAnew:
                     f"{'; '.join(map(str, layout.fields))}. Give an index or key, a tuple of them "
                     "for a nested leaf, or a list of such"
                 )
-            if position == label:
+            if position in (label, identity):
+                what = "class label" if position == label else "identity"
                 raise ValueError(
-                    f"rewrite: fields={name!r} is the class label, by which representatives were "
+                    f"rewrite: fields={name!r} is the {what}, by which representatives were "
                     "admitted: it stays; store what may change in a field of its own"
                 )
             if position in self._positions:

@@ -18,7 +18,13 @@ from ritornello.arrays import Bytes, Ints
 from ritornello.policies.contents import Contents
 from ritornello.policies.names import SELECTION_POLICIES
 from ritornello.policies.sampling import SamplingPolicy
-from ritornello.policies.selection import SelectionPolicy, check_labels, size_after
+from ritornello.policies.selection import (
+    Assignment,
+    SelectionPolicy,
+    check_labels,
+    size_after,
+)
+from ritornello.records.identities import Identities
 from ritornello.records.layout import Layout
 from ritornello.records.shard import Shard, rows_per_rank
 from ritornello.records.storage import Storage
@@ -83,6 +89,7 @@ class Rounds:
         self._full = False
         self.capacity = capacity
         self.limits = rows_per_rank(capacity, transport.num_ranks)
+        selection.buffer_seed = seed
         self._unused_selection, self._unused_sampling = copy.deepcopy((selection, sampling))
         self.selection, self.sampling = selection, self.new_sampling()
         self.needs_labels = selection.needs_labels or sampling.needs_labels
@@ -93,6 +100,8 @@ class Rounds:
         self._planner = Planner(transport.rank, num_representatives, self.sampling, seed, num_draws)
         self._storage = storage
         self.contents = self.no_contents()
+        self._identity: int | None = None
+        self._identities: Identities | None = None
         self.admitted_in = np.zeros(0, dtype=np.int64)  # slot -> round, made with the shard
         selection.bind(self.num_rows, transport.rank, transport.num_ranks)
 
@@ -106,15 +115,21 @@ class Rounds:
         """Representatives in this rank's shard."""
         return int(self.contents.sizes[self.transport.rank])
 
-    def open(self, layout: Layout, label: int | None, staging: Staging) -> None:
+    def open(
+        self, layout: Layout, label: int | None, identity: int | None, staging: Staging
+    ) -> None:
         """Says what the samples look like; the shard is made in the first round.
 
         Args:
             layout: of the records.
             label: the position of the label among the fields.
+            identity: that of what tells samples apart, if none shall be held twice.
             staging: to and from the trainer.
         """
         self._layout, self._label, self._staging = layout, label, staging
+        self._identity = identity
+        if identity is not None and self._identities is None:
+            self._identities = Identities(self.num_rows)
 
     def run(self, candidates: Candidates) -> int:
         """Runs one round.
@@ -159,6 +174,21 @@ class Rounds:
             return np.zeros(0, dtype=np.int64)
         with self._staging.worker_stream():  # after the last round's writes
             return self._labels_of(self.shard.rows[: self.num_held])
+
+    def num_distinct(self, compare: bool) -> int | None:
+        """How many of this rank's representatives are distinct samples.
+
+        Args:
+            compare: whether to compare their bytes, where they have no identity.
+
+        Returns:
+            None if neither is known.
+        """
+        if self._identities is not None:
+            return self._identities.num_distinct
+        if not compare or self.shard is None:
+            return 0 if compare else None
+        return self._layout.num_distinct(self.to_host(self.shard.rows[: self.num_held]))
 
     def representatives(self, first: int, num_rows: int) -> list[torch.Tensor]:
         """Copies of this rank's representatives from a slot on, field by field."""
@@ -283,6 +313,9 @@ class Rounds:
         self.is_measured = True
         self.selection, self.sampling, self.contents = selection, sampling, contents
         self.admitted_in[: len(admitted_in)] = admitted_in
+        if self._identity is not None and self._identities is not None and self.shard is not None:
+            rows = torch.from_numpy(self.to_host(self.shard.rows[: self.num_held]))
+            self._identities.restart(self._layout.integers(rows, self._identity))
         self._full = np.array_equal(contents.sizes, self.limits)
         self._planner.go_on(sampling)
 
@@ -324,7 +357,7 @@ class Rounds:
                 check_labels(labels, self.selection.num_classes)
         else:
             labels = np.zeros(len(records), dtype=np.int64)
-        assignment = self.selection.admit(labels, self._selection_streams.at(self.num_rounds))
+        assignment = self._assign(records, labels)
         size = self.num_held
         if self._is_builtin and size == self.num_rows:
             new_size = size
@@ -338,6 +371,18 @@ class Rounds:
         if not self.sampling.needs_labels:
             return new_size, None
         return new_size, np.stack([assignment.slots, labels[assignment.rows]], axis=1)
+
+    def _assign(self, records: torch.Tensor, labels: Ints) -> Assignment:
+        """What the policy says of the candidates that are not held already."""
+        generator = self._selection_streams.at(self.num_rounds)
+        if self._identity is None or self._identities is None:
+            return self.selection.admit(labels, generator)
+        identities = self._layout.integers(records, self._identity)
+        new = self._identities.new_rows(identities)
+        assignment = self.selection.admit(labels[new], generator)
+        assignment = Assignment(new[assignment.rows], assignment.slots)
+        self._identities.put(assignment.slots, identities[assignment.rows])
+        return assignment
 
     def _labels_of(self, records: torch.Tensor) -> Ints:
         assert self._label is not None

@@ -40,6 +40,9 @@ class BufferStats:
     """What copying candidates (and with ``asynchronous=False`` the rounds) has taken there."""
     seconds_per_stage: dict[str, float]
     """Seconds of the worker: admit, plan, exchange, stage."""
+    num_distinct: int | None = None
+    """Distinct samples in this rank's shard, by ``identity=``; without it those whose bytes differ,
+    if asked, else None."""
 
     @property
     def seconds_exposed(self) -> float:
@@ -90,8 +93,9 @@ class BufferStats:
 
         Returns:
             ``held``, ``held_percent`` of the capacity, ``held/class_LABEL`` in this rank's shard,
-            ``shard_mb``; once there were rounds, or steps without, ``steps_without``. Where there
-            were rounds, per round: ``past``, the representatives that the trainer got;
+            ``distinct`` there, where it is known, ``shard_mb``; once there were rounds, or steps
+            without, ``steps_without``. Where there were rounds, per round: ``past``, the
+            representatives that the trainer got;
             ``exposed_ms`` on the trainer's thread, which is ``waiting_ms`` + ``joining_ms`` +
             ``offering_ms``; ``worker_ms``, which is ``admit_ms`` + ``plan_ms`` + ``exchange_ms`` +
             ``stage_ms``; ``hidden_ms``, the part of it for which the trainer did not wait (with
@@ -107,6 +111,8 @@ class BufferStats:
             found["steps_without"] = self.num_steps_without
         for label, num_held in self.held_per_class.items():
             found[f"held/class_{label}"] = num_held
+        if self.num_distinct is not None:
+            found["distinct"] = self.num_distinct
         in_worker = sum(self.seconds_per_stage.values())
         totals = {
             "past": self.num_given,

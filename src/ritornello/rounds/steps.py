@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -33,7 +34,7 @@ from ritornello.policies.selection import check_labels
 from ritornello.records import accelerators
 from ritornello.records.layout import Layout
 from ritornello.records.misread import check_not_misread
-from ritornello.records.nesting import Batch, leaves_of
+from ritornello.records.nesting import Batch, leaves_of, path_text
 from ritornello.records.storage import Storage
 from ritornello.rounds.arguments import Arguments, plain
 from ritornello.rounds.first_batch import Begun, device_of
@@ -135,6 +136,7 @@ class Steps:
         self.num_given = 0
         self._num_without = 0  # mini-batches since one had past samples
         self._has_left_out_an_offer = False
+        self._has_warned_of_labels = False
         self._is_restored = False  # and no mini-batch has come since
         self.seconds_waited = self.seconds_joining = self.seconds_offering = 0.0
 
@@ -379,7 +381,7 @@ class Steps:
             self.rounds.among_others.begin()
         if staged is not None:
             begun.staging.put_back(staged)
-        self.rounds.open(layout, label, begun.staging)
+        self.rounds.open(layout, label, begun.identity, begun.staging)
         self.begun = begun
         return begun
 
@@ -415,6 +417,8 @@ class Steps:
         if last_round.error is not None:
             self.failure = self._explain(last_round.error)
             raise self.failure from last_round.error
+        if self.rounds.selection.excess_labels and not self._has_warned_of_labels:
+            self._warn_of_labels()
 
     def finish(self, wait_seconds: float) -> None:
         """Ends the running round; no error is raised."""
@@ -440,6 +444,24 @@ class Steps:
         """What the trainer sees of an error in the worker."""
         where = self.here(f"round {self.rounds.num_rounds} ({self.rounds.stage})")
         return round_error(error, where, self._timeout_seconds)
+
+    def _warn_of_labels(self) -> None:
+        """Says, once, that most classes hold nothing."""
+        self._has_warned_of_labels = True
+        assert self._known.label is not None
+        path = self._known.layout.fields[self._known.label].path
+        about = "about " if self._transport.num_ranks > 1 else ""
+        warnings.warn(
+            self.here(
+                f"label={self._arguments.label!r}, which is {path_text(path)}, has {about}"
+                f"{self.rounds.selection.excess_labels} distinct values so far, but the buffer has "
+                f"{self.rounds.capacity} slots: it holds one sample of each of some random "
+                "classes, and nothing of the others. Often label= names the wrong leaf, such as an "
+                "index, an id or a timestamp. If these are classes, raise the capacity; if there "
+                "are none, take selection='reservoir'"
+            ),
+            stacklevel=2,
+        )
 
     # Between two rounds.
 
@@ -575,7 +597,7 @@ class Steps:
             return
         rounds, layout, num_offers = self.rounds, self._known.layout, self.num_offers
         try:
-            anew = FieldsMadeAnew(layout, self._known.label, fields)
+            anew = FieldsMadeAnew(layout, self._known.label, self._known.identity, fields)
         except ValueError as error:
             raise self._with_rank(error) from None
         for first in range(0, rounds.num_held, batch_size):
@@ -599,7 +621,7 @@ class Steps:
         with self._explaining("rewrite"):
             self.rounds.rewrite(first, num_rows, values)
 
-    def stats(self, per_class: bool) -> BufferStats:
+    def stats(self, per_class: bool, distinct: bool) -> BufferStats:
         """See ``RehearsalBuffer.stats``."""
         self.settle()
         rounds = self.rounds
@@ -621,6 +643,7 @@ class Steps:
             seconds_joining=self.seconds_joining,
             seconds_offering=self.seconds_offering,
             seconds_per_stage=dict(rounds.seconds_per_stage),
+            num_distinct=rounds.num_distinct(distinct),
         )
 
     # For who saves and restores it.

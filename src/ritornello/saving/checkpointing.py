@@ -280,6 +280,9 @@ class Checkpointing:
             needed = self._rounds.needs_labels
             if theirs.label_position(self._arguments.label_path, needed) != manifest.label:
                 raise CheckpointError("the saved buffer has its label elsewhere")
+            path = self._arguments.identity_path
+            if path is not None:
+                theirs.identity_position(path)
 
     def _take_over(self, saved: SavedBuffer, call: str) -> None:
         """Becomes a saved buffer that fits.

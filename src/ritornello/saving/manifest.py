@@ -145,6 +145,16 @@ class Manifest:
         return self.layout.record_bytes if self.layout else 0
 
     @property
+    def identity(self) -> int | None:
+        """The position among the layout's fields of the one that tells samples apart, if any."""
+        named = self.arguments.get("identity")
+        for position, each in enumerate(self.layout.fields if self.layout else ()):
+            path = each.path[0] if len(each.path) == 1 else each.path
+            if each.is_integer and str(path) == named:
+                return position
+        return None
+
+    @property
     def in_common(self) -> str:
         """What is the same on every rank: each has noted by its own clock when tasks began."""
         return replace(self, tasks=()).as_json()

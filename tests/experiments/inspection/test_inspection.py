@@ -129,6 +129,22 @@ def test_many_classes_and_tasks_are_summed_up(
     assert "the 2 before 19" in " ".join(lines)
 
 
+@pytest.mark.parametrize("identity", [2, "index"])
+def test_distinct_samples_are_counted(identity: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    with RehearsalBuffer(
+        8, num_representatives=1, selection="reservoir", label=None, identity=identity
+    ) as buffer:
+        for index in (torch.arange(4), torch.arange(6)):
+            batch = (index, index.float(), index)
+            buffer.update(batch if identity == 2 else {"x": index.float(), "index": index})
+        buffer.save("buffer")
+    run("inspect", "buffer")
+    assert "distinct           6 samples" in capsys.readouterr().out
+    save(Path("without"))
+    run("inspect", "without")
+    assert "distinct" not in capsys.readouterr().out
+
+
 def test_a_buffer_that_has_not_begun(capsys: pytest.CaptureFixture[str]) -> None:
     with RehearsalBuffer(5, num_representatives=1) as buffer:
         buffer.save("saved")

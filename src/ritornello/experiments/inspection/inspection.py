@@ -18,6 +18,7 @@ import numpy as np
 from ritornello.arrays import Floats, Ints
 from ritornello.errors import CheckpointError
 from ritornello.experiments.results.run_folder import COMPLETE, IN_WORK
+from ritornello.records.nesting import Batch
 from ritornello.saving.folder import MANIFEST, MOST_LOOKS, SavedFolder, leftovers
 from ritornello.saving.manifest import Manifest
 from ritornello.saving.saved_buffer import admission_rounds
@@ -58,6 +59,8 @@ class Inspection:
     """The name of each label; empty if they are not known."""
     num_leftovers: int
     """Files that a crash has left behind."""
+    identities: Ints | None
+    """Which sample each is; None if the buffer knew none."""
 
     @property
     def manifest(self) -> Manifest:
@@ -142,6 +145,7 @@ def inspect_buffer(folder: Path, check: bool = True) -> Inspection:
 def _inspect(saved: SavedFolder, check: bool) -> Inspection:
     """See ``inspect_buffer``."""
     manifest = saved.manifest
+    identity = manifest.identity
     files = []
     parts: list[tuple[Ints, ...]] = []
     for rank, file in enumerate(manifest.files):
@@ -152,13 +156,14 @@ def _inspect(saved: SavedFolder, check: bool) -> Inspection:
             for each in saved.representatives(rank, slots):
                 labels = np.zeros_like(each.slots) if each.labels is None else each.labels
                 ranks = np.full_like(each.slots, rank)
-                found.append((ranks, each.slots, labels, each.admitted_in, each.tasks))
+                identities = labels if identity is None else _field(each.batch, manifest, identity)
+                found.append((ranks, each.slots, labels, each.admitted_in, each.tasks, identities))
             parts += found
         except CheckpointError as error:
             damage = str(error)
         files.append(FileState(file.name, file.num_bytes, damage))
-    nothing = (np.zeros(0, dtype=np.int64),) * 5
-    ranks, slots, labels, admitted_in, tasks = (
+    nothing = (np.zeros(0, dtype=np.int64),) * 6
+    ranks, slots, labels, admitted_in, tasks, identities = (
         np.concatenate(each) for each in zip(nothing, *parts, strict=True)
     )
     return Inspection(
@@ -172,7 +177,13 @@ def _inspect(saved: SavedFolder, check: bool) -> Inspection:
         tasks,
         _class_names(saved.folder),
         len(leftovers(saved.folder)),
+        None if identity is None else identities,
     )
+
+
+def _field(batch: Batch, manifest: Manifest, position: int) -> Ints:
+    assert manifest.layout is not None
+    return manifest.layout.leaves(batch)[position].numpy().astype(np.int64)
 
 
 def _class_names(folder: Path) -> tuple[str, ...]:

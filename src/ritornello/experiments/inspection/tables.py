@@ -76,6 +76,8 @@ def _overview(inspection: Inspection) -> Table:
     table.add_row(
         "holds", f"{manifest.num_held:,} representatives, of a capacity of {manifest.capacity:,}"
     )
+    if inspection.identities is not None:
+        table.add_row("distinct", f"{len(np.unique(inspection.identities)):,} samples")
     table.add_row("shards", _shards(manifest.held_per_rank))
     table.add_row("size", f"{size_text(num_bytes)}, {manifest.record_bytes:,} bytes for each")
     table.add_row(

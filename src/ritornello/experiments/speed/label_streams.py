@@ -105,6 +105,7 @@ class VirtualRank:
     def __init__(self, selection: str, capacity: int, rank: int, num_ranks: int, seed: int) -> None:
         num_rows = rows_of_rank(capacity, rank, num_ranks)
         self.policy = selection_policy(selection)
+        self.policy.buffer_seed = seed
         self.policy.bind(num_rows, rank, num_ranks)
         self.labels = np.zeros(num_rows, dtype=np.int64)
         self.size = 0
