@@ -77,6 +77,7 @@ def _check_list(parts: Sequence[Any], path: Path) -> None:
     if any(
         not isinstance(leaf, Tensor)
         or leaf.layout != torch.strided
+        or leaf.is_nested
         or leaf.dim() == 0
         or leaf.shape[0] != num_parts
         for part in leaves
