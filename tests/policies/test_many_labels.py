@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from played_shard import PlayedShard, played_shards
 
-from ritornello.policies.class_shares import ClassBalanced, FirstOffered
+from ritornello.policies.class_shares import ClassBalanced, GreedyBalanced
 from ritornello.policies.contents import Contents
 from ritornello.policies.largest_class import ClassBalancedReservoir
 from ritornello.policies.names import SELECTION_POLICIES
@@ -194,7 +194,7 @@ def test_a_shard_with_a_slot_for_each_class_that_it_sees_holds_all_of_them() -> 
 
 
 def num_lost(labels: np.ndarray, capacity: int, num_ranks: int) -> int:
-    shards = played_shards(FirstOffered, capacity, num_ranks)
+    shards = played_shards(GreedyBalanced, capacity, num_ranks)
     for shard in shards:
         shard.offer(np.repeat(labels, 2))
     return len(labels) - len(np.unique(labels_of(shards)))

@@ -219,6 +219,8 @@ class FirstOffered(_ClassShares):
         ValueError: see ``ClassBalanced``.
     """
 
+    _orders_alike = True  # else a class could hold a later exemplar, and not the one before
+
     def _positions(self, ordinals: Ints, shares: Ints, u: Floats) -> Ints:
         return ordinals
 

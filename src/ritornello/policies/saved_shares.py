@@ -37,6 +37,7 @@ class KeepsShares(SelectionPolicy):
     """
 
     needs_labels = True
+    _orders_alike = False  # see ``precedence``
 
     def __init__(self, num_classes: int | None = None, shares: str = "adaptive") -> None:
         self.num_classes = checked_num_classes(num_classes)
@@ -101,7 +102,7 @@ class KeepsShares(SelectionPolicy):
         held = self._order[self._members.counts > 0]
         if len(held) + len(new) <= self.num_slots:
             return new
-        order = precedence(new, self._key, self.rank, self.num_ranks)
+        order = self._precedence(new)
         if len(held) == self.num_slots:
             if self._bound is None:
                 self._bound = int(held.max())
@@ -115,6 +116,11 @@ class KeepsShares(SelectionPolicy):
         self._note_excess(len(both), int(both[stay].max()))
         return new[stay[len(held) :]]
 
+    def _precedence(self, labels: Ints) -> Ints:
+        return precedence(
+            labels, self._key, self.rank, self.num_ranks, everywhere_alike=self._orders_alike
+        )
+
     def _note_excess(self, num_seen: int, last: int) -> None:
         """Says so if there are more classes than slots; see ``num_labels_in_excess``."""
         if self.excess_labels == 0:
@@ -126,7 +132,7 @@ class KeepsShares(SelectionPolicy):
         self._labels = np.concatenate([self._labels, new])
         self._offered = np.concatenate([self._offered, np.zeros_like(new)])
         self._grows = np.concatenate([self._grows, np.ones(len(new), dtype=np.bool_)])
-        order = precedence(new, self._key, self.rank, self.num_ranks)
+        order = self._precedence(new)
         self._order = np.concatenate([self._order, order])
         self._offsets = self._order >> HASH_BITS
         self._members.add_classes(len(new))

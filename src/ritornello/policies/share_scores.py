@@ -98,7 +98,9 @@ def highest_scores(shares: Ints, excess: int, offsets: Ints, num_ranks: int) -> 
     return above
 
 
-def precedence(labels: Ints, key: int, rank: int, num_ranks: int) -> Ints:
+def precedence(
+    labels: Ints, key: int, rank: int, num_ranks: int, everywhere_alike: bool = False
+) -> Ints:
     """Which classes hold a slot where there are more of them: those of the lowest numbers.
 
     First come those that belong on this rank, then those that belong on the rank before, and so
@@ -112,6 +114,8 @@ def precedence(labels: Ints, key: int, rank: int, num_ranks: int) -> Ints:
         key: of the order, the same on all ranks; from 0 to 2**64 - 1.
         rank: whose shard it is.
         num_ranks: how many there are.
+        everywhere_alike: whether all ranks go through the circle alike: then a class that gives way
+            on one has nothing on any that comes later in its turn.
 
     Returns:
         int64 ``[n]``, from 0 on; below ``2**HASH_BITS`` of classes that belong on this rank.
@@ -119,6 +123,8 @@ def precedence(labels: Ints, key: int, rank: int, num_ranks: int) -> Ints:
     salt = mixed(np.array([key], dtype=np.uint64) + np.uint64(1))
     hashes = mixed(labels.astype(np.uint64) + salt) >> np.uint64(64 - HASH_BITS)
     offsets = (rank - rank_of_lowest_score(labels, num_ranks)) % num_ranks
+    if everywhere_alike:
+        return (offsets << HASH_BITS) + hashes.astype(np.int64)
     hashes = (hashes.astype(np.int64) - _beginnings(num_ranks)[offsets]) % 2**HASH_BITS
     places: Ints = np.where(offsets % 2 == 0, hashes, 2**HASH_BITS - 1 - hashes)
     return (offsets << HASH_BITS) + places
