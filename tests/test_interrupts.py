@@ -115,6 +115,7 @@ def make(transport: str | Transport = "auto", **arguments: Any) -> RehearsalBuff
 
 def filled(steps: int = 5, **arguments: Any) -> RehearsalBuffer:
     buffer = make(sampling="earlier-tasks", **arguments)
+    buffer.begin_task("first")
     for step in range(steps):
         buffer.update(batch_of(step))
         if step == 2:
