@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ritornello.arrays import Bytes
 from ritornello.records.layout import Layout, bytes_of
+from ritornello.records.nesting import Batch
 
 WORTH_BYTES = 2**15
 """Smaller outputs come from the allocator faster."""
@@ -96,3 +97,19 @@ class Joiner:
         if len(blocks) < NUM_KEPT:
             blocks.append(block)
         return block
+
+
+def copies(layout: Layout, staged: Tensor, num_draws: int) -> list[Batch]:
+    """Representatives alone, the caller's own: a batch for each draw.
+
+    Args:
+        layout: of the records.
+        staged: uint8 ``[num_draws * r, record_bytes]``.
+        num_draws: how many there are.
+    """
+    return [
+        layout.rebuild(
+            [past.clone(memory_format=torch.contiguous_format) for past in layout.views(records)]
+        )
+        for records in staged.chunk(num_draws)
+    ]

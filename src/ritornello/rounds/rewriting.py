@@ -1,14 +1,50 @@
-"""Which fields of stored records are made anew, and the values that a function gives for them."""
+"""What a rank reads of its own records, and the fields of them that a function makes anew."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
 
 from ritornello.records.layout import Layout
-from ritornello.records.nesting import path_text
+from ritornello.records.nesting import Batch, path_text
+from ritornello.rounds.modes import outside_inference
+from ritornello.rounds.round import Rounds
+
+
+def read(
+    rounds: Rounds, layout: Layout | None, batch_size: int, version: Callable[[], object]
+) -> Iterator[Batch]:
+    """A rank's representatives; see ``RehearsalBuffer.representatives``.
+
+    Args:
+        rounds: of the buffer.
+        layout: of the records; None: there are none.
+        batch_size: samples at a time.
+        version: gives something else as soon as what is stored may be other than it was.
+    """
+    return _read(rounds, layout, batch_size, version, version())
+
+
+def _read(
+    rounds: Rounds,
+    layout: Layout | None,
+    batch_size: int,
+    version: Callable[[], object],
+    begun_with: object,
+) -> Iterator[Batch]:
+    for first in range(0, rounds.num_held, batch_size):
+        if version() != begun_with:
+            raise RuntimeError(
+                "representatives: the buffer has changed meanwhile; finish the iteration before "
+                "the next update, offer, load or rewrite"
+            )
+        assert layout is not None
+        num_rows = min(batch_size, rounds.num_held - first)
+        with outside_inference():
+            batch = layout.rebuild(rounds.representatives(first, num_rows))
+        yield batch
 
 
 class FieldsMadeAnew:

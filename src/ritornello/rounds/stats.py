@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Any, Self
+
+import numpy as np
+
+from ritornello.rounds.round import Rounds
 
 MILLI, MEGA = 1e3, 1e-6
 
@@ -43,6 +47,42 @@ class BufferStats:
     num_distinct: int | None = None
     """Distinct samples in this rank's shard, by ``identity=``; without it those whose bytes differ,
     if asked, else None."""
+
+    @classmethod
+    def of(
+        cls,
+        rounds: Rounds,
+        record_bytes: int,
+        *,
+        per_class: bool,
+        distinct: bool,
+        **of_trainer: Any,
+    ) -> Self:
+        """Those of a buffer, while no round runs.
+
+        Args:
+            rounds: of the buffer.
+            record_bytes: see there.
+            per_class: whether to count classes.
+            distinct: whether to count distinct samples where nothing identifies them.
+            of_trainer: what the trainer's side has counted.
+        """
+        labels = rounds.labels() if per_class else np.zeros(0, dtype=np.int64)
+        labels, counts = np.unique(labels, return_counts=True)
+        return cls(
+            capacity=rounds.capacity,
+            num_held=rounds.contents.num_held,
+            held_per_rank=rounds.contents.sizes.tolist(),
+            held_per_class=dict(zip(labels.tolist(), counts.tolist(), strict=True)),
+            record_bytes=record_bytes,
+            shard_bytes=rounds.shard.num_bytes if rounds.shard else 0,
+            num_rounds=rounds.num_rounds,
+            bytes_sent=rounds.bytes_sent,
+            bytes_received=rounds.bytes_received,
+            seconds_per_stage=dict(rounds.seconds_per_stage),
+            num_distinct=rounds.num_distinct(distinct),
+            **of_trainer,
+        )
 
     @property
     def seconds_exposed(self) -> float:

@@ -13,23 +13,15 @@ from __future__ import annotations
 
 import logging
 import time
-import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from ritornello.errors import (
-    CheckpointError,
-    PartedError,
-    PeerLostError,
-    RoundError,
-    round_error,
-)
+from ritornello.errors import CheckpointError, PeerLostError, RoundError, round_error
 from ritornello.policies.selection import check_labels
 from ritornello.records import accelerators
 from ritornello.records.layout import Layout
@@ -38,24 +30,16 @@ from ritornello.records.nesting import Batch, leaves_of, path_text
 from ritornello.records.storage import Storage
 from ritornello.rounds.arguments import Arguments, plain
 from ritornello.rounds.first_batch import Begun, device_of
-from ritornello.rounds.joining import Joiner
+from ritornello.rounds.joining import Joiner, copies
 from ritornello.rounds.modes import outside_inference
 from ritornello.rounds.random_streams import Purpose, Streams
-from ritornello.rounds.rewriting import FieldsMadeAnew
+from ritornello.rounds.rewriting import FieldsMadeAnew, read
 from ritornello.rounds.round import Rounds
 from ritornello.rounds.staging import Staging, WorkerStreams
 from ritornello.rounds.stats import BufferStats
-from ritornello.rounds.watching import (
-    MANY_STEPS,
-    NEVER_MEASURED,
-    NEVER_SET,
-    NOT_USED,
-    TrainingWatch,
-    nothing_drawn,
-)
+from ritornello.rounds.watching import Training
 from ritornello.rounds.worker import Errand, Worker
-from ritornello.transports.agreement import check_in_step
-from ritornello.transports.watch import Watch
+from ritornello.transports.watch import Watch, meet
 
 logger = logging.getLogger(__name__)
 
@@ -79,13 +63,6 @@ class Place(NamedTuple):
     """What the next step gets: how many representatives are staged for it."""
 
 
-def ended_round(num_staged: int) -> Errand[int]:
-    """A round that has staged as many."""
-    errand = Errand(lambda: num_staged)
-    errand.run()
-    return errand
-
-
 class Steps:
     """One rank's steps.
 
@@ -102,8 +79,7 @@ class Steps:
         failure: what ended it; raised again by every later step.
         begun: what the first mini-batch has fixed; None before it.
         rate: ``r`` of the rounds to come.
-        knows_tasks: whether a task has begun.
-        num_given: representatives that the trainer has got so far.
+        training: what it gets.
     """
 
     def __init__(
@@ -125,18 +101,12 @@ class Steps:
         self._worker_streams: WorkerStreams = {}
         self.begun: Begun | None = None
         self._joiner = Joiner()
-        self._place = Place(0, False, 0, 0, ended_round(0))
+        self._place = Place(0, False, 0, 0, Errand.ended(0))
         self._call: Errand[Any] | None = None  # between two rounds, if it has not ended
         self._num_new_joined = self._num_joined = 0
         self.rate: float = plain(arguments.num_representatives)
         self.failure: RoundError | None = None
-        self.knows_tasks = False
-        self._is_rate_set = False
-        self._training = TrainingWatch(self.here(NOT_USED))
-        self.num_given = 0
-        self._num_without = 0  # mini-batches since one had past samples
-        self._has_left_out_an_offer = False
-        self._has_warned_of_labels = False
+        self.training = Training(arguments, rounds, self.here)
         self._is_restored = False  # and no mini-batch has come since
         self.seconds_waited = self.seconds_joining = self.seconds_offering = 0.0
 
@@ -185,25 +155,15 @@ class Steps:
     def draw(self, call: str) -> list[Batch] | None:
         """Copies of one step's representatives, a batch for each draw; None if there are none."""
         staged = self._staged(call)
-        drawn = None if staged is None else self._copies(staged)
+        drawn = None
+        if staged is not None:
+            began, begun = time.perf_counter(), self._known
+            drawn = copies(begun.layout, staged, self._arguments.num_draws)
+            begun.staging.release()
+            self.seconds_joining += time.perf_counter() - began
         self._num_new_joined = 0
-        self._training.num_steps = 0
+        self.training.optimisers.num_steps = 0
         self._place = self._place._replace(is_offered=False, num_new=0, num_past=self._num_joined)
-        return drawn
-
-    def _copies(self, staged: Tensor) -> list[Batch]:
-        began, begun = time.perf_counter(), self._known
-        drawn = [
-            begun.layout.rebuild(
-                [
-                    past.clone(memory_format=torch.contiguous_format)
-                    for past in begun.layout.views(records)
-                ]
-            )
-            for records in staged.chunk(self._arguments.num_draws)
-        ]
-        begun.staging.release()
-        self.seconds_joining += time.perf_counter() - began
         return drawn
 
     def offer(self, batch: Batch) -> None:
@@ -226,7 +186,7 @@ class Steps:
         began = time.perf_counter()
         # What `rehearse` has prepared becomes the trainer's only now.
         next_round = self._start(self.rate, self._num_new_joined, self._num_joined)
-        self._notice(self._place)
+        self.training.got(self._num_joined, self._place.num_offers, self.rate)
         if not self._asynchronous:
             self._worker.finish(next_round, self._timeout_seconds + GRACE_SECONDS)
         self.seconds_offering += time.perf_counter() - began
@@ -238,30 +198,6 @@ class Steps:
         self._place = Place(self._place.num_offers + 1, True, num_new, num_past, next_round)
         self._worker.start(next_round)
         return next_round
-
-    def _notice(self, place: Place) -> None:
-        """Counts what the trainer gets, and warns where it gets nothing."""
-        self._training.num_steps = 0
-        self.num_given += place.num_past
-        self._num_without = 0 if place.num_past else self._num_without + 1
-        if self._num_without == MANY_STEPS:
-            self._say_why_nothing_is_past()
-        if place.num_offers == MANY_STEPS:
-            self._say_if_never_measured()
-
-    def _say_why_nothing_is_past(self) -> None:
-        """Warns where nothing is drawn, and nobody has said so."""
-        held, sampling = self.rounds.contents.num_held, self.rounds.sampling
-        if not self.rate and self._arguments.rate_may_change and not self._is_rate_set:
-            logger.warning(self.here(NEVER_SET))
-        # Of a small fraction many steps in a row get none; and in a first task nothing is earlier.
-        if held and self.rate > 0.1 and not sampling.needs_tasks:
-            logger.warning(self.here(nothing_drawn(type(sampling).__name__)))
-
-    def _say_if_never_measured(self) -> None:
-        """Warns where the sampling policy goes by distances, and gets none."""
-        if self.rounds.sampling.needs_distances and not self.rounds.is_measured:
-            logger.warning(self.here(NEVER_MEASURED))
 
     def past_mask(self) -> Tensor:
         """See ``RehearsalBuffer.past_mask``."""
@@ -286,7 +222,7 @@ class Steps:
         self.settle()
         num_staged = self._place.last_round.result
         if not num_staged:
-            self._check_tasks(call)
+            self.training.check_tasks(call, self._place.num_offers)
         self._num_joined = num_staged
         return self._known.staging.take(num_staged) if num_staged else None
 
@@ -295,34 +231,9 @@ class Steps:
 
         So a rank takes part in as many rounds as it draws, whatever becomes of its steps.
         """
-        if not self._has_left_out_an_offer:
-            self._has_left_out_an_offer = True
-            logger.warning(
-                self.here(
-                    f"{call}: no mini-batch was offered since the last draw; the step before "
-                    "counts as one that had nothing to offer, as if it had failed (said once)"
-                )
-            )
+        self.training.has_left_out_an_offer(call)
         self.drop_prepared()
         self.start_round()
-
-    def _check_tasks(self, call: str) -> None:
-        """Where nothing was drawn: whether it is because nobody says when a task begins.
-
-        The very first mini-batch may come before that.
-        """
-        rounds = self.rounds
-        if not rounds.sampling.needs_tasks or self.knows_tasks or self.num_offers < 2:
-            return
-        if rounds.rate and rounds.contents.num_held:
-            raise RuntimeError(
-                self.here(
-                    f"{call}: {type(rounds.sampling).__name__} draws what was stored before the "
-                    "running task began, and no task has begun, so that nothing would ever be "
-                    "drawn: all ranks call buffer.begin_task(name) before the first step of each "
-                    "task, the first one too"
-                )
-            )
 
     def _copy_candidates(self, staging: Staging, leaves: list[Tensor]) -> None:
         began = time.perf_counter()
@@ -417,12 +328,14 @@ class Steps:
         if last_round.error is not None:
             self.failure = self._explain(last_round.error)
             raise self.failure from last_round.error
-        if self.rounds.selection.excess_labels and not self._has_warned_of_labels:
-            self._warn_of_labels()
+        if self.rounds.selection.excess_labels:
+            label = self._known.label
+            assert label is not None
+            self.training.has_many_labels(path_text(self._known.layout.fields[label].path))
 
     def finish(self, wait_seconds: float) -> None:
         """Ends the running round; no error is raised."""
-        self._training.close()
+        self.training.optimisers.close()
         if self.rounds.among_others is not None:
             self.rounds.among_others.close()
         if self._call is not None and self._worker.finish(self._call, wait_seconds):
@@ -444,24 +357,6 @@ class Steps:
         """What the trainer sees of an error in the worker."""
         where = self.here(f"round {self.rounds.num_rounds} ({self.rounds.stage})")
         return round_error(error, where, self._timeout_seconds)
-
-    def _warn_of_labels(self) -> None:
-        """Says, once, that most classes hold nothing."""
-        self._has_warned_of_labels = True
-        assert self._known.label is not None
-        path = self._known.layout.fields[self._known.label].path
-        about = "about " if self._transport.num_ranks > 1 else ""
-        warnings.warn(
-            self.here(
-                f"label={self._arguments.label!r}, which is {path_text(path)}, has {about}"
-                f"{self.rounds.selection.excess_labels} distinct values so far, but the buffer has "
-                f"{self.rounds.capacity} slots: it holds one sample of each of some random "
-                "classes, and nothing of the others. Often label= names the wrong leaf, such as an "
-                "index, an id or a timestamp. If these are classes, raise the capacity; if there "
-                "are none, take selection='reservoir'"
-            ),
-            stacklevel=2,
-        )
 
     # Between two rounds.
 
@@ -500,7 +395,7 @@ class Steps:
         """
         try:
             self.rate = self._arguments.changed_rate(rate)
-            self._is_rate_set = True
+            self.training.is_rate_set = True
         except (TypeError, ValueError) as error:
             raise self._with_rank(error) from None
 
@@ -512,22 +407,10 @@ class Steps:
 
         def act_in_step() -> Result:
             with self._explaining(call):
-                self._await_all(call)
+                meet(self._transport, self._watch, call, self.num_offers, self.is_offered)
                 return act()
 
         return self.between_rounds(act_in_step)
-
-    def _await_all(self, call: str) -> None:
-        """Waits until all ranks have come to a call."""
-        with nullcontext() if self._watch is None else self._watch.meeting(call):
-            try:
-                check_in_step(self._transport, call, self.num_offers, self.is_offered)
-            except PartedError:
-                raise
-            except PeerLostError as error:
-                raise PeerLostError(
-                    f"{error}. All ranks must call {call}, after as many updates", error.peers
-                ) from error
 
     @contextmanager
     def _explaining(self, call: str) -> Iterator[None]:
@@ -552,7 +435,7 @@ class Steps:
             if rounds.sampling.needs_tasks:
                 rounds.sampling.begin_task(rounds.contents)
             mark()
-            self.knows_tasks = True
+            self.training.knows_tasks = True
 
         self.with_peers("begin_task", begin)  # else ranks would count tasks, or draw, differently
 
@@ -570,23 +453,11 @@ class Steps:
 
     def read(self, batch_size: int) -> Iterator[Batch]:
         """This rank's representatives; see ``RehearsalBuffer.representatives``."""
-        self._training.num_steps = 0
-        return self._read(batch_size, self._contents_number())
+        self.training.optimisers.num_steps = 0
+        layout = self.begun.layout if self.begun else None
+        return read(self.rounds, layout, batch_size, self._version)
 
-    def _read(self, batch_size: int, contents: tuple[int, int]) -> Iterator[Batch]:
-        rounds = self.rounds
-        for first in range(0, rounds.num_held, batch_size):
-            if self._contents_number() != contents:
-                raise RuntimeError(
-                    "representatives: the buffer has changed meanwhile; finish the iteration "
-                    "before the next update, offer, load or rewrite"
-                )
-            num_rows = min(batch_size, rounds.num_held - first)
-            with outside_inference():
-                batch = self._known.layout.rebuild(rounds.representatives(first, num_rows))
-            yield batch
-
-    def _contents_number(self) -> tuple[int, int]:
+    def _version(self) -> tuple[int, int]:
         """Another one as soon as what is stored may be other than it was."""
         return self.num_offers, self.rounds.num_overwritten
 
@@ -624,26 +495,17 @@ class Steps:
     def stats(self, per_class: bool, distinct: bool) -> BufferStats:
         """See ``RehearsalBuffer.stats``."""
         self.settle()
-        rounds = self.rounds
-        labels = rounds.labels() if per_class else np.zeros(0, dtype=np.int64)
-        labels, counts = np.unique(labels, return_counts=True)
-        return BufferStats(
-            capacity=rounds.capacity,
-            num_held=rounds.contents.num_held,
-            held_per_rank=rounds.contents.sizes.tolist(),
-            held_per_class=dict(zip(labels.tolist(), counts.tolist(), strict=True)),
-            record_bytes=self.begun.layout.record_bytes if self.begun else 0,
-            shard_bytes=rounds.shard.num_bytes if rounds.shard else 0,
-            num_rounds=rounds.num_rounds,
-            num_given=self.num_given,
-            num_steps_without=self._training.num_steps,
-            bytes_sent=rounds.bytes_sent,
-            bytes_received=rounds.bytes_received,
+        begun = self.begun
+        return BufferStats.of(
+            self.rounds,
+            begun.layout.record_bytes if begun else 0,
+            per_class=per_class,
+            distinct=distinct,
+            num_given=self.training.num_given,
+            num_steps_without=self.training.optimisers.num_steps,
             seconds_waited=self.seconds_waited,
             seconds_joining=self.seconds_joining,
             seconds_offering=self.seconds_offering,
-            seconds_per_stage=dict(rounds.seconds_per_stage),
-            num_distinct=rounds.num_distinct(distinct),
         )
 
     # For who saves and restores it.
@@ -675,7 +537,7 @@ class Steps:
         self.rate = rate
         self._known.staging.put_back(staged)
         self._num_new_joined = self._num_joined = 0
-        self._place = Place(num_rounds, is_offered, 0, 0, ended_round(len(staged)))
+        self._place = Place(num_rounds, is_offered, 0, 0, Errand.ended(len(staged)))
 
     def draw_again(self, rate: float) -> None:
         """Has a round run without candidates, for what the next step draws.

@@ -57,6 +57,13 @@ class Errand(Generic[Result]):
         self._running = threading.Lock()
         self._running.acquire()
 
+    @classmethod
+    def ended(cls, result: Result) -> Errand[Result]:
+        """One that has been done."""
+        errand = cls(lambda: result)
+        errand.run()
+        return errand
+
     def run(self) -> None:
         """Does it; on the worker's thread."""
         act, self._act = self._act, None  # nothing of a mini-batch may stay alive

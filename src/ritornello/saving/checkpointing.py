@@ -308,7 +308,7 @@ class Checkpointing:
             if own.num_rounds or own.num_offers:
                 raise CheckpointError(f"{call}: the saved buffer had not begun, but this one has")
             self.tasks, self._removals, steps.rate = manifest.tasks, manifest.removals, rate
-            steps.knows_tasks = bool(self.tasks)
+            steps.training.knows_tasks = bool(self.tasks)
             return
         together(
             self._transport,
@@ -326,7 +326,7 @@ class Checkpointing:
         else:
             adopt(self._rounds, saved)
         self.tasks, self._removals = manifest.tasks, manifest.removals
-        steps.knows_tasks = bool(self.tasks)
+        steps.training.knows_tasks = bool(self.tasks)
         steps.go_on(manifest.num_rounds, manifest.is_offered, staged, rate)
         # After `forget` there is none either: what was drawn may have been what was to be removed.
         if manifest.lacks_draw or not goes_on:

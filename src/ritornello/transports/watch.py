@@ -12,11 +12,12 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
-from ritornello.errors import PartedError
+from ritornello.errors import PartedError, PeerLostError
+from ritornello.transports.agreement import check_in_step
 from ritornello.transports.base import Transport
 
 logger = logging.getLogger(__name__)
@@ -163,6 +164,33 @@ class Watch:
                 f"ranks must call {call}, after as many updates",
                 tuple(rank for rank in (caller, other) if rank != self._transport.rank),
             )
+
+
+def meet(
+    transport: Transport, watch: Watch | None, call: str, num_offers: int, is_offered: bool
+) -> None:
+    """Waits until all ranks have come to a call.
+
+    Args:
+        transport: to the other ranks.
+        watch: over them; None for a single rank.
+        call: of all ranks.
+        num_offers: of this rank so far.
+        is_offered: whether one has not been drawn.
+
+    Raises:
+        CheckpointError: on every rank: they are not in step.
+        PeerLostError: not all came; says that all must.
+    """
+    with nullcontext() if watch is None else watch.meeting(call):
+        try:
+            check_in_step(transport, call, num_offers, is_offered)
+        except PartedError:
+            raise
+        except PeerLostError as error:
+            raise PeerLostError(
+                f"{error}. All ranks must call {call}, after as many updates", error.peers
+            ) from error
 
 
 def _look_on(watch: Watch, asked: queue.SimpleQueue[Callable[[], None] | None]) -> None:
