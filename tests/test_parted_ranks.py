@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from ritornello import PeerLostError, RehearsalBuffer, RoundError
-from ritornello.rounds import watch
+from ritornello.transports import watch
 from ritornello.testing import connect_collective, connect_shared_memory, run_ranks
 from ritornello.transports import LocalTransport, Transport, agreement
 from ritornello.transports.board import Board
