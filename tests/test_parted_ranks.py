@@ -14,9 +14,8 @@ import pytest
 import torch
 
 from ritornello import PeerLostError, RehearsalBuffer, RoundError
-from ritornello.transports import watch
 from ritornello.testing import connect_collective, connect_shared_memory, run_ranks
-from ritornello.transports import LocalTransport, Transport, agreement
+from ritornello.transports import LocalTransport, Transport, agreement, watch
 from ritornello.transports.board import Board
 
 NUM_STEPS = 12

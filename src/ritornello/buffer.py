@@ -477,7 +477,7 @@ class RehearsalBuffer:
                 megabytes at a time (a round may have to wait for one piece). The save counts as
                 soon as all ranks have written. ``wait_until_saved``, the next ``save`` and
                 ``load`` wait for it; ``close``, an error inside ``with buffer:`` and the end of the
-                process write what is left. With ``asynchronous=False`` it blocks.
+                process write what is left.
 
         Raises:
             CheckpointError: on every rank, if some rank could not save, as where the disk is full

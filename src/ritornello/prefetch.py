@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
 from copy import deepcopy
+from functools import partial
 from itertools import count
 from typing import Any
 
@@ -15,6 +15,10 @@ from ritornello.composition import composed_steps_of
 from ritornello.records import accelerators
 from ritornello.records.nesting import Batch, leaves_of, rebuild, template_of
 from ritornello.rounds.steps import Steps
+from ritornello.rounds.worker import EXIT_SECONDS, Errand, Worker
+
+Prepared = tuple[Batch, torch.Event | None, Any]
+"""A mini-batch, what marks that it is ready, and the loader's state behind it."""
 
 
 def rehearse(
@@ -140,7 +144,7 @@ def _received(
         stream = accelerators.new_stream(target)
     batches, steps, composed = iter(loader), buffer._steps, composed_steps_of(loader)
 
-    def prepare(stream: torch.Stream | None) -> tuple[Batch, torch.Event | None, Any] | None:
+    def prepare(stream: torch.Stream | None) -> Prepared | None:
         with accelerators.on_streams(() if stream is None else (stream,)):
             for batch in batches:
                 state = _state_of(loader) if is_stateful else None
@@ -150,35 +154,44 @@ def _received(
                 return joined, accelerators.mark(steps.trainer_device), state
         return None
 
-    def submit() -> Future[tuple[Batch, torch.Event | None, Any] | None]:
+    def begin_next() -> Errand[Prepared | None]:
         """Has the next one prepared, behind all that the trainer has asked the device for."""
         if stream is None:
-            return ahead.submit(prepare, _stream_of_the_trainer(steps))
-        stream.wait_stream(accelerators.current_stream(stream.device))
-        return ahead.submit(prepare, stream)
+            preparing = Errand(partial(prepare, _stream_of_the_trainer(steps)))
+        else:
+            stream.wait_stream(accelerators.current_stream(stream.device))
+            preparing = Errand(partial(prepare, stream))
+        ahead.start(preparing)
+        return preparing
 
-    with ThreadPoolExecutor(1, thread_name_prefix="ritornello-rehearse") as ahead:
-        coming, numbers = submit(), count(1)
-        try:
-            while (prepared := coming.result()) is not None:
-                batch, ready, state = prepared
-                if ready is not None:
-                    _hand_over(batch, ready, steps.trainer_device)
-                if composed is not None:
-                    buffer.num_representatives = composed.num_past(next(numbers))
-                steps.start_round()
-                if with_mask:
-                    batch = batch, steps.past_mask()
-                coming = submit()
-                yield batch, state
-                # Held here, it could not be freed while the next one trains.
-                del batch, prepared
-            return _state_of(loader) if is_stateful else None
-        finally:
-            wait([coming])
-            if stream is not None:  # what was prepared in vain comes before what follows
-                accelerators.current_stream(stream.device).wait_stream(stream)
-            steps.drop_prepared()
+    ahead = Worker("ritornello-rehearse")
+    coming = None
+    try:
+        coming = begin_next()
+        for number in count(1):
+            ahead.finish(coming)
+            prepared = coming.result
+            if prepared is None:
+                return _state_of(loader) if is_stateful else None
+            batch, ready, state = prepared
+            if ready is not None:
+                _hand_over(batch, ready, steps.trainer_device)
+            if composed is not None:
+                buffer.num_representatives = composed.num_past(number)
+            steps.start_round()
+            if with_mask:
+                batch = batch, steps.past_mask()
+            coming = begin_next()
+            yield batch, state
+            # Held here, it could not be freed while the next one trains.
+            del batch, prepared
+    finally:
+        if coming is not None:
+            ahead.finish(coming)
+        ahead.stop(EXIT_SECONDS)
+        if stream is not None:  # what was prepared in vain comes before what follows
+            accelerators.current_stream(stream.device).wait_stream(stream)
+        steps.drop_prepared()
 
 
 def _stream_of_the_trainer(steps: Steps) -> torch.Stream | None:

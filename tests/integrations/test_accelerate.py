@@ -129,5 +129,5 @@ def test_two_ranks_and_on_one(accelerator: Any, buffer: RehearsalBuffer, tmp_pat
     assert len(buffer) == num_held
     # What registering the buffer itself would have kept: rank 0's part.
     state = torch.load(tmp_path / "inside" / "custom_checkpoint_0.pkl", weights_only=True)
-    with pytest.raises(CheckpointError, match=r"give every rank a state_dict\(whole=True\)"):
+    with pytest.raises(CheckpointError, match=r"Let all ranks call state_dict\(whole=True\)"):
         buffer.load_state_dict({"rank_0": state["rank_0"]})

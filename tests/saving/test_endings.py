@@ -170,7 +170,7 @@ def test_rank_0_waits_as_long_as_files_grow(
 
 
 @pytest.mark.parametrize("connect", [LocalTransport.connect, connect_shared_memory])
-def test_without_a_worker_a_save_in_the_background_is_whole_at_once(
+def test_a_save_in_the_background_counts_without_a_further_call(
     connect: Any, tmp_path: Path
 ) -> None:
     def rank_main(end: Transport) -> list[tuple[int, int]]:
@@ -178,6 +178,10 @@ def test_without_a_worker_a_save_in_the_background_is_whole_at_once(
         run_on(buffer, end.rank, range(20))
         found = held(buffer)
         buffer.save(tmp_path, background=True)
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "manifest.json").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
         assert SavedFolder(tmp_path).manifest.num_rounds == 20
         buffer.close()
         return found
