@@ -247,7 +247,7 @@ def test_importing_the_library_loads_no_experiments_and_no_mpi() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
-def test_only_worker_watch_and_checksums_own_a_thread() -> None:
+def test_few_own_a_thread() -> None:
     makes_threads = {
         path.relative_to(SOURCES).as_posix()
         for path in CORE
@@ -256,6 +256,7 @@ def test_only_worker_watch_and_checksums_own_a_thread() -> None:
     assert makes_threads == {
         "rounds/worker.py",
         "transports/watch.py",
+        "transports/collective.py",  # gloo's constructor, which may wait for too long
         "saving/shard_file.py",
         "testing.py",
     }

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import kills
 import numpy as np
 import pytest
 import torch
@@ -517,6 +518,12 @@ def _save_again_and_again(folder: Path) -> None:
 
 def test_killed_at_any_moment(tmp_path: Path) -> None:
     kill_again_and_again(tmp_path / "save", num_kills=5)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_ranks_that_are_killed_in_any_stage(tmp_path: Path) -> None:
+    assert kills.kill_again_and_again(tmp_path, num_kills=4, seed=2).total() == 4
 
 
 def kill_again_and_again(folder: Path, num_kills: int) -> int:

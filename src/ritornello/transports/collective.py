@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import queue
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -29,6 +31,9 @@ RECORDS_TAG, SIZES_TAG, NO_TAG = range(3)
 
 GATHERING, EXCHANGING = "gathering sizes", "exchanging records"
 MAKING = "making the buffer's private process group"
+
+GRACE_SECONDS = 1.0
+"""How much later than this rank others may find out that one has died."""
 
 WARN_SECONDS = 10.0
 """After which a rank that makes its buffer says for whom it waits."""
@@ -246,23 +251,50 @@ def _meet(ranks: list[int], rank: int, timeout_seconds: float) -> PrefixStore:
 def _connect(
     store: PrefixStore, rank: int, num_ranks: int, timeout_seconds: float
 ) -> dist.ProcessGroupGloo:
-    """A group of ranks that have met."""
+    """A group of ranks that have met.
+
+    Gloo tries five times, each for the whole timeout: so a thread of its own waits for it.
+
+    Raises:
+        PeerLostError: a rank has died meanwhile; within the timeout.
+    """
+    made = queue.SimpleQueue[dist.ProcessGroupGloo | RuntimeError]()
+
+    def make() -> None:
+        try:
+            timeout = timedelta(seconds=timeout_seconds)
+            made.put(dist.ProcessGroupGloo(store, rank, num_ranks, timeout))
+        except RuntimeError as error:
+            made.put(error)
+
+    threading.Thread(target=make, name="ritornello-connects", daemon=True).start()
     began = time.monotonic()
     try:
-        return dist.ProcessGroupGloo(store, rank, num_ranks, timedelta(seconds=timeout_seconds))
-    except RuntimeError as error:
-        # Gloo's ranks leave their addresses in the store; who has died before did not.
-        addresses = [f"0/{each}" for each in range(num_ranks)]
-        late: tuple[int, ...] = ()
-        with suppress(RuntimeError):
-            if store.check([addresses[rank]]):
-                late = tuple(i for i, each in enumerate(addresses) if not store.check([each]))
-        who = f"rank(s) {list(late)}" if late else "a peer"
-        raise PeerLostError(
-            f"{who} did not connect within {time.monotonic() - began:.3g} s, while {MAKING}: "
-            f"{str(error).splitlines()[0]}",
-            late,
-        ) from error
+        found = made.get(timeout=timeout_seconds)
+    except queue.Empty:
+        found = RuntimeError("no answer")
+    with suppress(RuntimeError):
+        store.set(f"lives/{rank}", "")
+    if not isinstance(found, RuntimeError):
+        return found
+    lost = _without_life(store, num_ranks)
+    raise PeerLostError(
+        f"{f'rank(s) {list(lost)}' if lost else 'a peer'} did not connect within "
+        f"{time.monotonic() - began:.3g} s, while {MAKING}: {str(found).splitlines()[0]}",
+        lost,
+    ) from found
+
+
+def _without_life(store: PrefixStore, num_ranks: int) -> tuple[int, ...]:
+    """Who has neither connected nor waited in vain; nobody, where the store cannot be asked."""
+    lost = set(range(num_ranks))
+    deadline = time.monotonic() + GRACE_SECONDS
+    with suppress(RuntimeError):
+        while lost and time.monotonic() < deadline:
+            lost = {each for each in lost if not store.check([f"lives/{each}"])}
+            time.sleep(0.01)
+        return tuple(sorted(lost))
+    return ()
 
 
 @contextmanager
