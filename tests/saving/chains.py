@@ -189,6 +189,7 @@ class Chain:
         num_steps, num_between = int(dice.integers(0, 14)), int(dice.integers(0, 4))
         how = str(dice.choice(["save", "background", "state_dict"]))
         begins_task, measures = dice.random() < 0.3, dice.random() < 0.5
+        needs_task = setting.arguments["sampling"] == "earlier-tasks"
         rate = int(dice.integers(7)) if "most_representatives" in setting.arguments else None
         folder = self._folder / str(number)
         self.history.append(
@@ -222,7 +223,7 @@ class Chain:
                         assert_equal(later, before.later[end.rank])
                         load(buffer, before, None)  # back again
                         assert held(buffer, kind, is_converted) == told["loaded"]
-                if begins_task:
+                if begins_task or (needs_task and not buffer.tasks):
                     buffer.begin_task(f"task {number}")
                 if rate is not None:
                     buffer.num_representatives = rate
