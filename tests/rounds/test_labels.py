@@ -100,3 +100,10 @@ def test_a_save_is_no_larger_for_labels_that_hold_nothing(selection: str, tmp_pa
             buffer.save(tmp_path)
             sizes.append(sum(path.stat().st_size for path in tmp_path.glob("shard-*")))
     assert sizes[0] == sizes[1]
+
+
+def test_of_fixed_shares_nothing_is_said_before_the_first_mini_batch() -> None:
+    selection = ClassBalanced(40, shares="fixed")
+    with RehearsalBuffer(13, num_representatives=2, selection=selection) as buffer:
+        assert len(buffer) == 0
+        buffer.begin_task("first")

@@ -328,10 +328,10 @@ class Steps:
         if last_round.error is not None:
             self.failure = self._explain(last_round.error)
             raise self.failure from last_round.error
-        if self.rounds.selection.excess_labels:
-            label = self._known.label
+        if self.rounds.selection.excess_labels and self.begun is not None:
+            label = self.begun.label
             assert label is not None
-            self.training.has_many_labels(path_text(self._known.layout.fields[label].path))
+            self.training.has_many_labels(path_text(self.begun.layout.fields[label].path))
 
     def finish(self, wait_seconds: float) -> None:
         """Ends the running round; no error is raised."""
