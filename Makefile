@@ -17,11 +17,12 @@ OLDEST = .venv-oldest
 CORE_TESTS = $(wildcard tests/test_*.py) $(addprefix tests/,accelerator simulated records policies transports rounds saving \
 	experiments/models experiments/strategies experiments/training/test_run.py)
 
-.PHONY: help demo test lint docs coverage oldest gpu build
+.PHONY: help demo test test-long lint docs coverage oldest gpu build
 
 help:
 	@echo "make demo      see forgetting happen, and rehearsal undo it (about a minute)"
-	@echo "make test      run all tests"
+	@echo "make test      run all tests, but for the longest"
+	@echo "make test-long run the longest"
 	@echo "make lint      check style and types"
 	@echo "make docs      build the documentation in docs/_build/html"
 	@echo "make coverage  run all tests, and show which lines and branches they reach"
@@ -34,6 +35,9 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses 2
+
+test-long: $(STAMP)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses 2 -m long
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .

@@ -13,6 +13,7 @@ import argparse
 import sys
 import tempfile
 import time
+import warnings
 from pathlib import Path
 
 import torch
@@ -30,6 +31,7 @@ def main() -> None:
     parser.add_argument("--first", type=int, default=0, help="the number of the first chain")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", ".* distinct values so far")  # more classes than slots
     began = time.monotonic()
     for number in range(options.first, options.first + options.count):
         with tempfile.TemporaryDirectory() as folder:

@@ -192,7 +192,7 @@ def test_a_cut_link_is_an_error_on_every_rank_within_the_timeout(
         assert (2,) in (everyone[0]["peers"], everyone[1]["peers"])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(240)  # three jobs
 def test_training_goes_on_after_the_link_was_repaired(tmp_path: Path) -> None:
     num_steps, save_every = 60, 10

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ritornello.records.layout import INTEGERS
-from ritornello.records.nesting import Batch, Path, children_of, leaves_of, path_text
+from ritornello.records.nesting import MOST_LEVELS, Batch, Path, children_of, leaves_of, path_text
 
 PLACES = frozenset({"batch_idx", "batch_index", "batch_indices", "batch_ids", "edge_index"})
 """What detectors and graphs call a field that counts places in the mini-batch."""
@@ -45,9 +45,9 @@ def _check(batch: Batch, path: Path, name: Any) -> None:
                 "[b, n, ...] and the number of what is no padding"
             )
         return
-    children = children_of(batch)
+    children = children_of(batch) if len(path) <= MOST_LEVELS else None
     if children is None:
-        return  # what is no tensor is refused elsewhere
+        return  # what is no tensor, or too deep, is refused elsewhere
     names = getattr(batch, "_fields", children.steps)
     if isinstance(batch, (list, tuple)) and names is children.steps:
         _check_list(batch, path)

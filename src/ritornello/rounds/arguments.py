@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ast
 import math
 import re
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -206,8 +204,7 @@ def meant(argument: str, text: str) -> str:
     """
     text = ADDRESS.sub("", text)
     if argument in ("label", "identity") and text.endswith(",)"):
-        with suppress(ValueError, SyntaxError):
-            return str(ast.literal_eval(text)[0])
+        return text[1:-2].strip("'\"")
     return _names_of_policies().get((argument, text), text)
 
 

@@ -42,6 +42,7 @@ class OpenBuffer:
     def __init__(self, transport: Transport) -> None:
         self._transport = transport
         self._number = random_number(transport)
+        self._made_by = threading.get_ident()
         self._content = 0
         self._others: list[_Other] = []
         self._has_begun = False
@@ -53,9 +54,8 @@ class OpenBuffer:
         if self._has_begun:
             return
         self._has_begun = True
-        rank = self._transport.rank  # ranks may be threads of one process
-        with self._lock:
-            others = [each for each in self._all if each._transport.rank == rank]
+        with self._lock:  # ranks may be threads of one process
+            others = [each for each in self._all if each._made_by == self._made_by]
         self._others = [
             _Other(each._number, each._has_begun) for each in others if each is not self
         ]
@@ -107,7 +107,8 @@ def _content_number(leaves: list[Tensor]) -> int:
     """A number that equal mini-batches share; 0 for one in which nothing differs from anything."""
     content, tells = hashlib.sha256(), False
     for leaf in leaves:
-        data = leaf.detach().cpu().contiguous().view(torch.uint8).numpy().reshape(-1)
+        plain = torch.empty(leaf.shape, dtype=leaf.dtype, device="cpu").copy_(leaf.detach())
+        data = plain.reshape(-1).view(torch.uint8).numpy()
         elements = data.reshape(-1, leaf.element_size())
         tells = tells or bool((elements != elements[:1]).any())
         content.update(data.tobytes())

@@ -173,7 +173,7 @@ def _signalled(recipe: Recipe, folder: str) -> None:
     train.run(recipe, folder, saving=RESUME)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(300)
 def test_torchrun_goes_on_with_the_agent_that_is_left(tmp_path: Path) -> None:
     """Two agents with a rank each; one is killed with its rank, as when a node is lost."""

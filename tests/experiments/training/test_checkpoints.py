@@ -375,7 +375,7 @@ def test_checkpoints_need_a_folder() -> None:
         train.run(quick(), saving=EVERY_7)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(300)
 def test_real_kills(tmp_path: Path) -> None:
     """A short run of the benchmark, which takes minutes with its twenty kills."""

@@ -60,7 +60,7 @@ def tiny(folder: Path, **changes: Any) -> Any:
     )
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_the_recipe_runs_from_files_to_results_on_two_ranks(
     image_folder: Path, tmp_path: Path

@@ -73,6 +73,7 @@ def test_equal_seeds_give_bit_identical_weights_on_two_ranks() -> None:
     assert sum(first["buffer"]["held_per_rank"]) == 200
 
 
+@pytest.mark.long
 def test_uneven_ranks_learn_as_well_as_one() -> None:
     """10 samples and 10 representatives a step, on 4 ranks."""
     recipe = quick(
@@ -298,7 +299,7 @@ def test_a_gpu_that_is_not_there() -> None:
         train.run(quick(device="cuda"))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(300)
 def test_split_mnist_on_two_ranks(shared_data: Path) -> None:
     """The accuracy itself is under test: a refactoring that costs points must not go unnoticed."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 from rich.console import Group, RenderableType
@@ -72,7 +73,7 @@ def _overview(inspection: Inspection) -> Table:
     given = manifest.arguments.get
     num_bytes = sum(file.num_bytes for file in manifest.files)
     table = _grid()
-    table.add_row("folder", shown(str(inspection.saved.folder)))
+    table.add_row("folder", shown(str(_as_seen_from_here(inspection.saved.folder))))
     table.add_row(
         "holds", f"{manifest.num_held:,} representatives, of a capacity of {manifest.capacity:,}"
     )
@@ -242,3 +243,9 @@ def _table(*columns: str) -> Table:
             overflow="fold",
         )
     return table
+
+
+def _as_seen_from_here(folder: Path) -> Path:
+    """A folder's path, without that of the working directory if it is inside."""
+    here = Path.cwd()
+    return folder.relative_to(here) if folder.is_relative_to(here) else folder
