@@ -480,6 +480,7 @@ class RehearsalBuffer:
                 process write what is left.
 
         Raises:
+            TypeError, ValueError: ``folder`` can be no folder's path.
             CheckpointError: on every rank, if some rank could not save, as where the disk is full
                 or another job is saving there; or what is saved could not be loaded, as the state
                 of a policy of one's own. The buffer goes on, and the save before is intact.

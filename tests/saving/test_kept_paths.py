@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from saved_streams import held, loaded_on, make, run_on, saved_after
 
-from ritornello import SavedFolder, forget
+from ritornello import CheckpointError, SavedFolder, forget
 from ritornello.transports import LocalTransport
 
 
@@ -69,3 +70,37 @@ def test_forgetting_stays_in_its_folder(elsewhere: Path, monkeypatch: pytest.Mon
     assert 0 < forgotten.num_left < len(wanted)
     ((kept),) = loaded_on(here / "save", 1, selection="reservoir")
     assert sorted(kept) == sorted(each for each in wanted if each[1] != 0)
+
+
+@pytest.mark.parametrize(
+    ("folder", "kind", "message"),
+    [
+        ("", ValueError, "folder='': a folder's path has a character"),
+        ("a\0b", ValueError, "and none that is NUL"),
+        (b"", ValueError, "folder=b'': a folder's path has a character"),
+        (None, TypeError, "folder=None: it must be the path of a folder"),
+        (5, TypeError, "folder=5: it must be the path of a folder"),
+    ],
+)
+def test_what_is_no_path(folder: Any, kind: type[Exception], message: str, elsewhere: Path) -> None:
+    with make(LocalTransport()) as buffer:
+        run_on(buffer, 0, range(3))
+        with pytest.raises(kind, match=message):
+            buffer.save(folder)
+        with pytest.raises(CheckpointError, match=f"load failed: .*{message}"):
+            buffer.load(folder)
+        with pytest.raises(kind, match=message):
+            SavedFolder(folder)
+        assert not list(Path.cwd().iterdir())
+        buffer.save(b"in bytes")
+        assert len(SavedFolder(b"in bytes").manifest.files) == 1
+
+
+@pytest.mark.parametrize("inside", ["", "inside"])
+def test_what_is_no_folder(inside: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with make(LocalTransport()) as buffer:
+        run_on(buffer, 0, range(3))
+        with pytest.raises(CheckpointError, match=r"file.* cannot be made: .* is no folder"):
+            buffer.save(tmp_path / "file" / inside)
+        run_on(buffer, 0, range(3, 5))

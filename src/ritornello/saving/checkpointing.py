@@ -8,7 +8,6 @@ import reprlib
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +22,7 @@ from ritornello.records.layout import Layout
 from ritornello.rounds.arguments import Arguments
 from ritornello.rounds.steps import Steps
 from ritornello.rounds.worker import Worker
+from ritornello.saving.files import folder_at
 from ritornello.saving.folder import MOST_LOOKS
 from ritornello.saving.manifest import MOST_NAME, Manifest, Removal, TaskMark
 from ritornello.saving.restoring import adopt, restore
@@ -90,12 +90,13 @@ class Checkpointing:
 
     def save(self, folder: str | os.PathLike[str], background: bool) -> None:
         """See ``RehearsalBuffer.save``."""
+        place = folder_at(folder)  # the trainer may go elsewhere meanwhile
 
         def begin() -> None:
             self._end()
             snapshot = together(self._transport, self._snapshot, "save")
             saving = SaveUnderWay(
-                Path(folder).absolute(),  # the trainer may go elsewhere meanwhile
+                place,
                 snapshot,
                 new_save_id(self._transport),
                 self._rounds.to_host,

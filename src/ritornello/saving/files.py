@@ -11,7 +11,7 @@ import stat
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from ritornello.errors import CheckpointError
 
@@ -24,6 +24,23 @@ LOCK = ".lock"
 """The file in a folder that is locked; it stays there."""
 
 NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
+
+
+def folder_at(given: Any) -> Path:
+    """A folder's path as it is now, wherever the process goes later.
+
+    Args:
+        given: text, bytes or a path.
+
+    Raises:
+        TypeError, ValueError: it can be no folder's path.
+    """
+    if not isinstance(given, (str, bytes, os.PathLike)):
+        raise TypeError(f"folder={given!r}: it must be the path of a folder")
+    path = os.fsdecode(given)
+    if not path or "\0" in path:
+        raise ValueError(f"folder={given!r}: a folder's path has a character, and none that is NUL")
+    return Path(path).absolute()
 
 
 @contextlib.contextmanager

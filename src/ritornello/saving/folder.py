@@ -17,7 +17,14 @@ from pathlib import Path
 
 from ritornello.arrays import Bytes, Ints
 from ritornello.errors import CheckpointError
-from ritornello.saving.files import FolderInUseError, lock, open_to_read, unlock, write_text
+from ritornello.saving.files import (
+    FolderInUseError,
+    folder_at,
+    lock,
+    open_to_read,
+    unlock,
+    write_text,
+)
 from ritornello.saving.manifest import MOST_BYTES, Manifest
 from ritornello.saving.saved_buffer import SavedBuffer, SavedRepresentatives, read
 from ritornello.saving.shard_file import ShardFile
@@ -118,7 +125,7 @@ class SavedFolder(SavedBuffer):
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
-        self.folder = Path(folder).absolute()
+        self.folder = folder_at(folder)
         if not os.path.lexists(self.folder / MANIFEST):
             raise CheckpointError(f"{folder} holds no saved buffer: it has no {MANIFEST}")
         self.manifest = _read_manifest(self.folder)

@@ -118,7 +118,13 @@ class SaveUnderWay:
     def _take_folder(self) -> None:
         """Rank 0 keeps other jobs out, removes what crashes left, and leaves a mark."""
         if self._rank == 0:
-            self._folder.mkdir(parents=True, exist_ok=True)
+            try:
+                self._folder.mkdir(parents=True, exist_ok=True)
+            except (FileExistsError, NotADirectoryError) as error:
+                raise CheckpointError(
+                    f"{self._folder} cannot be made: it, or a part of its path, is there and is no "
+                    "folder"
+                ) from error
             self._lock = lock_to_save(self._folder)
             remove_leftovers(self._folder)
             self._mark.touch()
