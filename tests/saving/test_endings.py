@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ import pytest
 import torch
 from saved_streams import held, joined, loaded_on, make, on_ranks, run_on
 
-from ritornello import PeerLostError, RehearsalBuffer, SavedFolder
+from ritornello import CheckpointError, PeerLostError, RehearsalBuffer, SavedFolder
+from ritornello.rounds.worker import Worker
 from ritornello.saving import writing
 from ritornello.saving.shard_file import NewShardFile
 from ritornello.testing import connect_shared_memory, run_ranks, spawn_ranks
@@ -24,6 +26,7 @@ SCRIPT = """
 import sys, threading, time
 import torch
 from ritornello import RehearsalBuffer
+from ritornello.rounds.worker import Worker
 from ritornello.saving import writing
 from ritornello.saving.shard_file import NewShardFile
 
@@ -206,3 +209,27 @@ def test_a_buffer_that_is_collected_on_its_own_thread_ends_its_save(
     assert buffers == []
     assert loaded_on(tmp_path, 1) == [wanted]
     assert torch.is_tensor(torch.zeros(1))
+
+
+def test_a_save_that_is_interrupted_where_no_worker_is_left_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted() -> Iterator[float]:
+        yield 0.0
+        raise KeyboardInterrupt
+
+    with make(LocalTransport()) as buffer:
+        run_on(buffer, 0, range(5))
+        monkeypatch.setattr(Worker, "while_idle", lambda self, work: None)
+        buffer.save(tmp_path, background=True)
+        saving = buffer._checkpointing._saving
+        assert saving is not None
+        saving._steps = interrupted()
+        with pytest.raises(KeyboardInterrupt):
+            saving.finish(1.0)
+        assert saving.has_ended
+        with pytest.raises(CheckpointError, match="the save was interrupted"):
+            buffer.wait_until_saved()
+        assert not (tmp_path / "manifest.json").exists()
+        buffer.save(tmp_path)
+    assert SavedFolder(tmp_path).manifest.num_rounds == 5
