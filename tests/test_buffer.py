@@ -180,6 +180,52 @@ def test_the_expected_number_of_candidates() -> None:
     assert abs(policy.offered - 10 - 5600) < 4 * 65
 
 
+def test_what_is_offered_in_the_last_epoch_alone() -> None:
+    """Until then what came before stays whole, and is drawn from."""
+    with RehearsalBuffer(12, num_representatives=4, num_candidates=3) as buffer:
+        for step in range(30):
+            buffer.update(batch_of(step))
+        held = torch.cat([images[:, 0] for images, _ in buffer.representatives()])
+        buffer.num_candidates = 0
+        for step in range(30, 60):
+            images, _ = buffer.update(batch_of(step))
+            assert set(images[8:, 0].tolist()) <= set(held.tolist())
+        assert buffer.num_candidates == 0
+        still = torch.cat([images[:, 0] for images, _ in buffer.representatives()])
+        assert torch.equal(still, held)
+        buffer.num_candidates = None
+        buffer.update(batch_of(60, num_samples=40))
+        now = {int(each) for images, _ in buffer.representatives() for each in images[:, 0]}
+        assert max(now) >= 60_000
+
+
+def test_a_buffer_can_begin_with_nothing_offered() -> None:
+    with RehearsalBuffer(12, num_representatives=4) as buffer:
+        buffer.num_candidates = 0
+        for step in range(3):
+            images, _ = buffer.update(batch_of(step))
+            assert len(images) == 8
+        assert len(buffer) == 0
+        buffer.num_candidates = None
+        buffer.update(batch_of(3))
+        assert len(buffer.update(batch_of(4))[0]) == 12
+
+
+@pytest.mark.parametrize(
+    ("number", "error", "message"),
+    [
+        (-1, ValueError, "num_candidates=-1: it must be at least 0"),
+        (0.5, TypeError, "num_candidates=0.5: it must be an integer"),
+        (True, TypeError, "num_candidates=True: it must be an integer"),
+    ],
+)
+def test_candidates_that_cannot_be_set(number: Any, error: type[Exception], message: str) -> None:
+    with RehearsalBuffer(12, num_representatives=4, num_candidates=3) as buffer:
+        with pytest.raises(error, match=f"^{message}"):
+            buffer.num_candidates = number
+        assert buffer.num_candidates == 3
+
+
 def test_stats() -> None:
     with RehearsalBuffer(30, num_representatives=5) as buffer:
         assert buffer.stats().record_bytes == 0

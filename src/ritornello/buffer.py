@@ -244,6 +244,33 @@ class RehearsalBuffer:
         self._steps.change_rate(rate)
 
     @property
+    def num_candidates(self) -> int | None:
+        """``c``, the candidates of a mini-batch on this rank, expected; None: all its samples.
+
+        It may be set between two steps, on each rank by itself, for the mini-batches that follow.
+        0: nothing of them is offered. Where a task is seen for several epochs, offered in the last
+        one alone, what came before it stays whole for as long::
+
+            for epoch in range(num_epochs):
+                buffer.num_candidates = None if epoch == num_epochs - 1 else 0
+
+        A loop of ``rehearse`` is a mini-batch ahead: set it before ``rehearse`` is called. It is
+        not saved.
+
+        Raises:
+            ValueError: set to less than 0.
+            TypeError: set to what is no integer.
+        """
+        return self._steps.num_candidates
+
+    @num_candidates.setter
+    def num_candidates(self, number: int | None) -> None:
+        self._check_open("num_candidates")
+        if number is not None:
+            check_count("num_candidates", number, minimum=0)
+        self._steps.num_candidates = number
+
+    @property
     def num_past(self) -> int:
         """How many samples of the last augmented mini-batch are past: its last ones.
 

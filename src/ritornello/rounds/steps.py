@@ -79,6 +79,7 @@ class Steps:
         failure: what ended it; raised again by every later step.
         begun: what the first mini-batch has fixed; None before it.
         rate: ``r`` of the rounds to come.
+        num_candidates: ``c`` of the mini-batches to come; 0: none of them is offered.
         training: what it gets.
     """
 
@@ -105,6 +106,7 @@ class Steps:
         self._call: Errand[Any] | None = None  # between two rounds, if it has not ended
         self._num_new_joined = self._num_joined = 0
         self.rate: float = plain(arguments.num_representatives)
+        self.num_candidates = arguments.num_candidates
         self.failure: RoundError | None = None
         self.training = Training(arguments, rounds, self.here)
         self._is_restored = False  # and no mini-batch has come since
@@ -238,11 +240,10 @@ class Steps:
     def _copy_candidates(self, staging: Staging, leaves: list[Tensor]) -> None:
         began = time.perf_counter()
         num_samples = leaves[0].shape[0]
-        num_candidates = self._arguments.num_candidates
         rows = None
-        if num_candidates is not None and num_candidates < num_samples:
+        if self.num_candidates is not None and self.num_candidates < num_samples:
             generator = self._candidate_streams.at(self._place.num_offers)
-            chance = num_candidates / num_samples
+            chance = self.num_candidates / num_samples
             rows = (generator.random(num_samples) < chance).nonzero()[0]
         staging.collect(leaves, rows)
         self.seconds_offering += time.perf_counter() - began

@@ -121,6 +121,7 @@ def test_every_strategy_goes_on_bit_by_bit(strategy: str, tmp_path: Path, stop_a
         {"selection": "fifo"},
         {"remembers": "herding", "selection": "first-offered"},
         {"remembers": "random"},
+        {"remembers": "last-epoch", "epochs": 2},
         {"averaged": 0.9, "probe_every": 4},
         {"strategy": "der", "logits_dtype": "float16", "augmentation": "crop-flip"},
         {"composition": "proportional", "first_share": 0.7, "soft_targets": 1.0},

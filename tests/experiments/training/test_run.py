@@ -125,6 +125,8 @@ def test_every_strategy_learns(strategy: str) -> None:
         ({"sampling": "grasp", "selection": "grasp"}, 0.75),
         ({"selection": "class-balanced-reservoir"}, 0.8),
         ({"selection": "per-class-random", "fixed_shares": True}, 0.75),
+        ({"remembers": "last-epoch"}, 0.8),
+        ({"remembers": "last-epoch", "strategy": "er-ace"}, 0.8),
         ({"remembers": "random", "selection": "first-offered"}, 0.75),
         ({"remembers": "herding", "selection": "first-offered"}, 0.75),
         ({"remembers": "closest-to-mean", "selection": "first-offered"}, 0.6),
@@ -139,6 +141,7 @@ def test_every_strategy_learns(strategy: str) -> None:
         ({"composition": "proportional", "scenario": "blurry"}, 0.8),
         ({"composition": "proportional", "iterations": 60}, 0.8),
         ({"composition": "proportional", "remembers": "random"}, 0.8),
+        ({"composition": "proportional", "remembers": "last-epoch", "soft_targets": 1.0}, 0.8),
         ({"soft_targets": 1.0, "logits_dtype": "float16"}, 0.8),
     ],
     ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else "",
@@ -227,8 +230,9 @@ def test_gdumb_with_more_to_remember_than_a_task_brings() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"remembers": "best"}, "remembers='best': there are stream, random, herding"),
+        ({"remembers": "best"}, "remembers='best': there are stream, last-epoch, random"),
         ({"remembers": "random", "strategy": "der"}, "'der' fills its buffer from the stream"),
+        ({"remembers": "last-epoch", "strategy": "gdumb"}, "it sees a task's samples once"),
         ({"scenario": "none"}, "scenario='none': there are class-incremental"),
         ({"sampling": "best"}, "sampling='best': there are uniform"),
         ({"selection": "best"}, "selection='best': there are class-balanced"),

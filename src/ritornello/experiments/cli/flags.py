@@ -143,8 +143,9 @@ class Changes(TaskChanges):
     logits_dtype: str | None = None
     """DER, DER++: of the logits that the buffer remembers: float32 or float16."""
     remembers: str | None = None
-    """What the buffer gets: stream (candidates of every step), or a task's exemplars at its end:
-    random, herding, closest-to-mean (the last two with --selection first-offered)."""
+    """What the buffer gets: candidates of every step (stream), or of a task's last epoch alone
+    (last-epoch); or a task's exemplars at its end: random, herding, closest-to-mean (the last two
+    with --selection first-offered)."""
     fixed_shares: Switch | None = None
     """Equal shares of the buffer for all classes that will ever come, instead of those so far."""
 

@@ -148,8 +148,9 @@ class Recipe:
     global_num_candidates: int | None = None
     """``N * c``; None: every sample is a candidate."""
     remembers: str = "stream"
-    """"stream": candidates come from every mini-batch; else how a task's exemplars are chosen at
-    its end: see ``exemplars.CHOICES``."""
+    """"stream": candidates come from every mini-batch; "last-epoch": from those of a task's last
+    epoch alone, so that what came before it stays whole until then; else how a task's exemplars
+    are chosen at its end: see ``exemplars.CHOICES``."""
     selection: str = "class-balanced"
     fixed_shares: bool = False
     """Equal shares for all classes that will ever come, instead of those so far; of selection
@@ -215,6 +216,22 @@ class Recipe:
     def is_proportional(self) -> bool:
         """Whether steps are composed in proportion."""
         return self.composition == "proportional"
+
+    @property
+    def offers_stream(self) -> bool:
+        """Whether candidates come from mini-batches, of all epochs or of the last one."""
+        return self.remembers in ("stream", "last-epoch")
+
+    def own_candidates(self, num_ranks: int, is_in_last_epoch: bool = True) -> int | None:
+        """The candidates of each rank and step, expected; None: all samples.
+
+        Exemplars were chosen already; of a stream, every c-th may do.
+        """
+        if self.remembers == "last-epoch" and not is_in_last_epoch:
+            return 0
+        if self.global_num_candidates is None or not self.offers_stream:
+            return None
+        return self.global_num_candidates // num_ranks
 
     @property
     def composed_samples(self) -> int:

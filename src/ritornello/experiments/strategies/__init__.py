@@ -120,13 +120,11 @@ def strategy_of(
         rate["num_representatives"] = -(-recipe.global_num_representatives // num_ranks)
     if recipe.soft_targets and kind is Rehearsal:
         kind, common["num_classes"] = SoftTargets, num_classes
-    # Exemplars were chosen already; of a stream, every c-th may do.
-    candidates = recipe.global_num_candidates if recipe.remembers == "stream" else None
     new_buffer = partial(
         RehearsalBuffer,
         recipe.num_stored(num_train_samples),
         **rate,
-        num_candidates=None if candidates is None else candidates // num_ranks,
+        num_candidates=recipe.own_candidates(num_ranks),
         selection=_selection_of(recipe, num_classes),
         sampling=recipe.sampling,
         seed=recipe.seed,

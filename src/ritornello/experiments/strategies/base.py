@@ -272,7 +272,7 @@ class RehearsalStrategy(Strategy):
         """See ``Strategy.of``."""
         return cls(
             new_buffer(num_draws=cls.num_draws),
-            offers_stream=recipe.remembers == "stream",
+            offers_stream=recipe.offers_stream,
             goes_by_distances=recipe.sampling == "grasp",
             **common,
             **cls.options(recipe),

@@ -39,7 +39,7 @@ def check(recipe: Recipe, data: DataSet, tasks: Sequence[Task]) -> None:
     Raises:
         ValueError: the buffer is too small, or would keep those of the first task alone.
     """
-    if recipe.remembers == "stream" or not strategy_named(recipe.strategy).rehearses:
+    if recipe.offers_stream or not strategy_named(recipe.strategy).rehearses:
         return
     of_tasks = labels_of_tasks(data, tasks)
     num_classes = len(set[int]().union(*of_tasks))

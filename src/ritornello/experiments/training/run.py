@@ -285,11 +285,17 @@ def check(recipe: Recipe, num_ranks: int) -> None:
                 f"class_order={recipe.class_order} with scenario={recipe.scenario!r}: classes come "
                 f"one after another in {', '.join(IN_CLASS_ORDER)} alone"
             )
-    if recipe.remembers == "stream":
+    if recipe.remembers == "last-epoch" and kind.observes:
+        raise ValueError(
+            f"remembers='last-epoch' with strategy={recipe.strategy!r}: it sees a task's samples "
+            "once, before it trains; use remembers='stream'"
+        )
+    if recipe.offers_stream:
         return
     if recipe.remembers not in exemplars.CHOICES:
         raise ValueError(
-            f"remembers={recipe.remembers!r}: there are stream, {', '.join(exemplars.CHOICES)}"
+            f"remembers={recipe.remembers!r}: there are stream, last-epoch, "
+            f"{', '.join(exemplars.CHOICES)}"
         )
     if recipe.soft_targets and kind is Rehearsal:
         raise ValueError(

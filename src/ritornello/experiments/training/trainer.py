@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ritornello.buffer import RehearsalBuffer
 from ritornello.experiments.data.data_set import DataSet
 from ritornello.experiments.data.scenarios import Task, scenario_of
 from ritornello.experiments.models import build as models
@@ -192,9 +193,8 @@ class Trainer:
             began = time.perf_counter()
             images, labels = next(batches)
             loaded = time.perf_counter()
-            num_past = self.schedule.num_past(number, step + 1)
-            if num_past is not None and buffer is not None:
-                buffer.num_representatives = num_past
+            if buffer is not None:
+                self._set_sizes(buffer, number, step, step + steps_per_epoch >= num_steps)
             self.optimiser.zero_grad(set_to_none=True)
             loss = self.strategy.backward(self.network, images, labels, self._backward)
             self.scaler.step(self.optimiser)
@@ -212,7 +212,7 @@ class Trainer:
             bar.advance()
         self.network.agree()
         self._end_task()
-        if self.recipe.remembers != "stream" and buffer is not None:
+        if not self.recipe.offers_stream and buffer is not None:
             tasks, embed = self.tasks[: number + 1], self.network.features
             self.seconds.step += exemplars.remember(
                 buffer, self.recipe, self.data, tasks, embed, self.place
@@ -220,6 +220,15 @@ class Trainer:
         accelerators.synchronize(self.place.device)
         self.log.seconds.append(time.perf_counter() - self._task_began)
         self.log.steps.append(num_steps)
+
+    def _set_sizes(
+        self, buffer: RehearsalBuffer, number: int, step: int, is_in_last_epoch: bool
+    ) -> None:
+        """How many of a step's samples are offered, and how many are drawn for the next one."""
+        buffer.num_candidates = self.recipe.own_candidates(self.place.num_ranks, is_in_last_epoch)
+        num_past = self.schedule.num_past(number, step + 1)
+        if num_past is not None:
+            buffer.num_representatives = num_past
 
     def _end_task(self) -> None:
         """Lets the strategy look at the model that has learnt the task."""
