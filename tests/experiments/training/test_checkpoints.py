@@ -135,8 +135,20 @@ def test_settings_go_on_bit_by_bit(
     check_goes_on(quick(**changes), tmp_path, stop_at, *counts)
 
 
+def all_ends_of_runs(recipes: list[Recipe], folder: str) -> list[list[dict[str, Any]]]:
+    """Of each recipe, on each rank: see ``ends_of_runs``."""
+    return [
+        ends_of_runs(
+            recipe,
+            str(Path(folder, str(number))),
+            (3, 8, 10) if recipe.model == "resnet10t" else (10, 30, 50),
+        )
+        for number, recipe in enumerate(recipes)
+    ]
+
+
 def ends_of_runs(recipe: Recipe, folder: str, counts: tuple[int, ...]) -> list[dict[str, Any]]:
-    """On each rank: the end of an undisturbed run, and of one that crashed at some moments."""
+    """The end of an undisturbed run, and of one that crashed at some moments."""
     expected = train.run(recipe)
     between_steps = Saver.between_steps
     for count in counts:
@@ -153,27 +165,28 @@ def ends_of_runs(recipe: Recipe, folder: str, counts: tuple[int, ...]) -> list[d
     return [expected, train.run(recipe, folder, saving=EVERY_7)]
 
 
-@pytest.mark.parametrize(
-    ("num_ranks", "changes"),
-    [
-        (4, {"strategy": "incremental", "num_tasks": 2}),
-        (3, {"strategy": "a-gem", "augmentation": "crop-flip", "global_num_candidates": None}),
-        (2, {"strategy": "rehearsal", "sampling": "grasp", "selection": "grasp"}),
-        (2, {"strategy": "der++", "model": "resnet10t", **FEW_STEPS}),
-        (2, {"strategy": "gdumb"}),
-        (2, {"strategy": "rehearsal", "composition": "proportional", "first_share": 0.6}),
-        (4, {"strategy": "rehearsal", "composition": "proportional", "soft_targets": 1.0}),
+ON_RANKS: dict[int, list[dict[str, Any]]] = {
+    2: [
+        {"sampling": "grasp", "selection": "grasp"},
+        {"strategy": "der++", "model": "resnet10t", **FEW_STEPS},
+        {"strategy": "gdumb"},
+        {"composition": "proportional", "first_share": 0.6},
     ],
-    ids=lambda value: value if isinstance(value, int) else value["strategy"],
-)
-def test_several_ranks_go_on_bit_by_bit(
-    num_ranks: int, changes: dict[str, Any], tmp_path: Path
-) -> None:
-    recipe = quick(**{"epochs": 1, **changes})
-    counts = (3, 8, 10) if "resnet10t" in changes.values() else (10, 30, 50)
-    expected, results = launch(num_ranks, ends_of_runs, recipe, str(tmp_path), counts)
-    for name in AS_UNDISTURBED:
-        assert results[name] == expected[name], name
+    3: [{"strategy": "a-gem", "augmentation": "crop-flip", "global_num_candidates": None}],
+    4: [
+        {"strategy": "incremental", "num_tasks": 2},
+        {"composition": "proportional", "soft_targets": 1.0},
+    ],
+}
+
+
+@pytest.mark.parametrize("num_ranks", ON_RANKS)
+def test_several_ranks_go_on_bit_by_bit(num_ranks: int, tmp_path: Path) -> None:
+    recipes = [quick(**{"epochs": 1, **changes}) for changes in ON_RANKS[num_ranks]]
+    ends = launch(num_ranks, all_ends_of_runs, recipes, str(tmp_path))
+    for changes, (expected, results) in zip(ON_RANKS[num_ranks], ends, strict=True):
+        for name in AS_UNDISTURBED:
+            assert results[name] == expected[name], (changes, name)
 
 
 def test_fewer_and_more_ranks_go_on(tmp_path: Path, stop_at: StopAt) -> None:
