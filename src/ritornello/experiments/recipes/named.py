@@ -13,6 +13,8 @@ from ritornello.experiments.recipes.recipe import Recipe, with_changes
 TEST_SAMPLES = "the test samples"
 """What settings were chosen by that are older than the holdout."""
 
+HELD_OUT = "a tenth of CIFAR-10's training samples, held out"
+
 
 def digits() -> Recipe:
     """The 8x8 digits that come with scikit-learn: no download, seconds to train."""
@@ -111,6 +113,9 @@ def cifar10_frontier() -> Recipe:
         epochs=30,
         stretches_schedule=True,
         global_num_representatives=8,
+        global_num_candidates=None,
+        remembers="last-epoch",
+        tuned_on=HELD_OUT,
         **RATE_SCHEDULE,
     )
     return with_changes(recipe, epochs=20)
