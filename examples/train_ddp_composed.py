@@ -37,7 +37,8 @@ def main() -> None:
             len(train), num_before, samples_per_step=8, num_epochs=10, first_share=0.6
         )
         loader = DataLoader(train, batch_sampler=steps)
-        for _ in range(10):
+        for epoch in range(10):
+            buffer.num_candidates = None if epoch == 9 else 0  # until then the past stays whole
             for step, (images, labels) in enumerate(loader):
                 buffer.num_representatives = steps.num_past(step + 1)
                 images, labels = buffer.update((images, labels))
