@@ -40,7 +40,7 @@ class Mutant:
     """That run on it."""
 
 
-STAGING, PREFETCH = "rounds/staging.py", "prefetch.py"
+STAGING, PREFETCH = "rounds/staging.py", "loaders/prefetch.py"
 
 MUTANTS = (
     Mutant(

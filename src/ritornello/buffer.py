@@ -31,11 +31,11 @@ from ritornello.errors import BufferClosedError
 from ritornello.policies.names import sampling_policy, selection_policy
 from ritornello.policies.sampling import SamplingPolicy
 from ritornello.policies.selection import SelectionPolicy
+from ritornello.records.modes import outside_modes
 from ritornello.records.nesting import Batch
 from ritornello.records.storage import Storage
 from ritornello.rounds.arguments import Arguments, check_count, check_seconds
 from ritornello.rounds.first_round import OpenBuffer
-from ritornello.rounds.modes import outside_modes
 from ritornello.rounds.round import Rounds
 from ritornello.rounds.stats import BufferStats
 from ritornello.rounds.steps import Steps

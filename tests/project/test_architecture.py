@@ -46,8 +46,8 @@ HOUSE: Floors = [
     ("experiments",),
     ("integrations",),
     ("ritornello",),  # the public names
-    ("prefetch", "testing"),
-    ("buffer", "composition"),
+    ("loaders", "testing"),
+    ("buffer",),
     ("saving",),
     ("rounds",),
     ("transports",),

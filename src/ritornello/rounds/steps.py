@@ -26,12 +26,12 @@ from ritornello.policies.selection import check_labels
 from ritornello.records import accelerators
 from ritornello.records.layout import Layout
 from ritornello.records.misread import check_not_misread
+from ritornello.records.modes import outside_inference
 from ritornello.records.nesting import Batch, leaves_of, path_text
 from ritornello.records.storage import Storage
 from ritornello.rounds.arguments import Arguments, plain
 from ritornello.rounds.first_batch import Begun, device_of
 from ritornello.rounds.joining import Joiner, copies
-from ritornello.rounds.modes import outside_inference
 from ritornello.rounds.random_streams import Purpose, Streams
 from ritornello.rounds.rewriting import FieldsMadeAnew, read
 from ritornello.rounds.round import Rounds

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ritornello.buffer import RehearsalBuffer
-from ritornello.composition import composed_steps_of
+from ritornello.loaders.composition import composed_steps_of
 from ritornello.records import accelerators
 from ritornello.records.nesting import Batch, leaves_of, rebuild, template_of
 from ritornello.rounds.steps import Steps
