@@ -14,7 +14,7 @@ WHEEL ?=
 
 OLDEST = .venv-oldest
 # The library, and what a run is; no frameworks and no documentation.
-CORE_TESTS = $(wildcard tests/test_*.py) $(addprefix tests/,accelerator simulated records policies transports rounds saving \
+CORE_TESTS = $(wildcard tests/test_*.py) $(addprefix tests/,accelerator loaders simulated records policies transports rounds saving \
 	experiments/models experiments/strategies experiments/training/test_run.py)
 
 .PHONY: help demo test test-long lint docs coverage oldest gpu build

@@ -6,6 +6,7 @@ Start with ``RehearsalBuffer``.
 from ritornello.buffer import RehearsalBuffer
 from ritornello.errors import BufferClosedError, CheckpointError, PeerLostError, RoundError
 from ritornello.loaders.composition import ComposedSteps, share_of_new
+from ritornello.loaders.evenly import evenly
 from ritornello.loaders.prefetch import rehearse
 from ritornello.policies.class_shares import (
     ClassBalanced,
@@ -65,6 +66,7 @@ __all__ = [
     "__version__",
     "at_random",
     "closest_to_mean",
+    "evenly",
     "forget",
     "herding",
     "rank_of_exemplar",

@@ -18,7 +18,7 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn, Self
@@ -39,6 +39,7 @@ from ritornello.rounds.first_round import OpenBuffer
 from ritornello.rounds.round import Rounds
 from ritornello.rounds.stats import BufferStats
 from ritornello.rounds.steps import Steps
+from ritornello.rounds.uneven import fill
 from ritornello.rounds.worker import EXIT_SECONDS, Worker, shut_down
 from ritornello.saving.checkpointing import Checkpointing
 from ritornello.saving.converted import Converted
@@ -340,6 +341,41 @@ class RehearsalBuffer:
             self._steps.offer(batch)
         finally:
             self._user = None
+
+    @outside_modes
+    def fill(
+        self, loader: Iterable[Batch], *, progress: Callable[[int], None] | None = None
+    ) -> int:
+        """Offers all samples of a loader, such as the old data of a model that is there already.
+
+        A round for each mini-batch, in which every sample is a candidate, whatever
+        ``num_candidates`` says, and nothing of what is drawn is given. What the next step gets is
+        drawn when all is offered: so training begins with a full buffer::
+
+            buffer.fill(old_loader)
+            for batch in loader:
+                batch = buffer.update(batch)  # b + r samples from the first step on
+
+        All ranks call it, each with a loader of its own part, after as many updates; blocks until
+        the longest loader has ended.
+
+        Args:
+            loader: any iterable of mini-batches, as for ``update``. Ranks may have unequally many,
+                or none at all.
+            progress: called behind each mini-batch, with how many samples all ranks have offered.
+
+        Returns:
+            How many samples all ranks have offered.
+
+        Raises:
+            Exception: what this rank's loader raises, or ``update`` would; on the other ranks a
+                RuntimeError that names this one. What was offered before is stored, and the buffer
+                goes on.
+            CheckpointError: on every rank, if they are not in step.
+            PeerLostError, RoundError, BufferClosedError: see ``update``.
+        """
+        self._check_open("fill")
+        return fill(self._steps, loader, progress)
 
     def representatives(self, batch_size: int = 256) -> Iterator[Batch]:
         """This rank's representatives, shard order, as batches of copies.

@@ -423,22 +423,6 @@ class Steps:
             self.failure = PeerLostError(self.here(f"{call} failed: {error}"), error.peers)
             raise self.failure from error
 
-    def begin_task(self, mark: Callable[[], None]) -> None:
-        """Tells the sampling policy that a task begins; waits for the running round.
-
-        Args:
-            mark: makes a note of it.
-        """
-        rounds = self.rounds
-
-        def begin() -> None:
-            if rounds.sampling.needs_tasks:
-                rounds.sampling.begin_task(rounds.contents)
-            mark()
-            self.training.knows_tasks = True
-
-        self.with_peers("begin_task", begin)  # else ranks would count tasks, or draw, differently
-
     def here(self, message: str) -> str:
         """The message, with the rank where there are several."""
         if self._transport.num_ranks == 1:
@@ -508,6 +492,27 @@ class Steps:
             seconds_offering=self.seconds_offering,
         )
 
+    # For who fills it.
+
+    def collect(self, batch: Batch) -> int:
+        """Makes every sample of a mini-batch a candidate of the next round; how many there are.
+
+        Raises:
+            TypeError, ValueError: it is not like the first one.
+        """
+        self.settle()
+        begun, leaves = self._checked(batch)
+        begun.staging.collect(leaves, None)
+        return leaves[0].shape[0]
+
+    def start_between_steps(self, rate: float) -> None:
+        """Starts a round whose draw takes the place of what the next step was to get.
+
+        Args:
+            rate: of this round alone, where it may change.
+        """
+        self._start(rate, self._place.num_new, self._place.num_past)
+
     # For who saves and restores it.
 
     def staged_records(self) -> Tensor:
@@ -547,4 +552,4 @@ class Steps:
         """
         if self.is_offered:
             self.drop_prepared()
-            self._start(rate, self._place.num_new, self._place.num_past)
+            self.start_between_steps(rate)

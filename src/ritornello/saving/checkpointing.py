@@ -79,12 +79,18 @@ class Checkpointing:
                 )
             )
 
-        def mark() -> None:
+        rounds = self._rounds
+
+        def begin() -> None:
+            if rounds.sampling.needs_tasks:
+                rounds.sampling.begin_task(rounds.contents)
             # No clock is right that is before 1970.
             now = max(0.0, time.time())
-            self.tasks = (*self.tasks, TaskMark(text, self._rounds.num_rounds, now))
+            self.tasks = (*self.tasks, TaskMark(text, rounds.num_rounds, now))
+            self._steps.training.knows_tasks = True
 
-        self._steps.begin_task(mark)
+        # Else ranks would count tasks, or draw, differently.
+        self._steps.with_peers("begin_task", begin)
 
     # Saving.
 
