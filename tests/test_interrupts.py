@@ -200,6 +200,7 @@ CALLS: dict[str, Callable[[RehearsalBuffer, Path], object]] = {
     "load from another capacity": lambda buffer, folder: buffer.load(folder / "larger"),
     "state_dict": lambda buffer, folder: buffer.state_dict(whole=True),
     "begin_task": lambda buffer, folder: buffer.begin_task("third"),
+    "protect": lambda buffer, folder: buffer.protect(0.5),
     "rewrite": lambda buffer, folder: buffer.rewrite(halved, fields=0),
     "close": lambda buffer, folder: buffer.close(),
 }

@@ -34,7 +34,7 @@ from ritornello.policies.selection import SelectionPolicy
 from ritornello.records.modes import outside_modes
 from ritornello.records.nesting import Batch
 from ritornello.records.storage import Storage
-from ritornello.rounds.arguments import Arguments, check_count, check_seconds
+from ritornello.rounds.arguments import Arguments, check_count, check_seconds, check_share
 from ritornello.rounds.first_round import OpenBuffer
 from ritornello.rounds.round import Rounds
 from ritornello.rounds.stats import BufferStats
@@ -494,6 +494,40 @@ class RehearsalBuffer:
     def tasks(self) -> tuple[str, ...]:
         """The names of the tasks that have begun, in their order; see ``begin_task``."""
         return tuple(task.name for task in self._checkpointing.tasks)
+
+    def protect(self, share: float) -> int:
+        """Lets what is stored now stay for good; what is offered from now on shares the rest.
+
+        Such as the old data of a model that is there already::
+
+            buffer.fill(old_loader)
+            buffer.protect(0.5)  # half of the capacity is theirs
+
+        What is protected never leaves, and is drawn as ever. The other slots are the selection
+        policy's, which begins anew on them, as in a buffer of that capacity that is empty: what is
+        offered from now on takes them, and what is stored there from before leaves in random order,
+        one for each that comes. Where more is stored than may stay, random ones do: of each class
+        equally many, as far as there are, if the policy looks at labels. Called again, it protects
+        more; nothing loses its protection.
+
+        All ranks call it alike, after as many updates; blocks until they have.
+
+        Args:
+            share: of the capacity, that may be protected altogether; above 0, and up to 1. Each
+                rank protects the same part of its shard, to the last one, if it holds as many.
+                With 1 all of what is stored stays, and a full buffer admits nothing more.
+
+        Returns:
+            How many representatives of the whole buffer are protected now.
+
+        Raises:
+            ValueError, TypeError: the share is out of range, or not the same on all ranks.
+            CheckpointError: on every rank, if they are not in step.
+            PeerLostError, RoundError, BufferClosedError: see ``update``.
+        """
+        self._check_open("protect")
+        share = check_share("protect: share", share)
+        return self._steps.with_peers("protect", partial(self._steps.rounds.protect, share))
 
     def save(self, folder: str | os.PathLike[str], *, background: bool = False) -> None:
         """Saves the buffer in a folder: a file for each shard, and a manifest.
