@@ -187,8 +187,8 @@ MUTANTS = (
     Mutant(
         "rehearse: not on the trainer's stream where it has none of its own",
         PREFETCH,
-        "ahead.submit(prepare, _stream_of_the_trainer(steps))",
-        "ahead.submit(prepare, None)",
+        "partial(prepare, batches, _stream_of_the_trainer(steps))",
+        "partial(prepare, batches, None)",
     ),
     Mutant(
         "rehearse: the trainer does not wait for what was prepared in vain",
