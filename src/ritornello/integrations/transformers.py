@@ -116,9 +116,8 @@ class Rehearsal:
         if not self._masks:
             raise RuntimeError(
                 "Rehearsal: the mini-batch has not passed get_batch_samples, so that it holds no "
-                "representatives: name Rehearsal first, as in class MyTrainer(Rehearsal, Trainer). "
-                "In a trainer that fetches its mini-batches otherwise, call buffer.update(batch) "
-                "there, before their tokens are counted"
+                "representatives. In a trainer that fetches its mini-batches otherwise, call "
+                "buffer.update(batch) there, before their tokens are counted"
             )
         self._past_mask = self._masks.pop(0)
         return super().training_step(*arguments, **keywords)  # type: ignore[misc]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from functools import partial
 
 import numpy as np
@@ -46,7 +47,7 @@ class Together:
         Raises:
             CheckpointError, PeerLostError: see ``Steps.with_peers``.
         """
-        if batch is not None and self._empty is None:
+        if batch is not None and self._empty is None and not has_failed:
             self._empty = _emptied(batch)
         own = HAS + num_samples
         if batch is None:
@@ -80,11 +81,12 @@ class Together:
             sender = int((told >= HAS).argmax())
             content = self._as_bytes() if transport.rank == sender else b""
             sent = gather_padded(np.frombuffer(content, np.uint8).astype(np.int64), transport)
-            if own == ENDED_WITHOUT and len(sent[sender]):
-                # Of a rank of our own job, which could do as much without.
-                empty, kinds = pickle.loads(bytes(sent[sender].astype(np.uint8)))
-                places = iter(kinds)
-                self._empty = mapped(empty, lambda leaf: leaf.to(next(places)))
+            if own == ENDED_WITHOUT:
+                with suppress(Exception):  # what is not known here, or could not be sent
+                    # Of a rank of our own job, which could do as much without.
+                    empty, kinds = pickle.loads(bytes(sent[sender].astype(np.uint8)))
+                    places = iter(kinds)
+                    self._empty = mapped(empty, lambda leaf: leaf.to(next(places)))
         return told
 
     def _as_bytes(self) -> bytes:
