@@ -5,7 +5,7 @@ PYTHON ?= $(shell command -v python3.13 || command -v python3.12 || command -v p
 # A version manager's stub may be on the path without its Python behind it.
 PYTHON := $(shell for each in $(PYTHON) python3.11 python3.12 python3.13 python3; do $$each -c 'import sys; assert sys.version_info >= (3, 11)' 2>/dev/null && command -v $$each && break; done)
 STAMP = $(VENV)/installed
-EXTRAS = experiments,lightning,accelerate,avalanche,trackers,test,lint,docs
+EXTRAS = experiments,lightning,accelerate,transformers,trl,avalanche,trackers,test,lint,docs
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 
 # What is installed: this checkout, as it is edited; with WHEEL=1 a wheel that is made of it, as users
@@ -14,7 +14,7 @@ WHEEL ?=
 
 OLDEST = .venv-oldest
 # The library, and what a run is; no frameworks and no documentation.
-CORE_TESTS = $(wildcard tests/test_*.py) $(addprefix tests/,accelerator simulated records policies transports rounds saving \
+CORE_TESTS = $(wildcard tests/test_*.py) $(addprefix tests/,accelerator loaders simulated records policies transports rounds saving \
 	experiments/models experiments/strategies experiments/training/test_run.py)
 
 .PHONY: help demo test test-long lint docs coverage oldest gpu build

@@ -40,7 +40,7 @@ class Mutant:
     """That run on it."""
 
 
-STAGING, PREFETCH = "rounds/staging.py", "prefetch.py"
+STAGING, PREFETCH = "rounds/staging.py", "loaders/prefetch.py"
 
 MUTANTS = (
     Mutant(
@@ -187,8 +187,8 @@ MUTANTS = (
     Mutant(
         "rehearse: not on the trainer's stream where it has none of its own",
         PREFETCH,
-        "ahead.submit(prepare, _stream_of_the_trainer(steps))",
-        "ahead.submit(prepare, None)",
+        "partial(prepare, batches, _stream_of_the_trainer(steps))",
+        "partial(prepare, batches, None)",
     ),
     Mutant(
         "rehearse: the trainer does not wait for what was prepared in vain",

@@ -200,6 +200,7 @@ CALLS: dict[str, Callable[[RehearsalBuffer, Path], object]] = {
     "load from another capacity": lambda buffer, folder: buffer.load(folder / "larger"),
     "state_dict": lambda buffer, folder: buffer.state_dict(whole=True),
     "begin_task": lambda buffer, folder: buffer.begin_task("third"),
+    "protect": lambda buffer, folder: buffer.protect(0.5),
     "rewrite": lambda buffer, folder: buffer.rewrite(halved, fields=0),
     "close": lambda buffer, folder: buffer.close(),
 }
@@ -254,6 +255,28 @@ def test_an_interrupted_call_has_happened_or_not(
         assert not buffer._finalizer.alive
         assert buffer._worker._state.life.has_ended
     assert number > 10
+
+
+def test_an_interrupted_fill_has_offered_whole_mini_batches() -> None:
+    old = [batch_of(step) for step in range(10, 13)]
+
+    def state_after(num_batches: int) -> list[Any]:
+        with make() as buffer:
+            buffer.update(batch_of(0))
+            buffer.fill(old[:num_batches])
+            buffer.update(batch_of(6))
+            return state_of(buffer)
+
+    possible = [state_after(num_batches) for num_batches in range(4)]
+    for number in count(1):
+        with make() as buffer:
+            buffer.update(batch_of(0))
+            if not interrupted(partial(buffer.fill, old), number, Preempted(number)):
+                break
+            check_consistent(buffer)
+            buffer.update(batch_of(6))
+            assert state_of(buffer) in possible
+    assert number > 100
 
 
 def test_what_fails_after_an_interrupt_is_logged(

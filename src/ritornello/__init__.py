@@ -4,14 +4,17 @@ Start with ``RehearsalBuffer``.
 """
 
 from ritornello.buffer import RehearsalBuffer
-from ritornello.composition import ComposedSteps, share_of_new
 from ritornello.errors import BufferClosedError, CheckpointError, PeerLostError, RoundError
+from ritornello.loaders.composition import ComposedSteps, share_of_new
+from ritornello.loaders.evenly import evenly
+from ritornello.loaders.prefetch import rehearse
 from ritornello.policies.class_shares import (
     ClassBalanced,
     FirstOffered,
     GreedyBalanced,
     PerClassRandom,
 )
+from ritornello.policies.classes.scores import rank_of_exemplar
 from ritornello.policies.contents import Contents
 from ritornello.policies.earlier_tasks import EarlierTasks
 from ritornello.policies.exemplars import at_random, closest_to_mean, herding
@@ -24,8 +27,6 @@ from ritornello.policies.sampling import (
     UniformSampling,
 )
 from ritornello.policies.selection import Assignment, SavedShards, SelectionPolicy
-from ritornello.policies.share_scores import rank_of_exemplar
-from ritornello.prefetch import rehearse
 from ritornello.rounds.stats import BufferStats
 from ritornello.saving.folder import SavedFolder
 from ritornello.saving.forgetting import Forgotten, forget
@@ -65,6 +66,7 @@ __all__ = [
     "__version__",
     "at_random",
     "closest_to_mean",
+    "evenly",
     "forget",
     "herding",
     "rank_of_exemplar",

@@ -18,7 +18,7 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn, Self
@@ -31,14 +31,15 @@ from ritornello.errors import BufferClosedError
 from ritornello.policies.names import sampling_policy, selection_policy
 from ritornello.policies.sampling import SamplingPolicy
 from ritornello.policies.selection import SelectionPolicy
+from ritornello.records.modes import outside_modes
 from ritornello.records.nesting import Batch
 from ritornello.records.storage import Storage
-from ritornello.rounds.arguments import Arguments, check_count, check_seconds
+from ritornello.rounds.arguments import Arguments, check_count, check_seconds, check_share
 from ritornello.rounds.first_round import OpenBuffer
-from ritornello.rounds.modes import outside_modes
 from ritornello.rounds.round import Rounds
 from ritornello.rounds.stats import BufferStats
 from ritornello.rounds.steps import Steps
+from ritornello.rounds.uneven import fill
 from ritornello.rounds.worker import EXIT_SECONDS, Worker, shut_down
 from ritornello.saving.checkpointing import Checkpointing
 from ritornello.saving.converted import Converted
@@ -368,6 +369,41 @@ class RehearsalBuffer:
         finally:
             self._user = None
 
+    @outside_modes
+    def fill(
+        self, loader: Iterable[Batch], *, progress: Callable[[int], None] | None = None
+    ) -> int:
+        """Offers all samples of a loader, such as the old data of a model that is there already.
+
+        A round for each mini-batch, in which every sample is a candidate, whatever
+        ``num_candidates`` says, and nothing of what is drawn is given. What the next step gets is
+        drawn when all is offered: so training begins with a full buffer::
+
+            buffer.fill(old_loader)
+            for batch in loader:
+                batch = buffer.update(batch)  # b + r samples from the first step on
+
+        All ranks call it, each with a loader of its own part, after as many updates; blocks until
+        the longest loader has ended.
+
+        Args:
+            loader: any iterable of mini-batches, as for ``update``. Ranks may have unequally many,
+                or none at all.
+            progress: called behind each mini-batch, with how many samples all ranks have offered.
+
+        Returns:
+            How many samples all ranks have offered.
+
+        Raises:
+            Exception: what this rank's loader raises, or ``update`` would; on the other ranks a
+                RuntimeError that names this one. What was offered before is stored, and the buffer
+                goes on.
+            CheckpointError: on every rank, if they are not in step.
+            PeerLostError, RoundError, BufferClosedError: see ``update``.
+        """
+        self._check_open("fill")
+        return fill(self._steps, loader, progress)
+
     def representatives(self, batch_size: int = 256) -> Iterator[Batch]:
         """This rank's representatives, shard order, as batches of copies.
 
@@ -485,6 +521,40 @@ class RehearsalBuffer:
     def tasks(self) -> tuple[str, ...]:
         """The names of the tasks that have begun, in their order; see ``begin_task``."""
         return tuple(task.name for task in self._checkpointing.tasks)
+
+    def protect(self, share: float) -> int:
+        """Lets what is stored now stay for good; what is offered from now on shares the rest.
+
+        Such as the old data of a model that is there already::
+
+            buffer.fill(old_loader)
+            buffer.protect(0.5)  # half of the capacity is theirs
+
+        What is protected never leaves, and is drawn as ever. The other slots are the selection
+        policy's, which begins anew on them, as in a buffer of that capacity that is empty: what is
+        offered from now on takes them, and what is stored there from before leaves in random order,
+        one for each that comes. Where more is stored than may stay, random ones do: of each class
+        equally many, as far as there are, if the policy looks at labels. Called again, it protects
+        more; nothing loses its protection.
+
+        All ranks call it alike, after as many updates; blocks until they have.
+
+        Args:
+            share: of the capacity, that may be protected altogether; above 0, and up to 1. Each
+                rank protects the same part of its shard, to the last one, if it holds as many.
+                With 1 all of what is stored stays, and a full buffer admits nothing more.
+
+        Returns:
+            How many representatives of the whole buffer are protected now.
+
+        Raises:
+            ValueError, TypeError: the share is out of range, or not the same on all ranks.
+            CheckpointError: on every rank, if they are not in step.
+            PeerLostError, RoundError, BufferClosedError: see ``update``.
+        """
+        self._check_open("protect")
+        share = check_share("protect: share", share)
+        return self._steps.with_peers("protect", partial(self._steps.rounds.protect, share))
 
     def save(self, folder: str | os.PathLike[str], *, background: bool = False) -> None:
         """Saves the buffer in a folder: a file for each shard, and a manifest.

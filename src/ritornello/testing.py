@@ -20,6 +20,7 @@ import torch.multiprocessing as mp
 
 from ritornello.buffer import RehearsalBuffer
 from ritornello.errors import BufferClosedError, PeerLostError
+from ritornello.policies.protection import is_protected
 from ritornello.policies.sampling import UniformSampling
 from ritornello.records.storage import Storage
 from ritornello.rounds.planner import plan_draw
@@ -198,7 +199,7 @@ def _labels_known(rounds: Rounds) -> Iterator[tuple[str, np.ndarray]]:
     with contextlib.suppress(TypeError):  # a policy of one's own that cannot be saved
         state = rounds.selection.state()
         with _contradicts_nothing("the selection policy"):
-            rounds.new_selection().restore(state, rounds.num_held)
+            rounds.new_selection(is_protected(state)).restore(state, rounds.num_held)
         if {"labels", "counts", "slots"} <= state.keys():
             known = np.zeros(rounds.num_held, dtype=np.int64)
             known[state["slots"]] = np.repeat(state["labels"], state["counts"])

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ritornello.policies.class_members import ClassMembers
+from ritornello.policies.classes.members import ClassMembers
 from ritornello.testing import chi_square_p_value
 
 

@@ -16,8 +16,8 @@ from ritornello.policies.class_shares import (
     GreedyBalanced,
     PerClassRandom,
 )
+from ritornello.policies.classes.scores import rank_of_exemplar
 from ritornello.policies.selection import SelectionPolicy
-from ritornello.policies.share_scores import rank_of_exemplar
 from ritornello.testing import chi_square_p_value
 
 SHARING = [ClassBalanced, PerClassRandom, GreedyBalanced, FirstOffered]

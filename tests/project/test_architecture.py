@@ -46,8 +46,8 @@ HOUSE: Floors = [
     ("experiments",),
     ("integrations",),
     ("ritornello",),  # the public names
-    ("prefetch", "testing"),
-    ("buffer", "composition"),
+    ("loaders", "testing"),
+    ("buffer",),
     ("saving",),
     ("rounds",),
     ("transports",),
@@ -241,7 +241,7 @@ def test_importing_the_library_loads_no_experiments_and_no_mpi() -> None:
         "not_core = ('ritornello.experiments', 'ritornello.integrations'); "
         "assert not [m for m in sys.modules if m.startswith(not_core)]; "
         "extras = {'matplotlib', 'torchvision', 'timm', 'rich', 'sklearn', 'mpi4py', 'kornia'}; "
-        "extras |= {'lightning', 'accelerate', 'avalanche', 'tensorboard', 'wandb', 'tensordict', 'torch._dynamo'}; "
+        "extras |= {'lightning', 'accelerate', 'transformers', 'avalanche', 'tensorboard', 'wandb', 'tensordict', 'torch._dynamo'}; "
         "assert not extras & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

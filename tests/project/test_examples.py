@@ -48,7 +48,7 @@ def test_the_difference_is_small(path: Path) -> None:
     plain = path.with_name(path.name.replace("_rehearsal", ""))
     sources = [each.read_text().split('"""', 2)[2].splitlines() for each in (plain, path)]
     changed = [line for line in difflib.ndiff(*sources) if line[0] in "+-"]
-    assert 3 <= len(changed) <= 10, changed
+    assert 3 <= len(changed) <= 12, changed
 
 
 @pytest.mark.slow

@@ -36,6 +36,7 @@ def test_the_public_names() -> None:
         "__version__",
         "at_random",
         "closest_to_mean",
+        "evenly",
         "forget",
         "herding",
         "rank_of_exemplar",

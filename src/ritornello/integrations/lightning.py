@@ -33,8 +33,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from ritornello.buffer import RehearsalBuffer
-from ritornello.composition import composed_steps_of
 from ritornello.integrations import missing
+from ritornello.loaders.composition import composed_steps_of
 from ritornello.records.nesting import Batch
 from ritornello.rounds.stats import BufferStats
 

@@ -7,17 +7,17 @@ from abc import abstractmethod
 import numpy as np
 
 from ritornello.arrays import Bools, Floats, Ints
+from ritornello.policies.classes.saved import Choose, first_ones
+from ritornello.policies.classes.scores import highest_scores, lowest
 from ritornello.policies.reservoir import reservoir_positions
-from ritornello.policies.saved_classes import Choose, first_ones
 from ritornello.policies.saved_shares import KeepsShares
 from ritornello.policies.selection import Assignment
-from ritornello.policies.share_scores import highest_scores, lowest
 
 
 class _ClassShares(KeepsShares):
     """What the class-balanced policies have in common: the shares of the classes.
 
-    Every representative that a class may have on a rank has a fixed score (see ``share_scores``),
+    Every representative that a class may have on a rank has a fixed score (see ``classes.scores``),
     and a shard keeps the lowest scores that its classes can fill. So the shares are equal (up to
     what a class has offered), adapt as classes appear, and leave no slot empty; remainders fall on
     different ranks for different classes, so that the global shares are equal too; and the ranks

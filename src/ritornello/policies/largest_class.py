@@ -5,7 +5,7 @@ representatives, the sizes are those of ``s`` slots dealt one at a time to the c
 fewest and has offered more. Which of the classes have one more than others is left to chance, on
 each rank for itself. So on many ranks the global sizes are less equal than with the policies of
 ``class_shares``. Where every slot has a class of its own, classes of a lower precedence replace
-those of the highest, as there (see ``share_scores``).
+those of the highest, as there (see ``classes.scores``).
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 import numpy as np
 
 from ritornello.arrays import Arrays, Floats, Ints
-from ritornello.policies.class_members import distinct_positions
+from ritornello.policies.classes.members import distinct_positions
 from ritornello.policies.contents import Contents
 
 

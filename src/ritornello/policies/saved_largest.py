@@ -7,7 +7,7 @@ from array import array
 import numpy as np
 
 from ritornello.arrays import Ints
-from ritornello.policies.saved_classes import (
+from ritornello.policies.classes.saved import (
     SavedClasses,
     at_random,
     check_classes,
@@ -15,8 +15,8 @@ from ritornello.policies.saved_classes import (
     key_array,
     key_of,
 )
+from ritornello.policies.classes.scores import num_labels_in_excess, precedence
 from ritornello.policies.selection import SavedShards, SelectionPolicy, State, checked_num_classes
-from ritornello.policies.share_scores import num_labels_in_excess, precedence
 
 
 class KeepsLargest(SelectionPolicy):

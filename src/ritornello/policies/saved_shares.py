@@ -9,8 +9,8 @@ from __future__ import annotations
 import numpy as np
 
 from ritornello.arrays import Bools, Ints
-from ritornello.policies.class_members import ClassMembers
-from ritornello.policies.saved_classes import (
+from ritornello.policies.classes.members import ClassMembers
+from ritornello.policies.classes.saved import (
     Choose,
     SavedClasses,
     at_random,
@@ -19,14 +19,14 @@ from ritornello.policies.saved_classes import (
     key_array,
     key_of,
 )
-from ritornello.policies.selection import SavedShards, SelectionPolicy, State, checked_num_classes
-from ritornello.policies.share_scores import (
+from ritornello.policies.classes.scores import (
     HASH_BITS,
     fixed_shares,
     lowest,
     num_labels_in_excess,
     precedence,
 )
+from ritornello.policies.selection import SavedShards, SelectionPolicy, State, checked_num_classes
 
 
 class KeepsShares(SelectionPolicy):

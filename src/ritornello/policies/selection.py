@@ -37,14 +37,18 @@ class SavedShards:
         states: of each shard's policy.
         sizes: int64 ``[num_ranks]``, representatives in each shard.
         capacity: of that buffer.
+        slots_per_rank: of each shard; None: the capacity was divided among them to the last one.
     """
 
     states: Sequence[State]
     sizes: Ints
     capacity: int
+    slots_per_rank: Sequence[int] | None = None
 
     def num_slots(self, rank: int) -> int:
-        """Of the shard of a rank; the capacity was divided among them to the last one."""
+        """Of the shard of a rank."""
+        if self.slots_per_rank is not None:
+            return self.slots_per_rank[rank]
         return self.capacity // len(self.states) + (rank < self.capacity % len(self.states))
 
 

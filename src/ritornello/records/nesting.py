@@ -171,6 +171,15 @@ def rebuild(template: Template, leaves: Sequence[Any]) -> Batch:
     return kind(*inside) if hasattr(template, "_fields") else tuple(inside)
 
 
+def mapped(batch: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
+    """A batch nested alike, with other tensors; what is no tensor stays as it is."""
+    leaves = {
+        path: change(leaf) if isinstance(leaf, Tensor) else leaf for path, leaf in leaves_of(batch)
+    }
+    positions = {path: position for position, path in enumerate(leaves)}
+    return rebuild(template_of(batch, positions.__getitem__), list(leaves.values()))
+
+
 def leaves_like(template: Template, batch: Batch, found: list[Any], path: Path = ()) -> None:
     """Puts the leaves of a batch into ``found``, each at its position in the template.
 

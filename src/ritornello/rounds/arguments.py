@@ -161,6 +161,19 @@ def check_count(name: str, value: Any, *, minimum: int) -> None:
         raise ValueError(f"{name}={value}: it must be at least {minimum}")
 
 
+def check_share(name: str, value: Any) -> float:
+    """A part of a whole, more than nothing.
+
+    Raises:
+        ValueError, TypeError: names it, its value and the rule.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
+        raise TypeError(f"{name}={value!r}: it must be a number")
+    if not 0 < value <= 1:  # which NaN is not either
+        raise ValueError(f"{name}={value}: it must be above 0, and at most 1")
+    return float(value)
+
+
 def check_seconds(name: str, value: Any) -> None:
     """Checks a time in seconds.
 

@@ -24,6 +24,7 @@ class Purpose(IntEnum):
     ADOPTION = 4
     RATE = 5
     COMPOSITION = 6
+    PROTECTION = 7
 
 
 class Streams:

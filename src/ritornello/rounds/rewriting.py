@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from ritornello.records.layout import Layout
+from ritornello.records.modes import outside_inference
 from ritornello.records.nesting import Batch, path_text
-from ritornello.rounds.modes import outside_inference
 from ritornello.rounds.round import Rounds
 
 

@@ -17,6 +17,7 @@ import torch
 from ritornello.arrays import Bytes, Ints
 from ritornello.policies.contents import Contents
 from ritornello.policies.names import SELECTION_POLICIES
+from ritornello.policies.protection import Protected, protectable, staying
 from ritornello.policies.sampling import SamplingPolicy
 from ritornello.policies.selection import (
     Assignment,
@@ -95,6 +96,7 @@ class Rounds:
         self.needs_labels = selection.needs_labels or sampling.needs_labels
         self._is_builtin = type(selection) in SELECTION_POLICIES.values()
         self._selection_streams = Streams(seed, Purpose.SELECTION, transport.rank)
+        self._protection_streams = Streams(seed, Purpose.PROTECTION, transport.rank)
         self.adoption_streams = Streams(seed, Purpose.ADOPTION)
         self.rate, self._rate_may_change = num_representatives, rate_may_change
         self._planner = Planner(transport.rank, num_representatives, self.sampling, seed, num_draws)
@@ -152,7 +154,8 @@ class Rounds:
             if admitted is not None:
                 self.sampling.overwritten(self._learn_labels(admitted))
             if self._rate_may_change:
-                self._agree_on_rate()
+                # A rank that drew another number would take what is not its own.
+                self._check_alike("num_representatives", self.rate)
                 self._planner.change_rate(self.rate)
             plan = self._planner.plan(self.num_rounds, self.contents, self._full)
             if plan.num_drawn:
@@ -329,9 +332,47 @@ class Rounds:
         nothing = np.zeros(self.transport.num_ranks, dtype=np.int64)
         return Contents(nothing, self.limits if self.sampling.needs_labels else None)
 
-    def new_selection(self) -> SelectionPolicy:
-        """This rank's policy as it was before the first candidate."""
+    def protect(self, share: float) -> int:
+        """Protects what this rank holds; see ``RehearsalBuffer.protect``.
+
+        Blocks until all ranks have called it.
+
+        Args:
+            share: of the capacity.
+
+        Returns:
+            How many representatives of all ranks are protected now.
+
+        Raises:
+            ValueError: on every rank, if the shares differ.
+        """
+        self._check_alike("protect: the share", share)
+        rank, num_ranks = self.transport.rank, self.transport.num_ranks
+        held, before = np.arange(self.num_held), np.zeros(0, dtype=np.int64)
+        if isinstance(self.selection, Protected):
+            before = self.selection.protected
+        labels = self.labels() if self.selection.needs_labels else np.zeros_like(held)
+        others = np.setdiff1d(held, before)
+        room = protectable(self.capacity, share, rank, num_ranks) - len(before)
+        generator = self._protection_streams.at(self.num_rounds)
+        key = self._unused_selection.buffer_seed
+        stay = staying(labels[others], max(0, room), key, rank, num_ranks, generator)
+        protected = np.concatenate([before, others[stay]])
+        selection = self.new_selection(protects=True)
+        assert isinstance(selection, Protected)
+        selection.begin(protected, labels[protected], generator.permutation(others[~stay]))
+        self.selection = selection
+        return int(gather_counts(self.transport, len(protected)).sum())
+
+    def new_selection(self, protects: bool = False) -> SelectionPolicy:
+        """This rank's policy as it was before the first candidate.
+
+        Args:
+            protects: whether for the slots alone that are not protected.
+        """
         policy = copy.deepcopy(self._unused_selection)
+        if protects:
+            policy = Protected(policy)
         policy.bind(self.num_rows, self.transport.rank, self.transport.num_ranks)
         return policy
 
@@ -419,24 +460,24 @@ class Rounds:
             self.contents.resize(gather_counts(self.transport, size))
             self._full = np.array_equal(self.contents.sizes, self.limits)
 
-    def _agree_on_rate(self) -> None:
-        """All-gathers the rates, as a rank that drew another number would take what is not its own.
+    def _check_alike(self, name: str, number: float) -> None:
+        """All-gathers what ranks have given, from 0 on.
 
         Raises:
             ValueError: on every rank, if they differ.
         """
         # The bits of a number from 0 on are those of an integer from 0 on: what is gathered in a
         # round must not be negative.
-        bits = int(np.float64(self.rate).view(np.int64))
-        rates = gather_counts(self.transport, bits).view(np.float64)
-        if (rates != self.rate).any():
+        bits = int(np.float64(number).view(np.int64))
+        given = gather_counts(self.transport, bits).view(np.float64)
+        if (given != number).any():
             found = [
-                f"{plain(rate)} on rank(s) {np.flatnonzero(rates == rate).tolist()}"
-                for rate in np.unique(rates)
+                f"{plain(each)} on rank(s) {np.flatnonzero(given == each).tolist()}"
+                for each in np.unique(given)
             ]
             raise ValueError(
-                f"num_representatives is {', '.join(found)}: all ranks must set the same, between "
-                "the same two steps"
+                f"{name} is {', '.join(found)}: all ranks must set the same, between the same two "
+                "steps"
             )
 
     def _learn_labels(self, admitted: Ints) -> Ints:

@@ -26,12 +26,12 @@ from ritornello.policies.selection import check_labels
 from ritornello.records import accelerators
 from ritornello.records.layout import Layout
 from ritornello.records.misread import check_not_misread
+from ritornello.records.modes import outside_inference
 from ritornello.records.nesting import Batch, leaves_of, path_text
 from ritornello.records.storage import Storage
 from ritornello.rounds.arguments import Arguments, plain
 from ritornello.rounds.first_batch import Begun, device_of
 from ritornello.rounds.joining import Joiner, copies
-from ritornello.rounds.modes import outside_inference
 from ritornello.rounds.random_streams import Purpose, Streams
 from ritornello.rounds.rewriting import FieldsMadeAnew, read
 from ritornello.rounds.round import Rounds
@@ -424,22 +424,6 @@ class Steps:
             self.failure = PeerLostError(self.here(f"{call} failed: {error}"), error.peers)
             raise self.failure from error
 
-    def begin_task(self, mark: Callable[[], None]) -> None:
-        """Tells the sampling policy that a task begins; waits for the running round.
-
-        Args:
-            mark: makes a note of it.
-        """
-        rounds = self.rounds
-
-        def begin() -> None:
-            if rounds.sampling.needs_tasks:
-                rounds.sampling.begin_task(rounds.contents)
-            mark()
-            self.training.knows_tasks = True
-
-        self.with_peers("begin_task", begin)  # else ranks would count tasks, or draw, differently
-
     def here(self, message: str) -> str:
         """The message, with the rank where there are several."""
         if self._transport.num_ranks == 1:
@@ -509,6 +493,27 @@ class Steps:
             seconds_offering=self.seconds_offering,
         )
 
+    # For who fills it.
+
+    def collect(self, batch: Batch) -> int:
+        """Makes every sample of a mini-batch a candidate of the next round; how many there are.
+
+        Raises:
+            TypeError, ValueError: it is not like the first one.
+        """
+        self.settle()
+        begun, leaves = self._checked(batch)
+        begun.staging.collect(leaves, None)
+        return leaves[0].shape[0]
+
+    def start_between_steps(self, rate: float) -> None:
+        """Starts a round whose draw takes the place of what the next step was to get.
+
+        Args:
+            rate: of this round alone, where it may change.
+        """
+        self._start(rate, self._place.num_new, self._place.num_past)
+
     # For who saves and restores it.
 
     def staged_records(self) -> Tensor:
@@ -548,4 +553,4 @@ class Steps:
         """
         if self.is_offered:
             self.drop_prepared()
-            self._start(rate, self._place.num_new, self._place.num_past)
+            self.start_between_steps(rate)

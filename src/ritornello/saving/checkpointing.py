@@ -17,6 +17,7 @@ from torch import Tensor
 from ritornello.arrays import Arrays
 from ritornello.errors import CheckpointError, RoundError
 from ritornello.policies.names import SAMPLING_POLICIES, SELECTION_POLICIES
+from ritornello.policies.protection import is_protected
 from ritornello.records.digest import digest
 from ritornello.records.layout import Layout
 from ritornello.rounds.arguments import Arguments
@@ -79,12 +80,18 @@ class Checkpointing:
                 )
             )
 
-        def mark() -> None:
+        rounds = self._rounds
+
+        def begin() -> None:
+            if rounds.sampling.needs_tasks:
+                rounds.sampling.begin_task(rounds.contents)
             # No clock is right that is before 1970.
             now = max(0.0, time.time())
-            self.tasks = (*self.tasks, TaskMark(text, self._rounds.num_rounds, now))
+            self.tasks = (*self.tasks, TaskMark(text, rounds.num_rounds, now))
+            self._steps.training.knows_tasks = True
 
-        self._steps.begin_task(mark)
+        # Else ranks would count tasks, or draw, differently.
+        self._steps.with_peers("begin_task", begin)
 
     # Saving.
 
@@ -183,7 +190,8 @@ class Checkpointing:
         rounds = self._rounds
         copies = {name: array.copy() for name, array in arrays.items()}
         if type(rounds.selection) not in SELECTION_POLICIES.values():
-            rounds.new_selection().restore(selection_state(copies), rounds.num_held)
+            state = selection_state(copies)
+            rounds.new_selection(is_protected(state)).restore(state, rounds.num_held)
         remembered = sampling_state(copies)
         if remembered and type(rounds.sampling) not in SAMPLING_POLICIES.values():
             rounds.new_sampling().restore(remembered)

@@ -23,6 +23,7 @@ from ritornello.arrays import Arrays, Ints
 from ritornello.errors import CheckpointError
 from ritornello.policies.contents import Contents
 from ritornello.policies.names import SAMPLING_POLICIES, SELECTION_POLICIES, Policy
+from ritornello.policies.protection import Protected, is_protected
 from ritornello.policies.selection import SelectionPolicy, State
 from ritornello.records.shard import rows_per_rank
 from ritornello.saving.conditions import Values, Where
@@ -235,7 +236,8 @@ def _without(
         state, slots = State(), np.arange(size)
         if len(removed[rank]):
             before = selection_state(_arrays(saved, rank))
-            state, slots = policy.forget(before, size, removed[rank])
+            own = Protected(policy) if is_protected(before) else policy
+            state, slots = own.forget(before, size, removed[rank])
         states.append(state)
         kept.append(slots)
     return states, kept

@@ -9,6 +9,7 @@ import torch
 
 from ritornello.arrays import Arrays, Bytes, Ints
 from ritornello.policies.contents import Contents
+from ritornello.policies.protection import is_protected
 from ritornello.policies.sampling import SamplingPolicy
 from ritornello.policies.selection import SavedShards, SelectionPolicy
 from ritornello.records.shard import rows_per_rank
@@ -44,8 +45,9 @@ def restore(rounds: Rounds, saved: SavedBuffer, knows_contents: bool) -> None:
         _check_sizes(sizes, rounds.limits)
         with saved.shard(rank) as shard:
             arrays = shard.arrays()
-        selection, sampling = rounds.new_selection(), rounds.new_sampling()
-        selection.restore(selection_state(arrays), int(sizes[rank]))
+        state, sampling = selection_state(arrays), rounds.new_sampling()
+        selection = rounds.new_selection(is_protected(state))
+        selection.restore(state, int(sizes[rank]))
         contents = rounds.no_contents()
         contents.resize(sizes)
         if knows_contents:
@@ -90,9 +92,10 @@ def adopt(rounds: Rounds, saved: SavedBuffer) -> None:
         for rank in range(num_ranks):
             with saved.shard(rank) as shard:
                 arrays.append(shard.arrays())
-        selection = rounds.new_selection()
+        states = [selection_state(each) for each in arrays]
+        selection = rounds.new_selection(is_protected(states[0]))
         owners, slots = selection.adopt(
-            SavedShards([selection_state(each) for each in arrays], sizes, manifest.capacity),
+            SavedShards(states, sizes, manifest.capacity),
             rounds.capacity,
             rounds.adoption_streams.at(manifest.num_rounds),
         )

@@ -21,6 +21,9 @@ CALLS = (
     "state_dict",
     "measure_distances",
     "begin_task",
+    "fill",
+    "evenly",
+    "protect",
 )
 """What all ranks do together while no round runs."""
 

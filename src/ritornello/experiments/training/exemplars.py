@@ -19,7 +19,7 @@ from ritornello.experiments.ranks.place import Place
 from ritornello.experiments.recipes.recipe import Recipe
 from ritornello.experiments.strategies import strategy_named
 from ritornello.policies import exemplars
-from ritornello.policies.share_scores import rank_of_exemplar
+from ritornello.policies.classes.scores import rank_of_exemplar
 
 Ints = NDArray[np.int64]
 

@@ -9,7 +9,6 @@ from itertools import repeat
 import numpy as np
 from numpy.typing import NDArray
 
-from ritornello.composition import ComposedSteps
 from ritornello.experiments.data.data_set import DataSet, LabelledBatch
 from ritornello.experiments.data.scenarios import Task
 from ritornello.experiments.data.stream import (
@@ -22,6 +21,7 @@ from ritornello.experiments.ranks.place import Place
 from ritornello.experiments.recipes.recipe import Recipe
 from ritornello.experiments.strategies import Strategy
 from ritornello.experiments.training import exemplars
+from ritornello.loaders.composition import ComposedSteps
 
 
 class Schedule:

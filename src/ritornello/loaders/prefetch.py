@@ -11,9 +11,10 @@ from typing import Any
 import torch
 
 from ritornello.buffer import RehearsalBuffer
-from ritornello.composition import composed_steps_of
+from ritornello.loaders.composition import composed_steps_of
+from ritornello.loaders.evenly import Evenly
 from ritornello.records import accelerators
-from ritornello.records.nesting import Batch, leaves_of, rebuild, template_of
+from ritornello.records.nesting import Batch, leaves_of, mapped
 from ritornello.rounds.steps import Steps
 from ritornello.rounds.worker import EXIT_SECONDS, Errand, Worker
 
@@ -45,7 +46,8 @@ def rehearse(
     Args:
         loader: any iterable of mini-batches; ``pin_memory=True`` in a ``DataLoader`` lets the
             copy to a GPU overlap too. Where its ``batch_sampler`` is a ``ComposedSteps``, the
-            buffer's ``num_representatives`` follows it.
+            buffer's ``num_representatives`` follows it. Of ``evenly``, where ranks have unequally
+            many mini-batches.
         buffer: the rehearsal buffer.
         device: where the mini-batches shall be. None: where the loader puts them, on the trainer's
             stream.
@@ -60,10 +62,12 @@ def rehearse(
         is of the mini-batch that the loop has got last, so that one that goes on from it trains on
         each mini-batch once. ``load_state_dict`` comes before the first mini-batch.
     """
+    even = loader if isinstance(loader, Evenly) else None
+    loader = loader if even is None else even.loader
     is_stateful = all(
         callable(getattr(loader, name, None)) for name in ("state_dict", "load_state_dict")
     )
-    received = _received(loader, buffer, device, with_mask, is_stateful)
+    received = _received(loader, even, buffer, device, with_mask, is_stateful)
     return StatefulRehearsed(loader, received) if is_stateful else Rehearsed(received)
 
 
@@ -133,6 +137,7 @@ def _state_of(loader: Any) -> Any:
 
 def _received(
     loader: Iterable[Batch],
+    even: Evenly | None,
     buffer: RehearsalBuffer,
     device: str | torch.device | None,
     with_mask: bool,
@@ -144,7 +149,7 @@ def _received(
         stream = accelerators.new_stream(target)
     batches, steps, composed = iter(loader), buffer._steps, composed_steps_of(loader)
 
-    def prepare(stream: torch.Stream | None) -> Prepared | None:
+    def prepare(batches: Iterable[Batch], stream: torch.Stream | None) -> Prepared | None:
         with accelerators.on_streams(() if stream is None else (stream,)):
             for batch in batches:
                 state = _state_of(loader) if is_stateful else None
@@ -154,23 +159,28 @@ def _received(
                 return joined, accelerators.mark(steps.trainer_device), state
         return None
 
-    def begin_next() -> Errand[Prepared | None]:
+    def begin_next(batches: Iterable[Batch]) -> Errand[Prepared | None]:
         """Has the next one prepared, behind all that the trainer has asked the device for."""
         if stream is None:
-            preparing = Errand(partial(prepare, _stream_of_the_trainer(steps)))
+            preparing = Errand(partial(prepare, batches, _stream_of_the_trainer(steps)))
         else:
             stream.wait_stream(accelerators.current_stream(stream.device))
-            preparing = Errand(partial(prepare, stream))
+            preparing = Errand(partial(prepare, batches, stream))
         ahead.start(preparing)
         return preparing
 
     ahead = Worker("ritornello-rehearse")
     coming = None
     try:
-        coming = begin_next()
+        coming = begin_next(batches)
         for number in count(1):
             ahead.finish(coming)
             prepared = coming.result
+            # Ranks talk on the trainer's thread alone, so that all do it in the same order.
+            if even is not None and even.go_on(prepared and prepared[0]) and prepared is None:
+                coming = begin_next((even.empty(),))
+                ahead.finish(coming)
+                prepared = coming.result
             if prepared is None:
                 return _state_of(loader) if is_stateful else None
             batch, ready, state = prepared
@@ -181,7 +191,7 @@ def _received(
             steps.start_round()
             if with_mask:
                 batch = batch, steps.past_mask()
-            coming = begin_next()
+            coming = begin_next(batches)
             yield batch, state
             # Held here, it could not be freed while the next one trains.
             del batch, prepared
@@ -206,12 +216,7 @@ def _stream_of_the_trainer(steps: Steps) -> torch.Stream | None:
 
 def _moved(batch: Batch, device: torch.device) -> Batch:
     # What is no tensor is for `update` to refuse.
-    leaves = {
-        path: _placed(leaf, device) if isinstance(leaf, torch.Tensor) else leaf
-        for path, leaf in leaves_of(batch)
-    }
-    positions = {path: position for position, path in enumerate(leaves)}
-    return rebuild(template_of(batch, positions.__getitem__), list(leaves.values()))
+    return mapped(batch, partial(_placed, device=device))
 
 
 def _placed(leaf: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -8,14 +8,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ritornello.arrays import Bools, Ints
-from ritornello.policies.selection import SavedShards, State
-from ritornello.policies.share_scores import (
+from ritornello.policies.classes.scores import (
     highest_scores,
     lowest,
     mixed,
     precedence,
     rank_of_lowest_score,
 )
+from ritornello.policies.selection import SavedShards, State
 
 MOST_OFFERED = 2**48
 """No class offers as many candidates; what is computed from fewer fits into 64 bits."""

@@ -1,0 +1,145 @@
+"""Ranks whose loaders give unequally many mini-batches: all go on until the last one has ended."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from functools import partial
+
+import numpy as np
+from torch import Tensor
+
+from ritornello.arrays import Ints
+from ritornello.records.nesting import Batch, mapped
+from ritornello.rounds.steps import Steps
+from ritornello.transports.agreement import gather_counts, gather_padded
+
+ENDED_WITHOUT, ENDED, FAILED, HAS = range(4)
+"""What a rank tells the others of its loader: it has ended, and never gave anything; it has ended;
+it failed; it has given a mini-batch, and so many samples more than this number says."""
+
+
+class Together:
+    """What a rank and the others know of each other's loaders.
+
+    Args:
+        steps: of this rank.
+        call: in which all of them are.
+        like: a mini-batch as those of the loader are; None: the first one that comes tells.
+    """
+
+    def __init__(self, steps: Steps, call: str, like: Batch | None = None) -> None:
+        self._steps, self._call = steps, call
+        self._empty: Batch | None = None if like is None else _emptied(like)
+
+    def tell(self, batch: Batch | None, num_samples: int = 0, has_failed: bool = False) -> Ints:
+        """Tells the other ranks what this one's loader has given; blocks until all have.
+
+        Args:
+            batch: what it has given; None if it has ended.
+            num_samples: in it.
+            has_failed: whether it raised an error.
+
+        Returns:
+            int64 ``[num_ranks]``: ``ENDED``, ``FAILED``, or ``HAS`` and the number of samples.
+
+        Raises:
+            CheckpointError, PeerLostError: see ``Steps.with_peers``.
+        """
+        if batch is not None and self._empty is None and not has_failed:
+            self._empty = _emptied(batch)
+        own = HAS + num_samples
+        if batch is None:
+            own = ENDED_WITHOUT if self._empty is None else ENDED
+        told: Ints = self._steps.with_peers(
+            self._call, partial(self._exchange, FAILED if has_failed else own)
+        )
+        return told
+
+    def empty(self) -> Batch:
+        """An empty mini-batch, for a rank whose loader has ended, where another one goes on.
+
+        Raises:
+            TypeError: nobody could say what it is like.
+        """
+        if self._empty is None:
+            raise TypeError(
+                self._steps.here(
+                    f"{self._call}: the loader has given nothing, and what the mini-batches of the "
+                    "other ranks are like could not be sent from them, as something in them cannot "
+                    "be pickled: let this loader give an empty one first (or evenly, with like=)"
+                )
+            )
+        return self._empty
+
+    def _exchange(self, own: int) -> Ints:
+        """On the worker's thread."""
+        transport = self._steps.rounds.transport
+        told = gather_counts(transport, own)
+        if told.max() >= HAS and told.min() == ENDED_WITHOUT:
+            sender = int((told >= HAS).argmax())
+            content = self._as_bytes() if transport.rank == sender else b""
+            sent = gather_padded(np.frombuffer(content, np.uint8).astype(np.int64), transport)
+            if own == ENDED_WITHOUT:
+                with suppress(Exception):  # what is not known here, or could not be sent
+                    # Of a rank of our own job, which could do as much without.
+                    empty, kinds = pickle.loads(bytes(sent[sender].astype(np.uint8)))
+                    places = iter(kinds)
+                    self._empty = mapped(empty, lambda leaf: leaf.to(next(places)))
+        return told
+
+    def _as_bytes(self) -> bytes:
+        """The empty mini-batch, in CPU memory, and where its tensors are; nothing if it cannot be.
+
+        A kind of device, such as "cuda", is another rank's own.
+        """
+        kinds = list[str]()
+
+        def noted(leaf: Tensor) -> Tensor:
+            kinds.append(leaf.device.type)
+            return leaf.cpu()
+
+        try:
+            return pickle.dumps((mapped(self._empty, noted), kinds))
+        except Exception:  # containers may raise anything
+            return b""
+
+
+def fill(steps: Steps, loader: Iterable[Batch], progress: Callable[[int], None] | None) -> int:
+    """Offers all samples of a loader; see ``RehearsalBuffer.fill``."""
+    ranks, num_offered = Together(steps, "fill"), 0
+    batches = None
+    while True:
+        batch, num_samples, failure = None, 0, None
+        try:
+            batches = iter(loader) if batches is None else batches
+            batch = next(batches, None)
+            if batch is not None:
+                num_samples = steps.collect(batch)
+        except Exception as error:  # then all ranks end here
+            failure = error
+        told = ranks.tell(batch, num_samples, failure is not None)
+        if failure is not None:
+            raise failure
+        if (told == FAILED).any():
+            steps.drop_prepared()
+            raise RuntimeError(
+                steps.here(
+                    f"fill failed on rank(s) {np.flatnonzero(told == FAILED).tolist()}: see the "
+                    "error there. What was offered before is stored, and the buffer goes on"
+                )
+            )
+        if told.max() < HAS:
+            return num_offered
+        if batch is None:
+            steps.collect(ranks.empty())
+        steps.start_between_steps(steps.rate)
+        num_offered += int((told - HAS).clip(min=0).sum())
+        if progress is not None:
+            progress(num_offered)
+
+
+def _emptied(batch: Batch) -> Batch:
+    """A mini-batch without a sample, that keeps nothing of another one alive."""
+    return mapped(batch, lambda leaf: leaf.new_empty((0, *leaf.shape[1:])) if leaf.dim() else leaf)
