@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from chains import play
 
-from ritornello.policies.saved_classes import SavedClasses
+from ritornello.policies.saved.classes import SavedClasses
 from ritornello.rounds.round import Rounds
 from ritornello.saving.state_dict import _ShardInMemory
 

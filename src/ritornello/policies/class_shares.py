@@ -8,8 +8,8 @@ import numpy as np
 
 from ritornello.arrays import Bools, Floats, Ints
 from ritornello.policies.reservoir import reservoir_positions
-from ritornello.policies.saved_classes import Choose, first_ones
-from ritornello.policies.saved_shares import KeepsShares
+from ritornello.policies.saved.classes import Choose, first_ones
+from ritornello.policies.saved.shares import KeepsShares
 from ritornello.policies.selection import Assignment
 from ritornello.policies.share_scores import highest_scores, lowest
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ritornello.arrays import Floats, Ints
-from ritornello.policies.saved_classes import MOST_OFFERED
+from ritornello.policies.saved.classes import MOST_OFFERED
 from ritornello.policies.selection import (
     Assignment,
     SavedShards,

@@ -29,7 +29,7 @@ from ritornello.records.misread import check_not_misread
 from ritornello.records.nesting import Batch, leaves_of, path_text
 from ritornello.records.storage import Storage
 from ritornello.rounds.arguments import Arguments, plain
-from ritornello.rounds.first_batch import Begun, device_of
+from ritornello.rounds.first_batch import Begun, bounded, device_of
 from ritornello.rounds.joining import Joiner, copies
 from ritornello.rounds.modes import outside_inference
 from ritornello.rounds.random_streams import Purpose, Streams
@@ -145,11 +145,12 @@ class Steps:
             if any(type(leaf) is not Tensor for _, leaf in leaves_of(batch)):
                 augmented = begun.layout.rebuild(leaves)
         else:
-            began = time.perf_counter()
-            augmented = begun.layout.rebuild(self._joiner.join(begun.layout, leaves, staged))
+            began, pages = time.perf_counter(), begun.staging.pages
+            joined = self._joiner.join(begun.layout, leaves, staged, pages)
+            augmented = begun.layout.rebuild(joined)
             self.seconds_joining += time.perf_counter() - began
         self._copy_candidates(begun.staging, leaves)
-        self._num_new_joined = leaves[0].shape[0]
+        self._num_new_joined = len(leaves[0])
         return augmented
 
     def draw(self, call: str) -> list[Batch] | None:
@@ -158,7 +159,7 @@ class Steps:
         drawn = None
         if staged is not None:
             began, begun = time.perf_counter(), self._known
-            drawn = copies(begun.layout, staged, self._arguments.num_draws)
+            drawn = copies(begun.layout, staged, self._arguments.num_draws, begun.staging.pages)
             begun.staging.release()
             self.seconds_joining += time.perf_counter() - began
         self._num_new_joined = 0
@@ -237,7 +238,7 @@ class Steps:
 
     def _copy_candidates(self, staging: Staging, leaves: list[Tensor]) -> None:
         began = time.perf_counter()
-        num_samples = leaves[0].shape[0]
+        num_samples = len(leaves[0])
         num_candidates = self._arguments.num_candidates
         rows = None
         if num_candidates is not None and num_candidates < num_samples:
@@ -253,7 +254,8 @@ class Steps:
             begun = self.begun
             if begun is None:
                 check_not_misread(batch)
-                layout = Layout.of(batch)
+                num_ranks = self._transport.num_ranks
+                layout = bounded(Layout.of(batch), batch, self._arguments, num_ranks)
                 leaves = layout.leaves(batch)
                 label = layout.label_position(self._arguments.label_path, self.rounds.needs_labels)
                 begun = self._begin(device_of(leaves), layout, label)
@@ -283,7 +285,11 @@ class Steps:
         return self.begun
 
     def _begin(
-        self, device: torch.device, layout: Layout, label: int | None, staged: Tensor | None = None
+        self,
+        device: torch.device,
+        layout: Layout,
+        label: int | None,
+        staged: tuple[Tensor, Tensor | None] | None = None,
     ) -> Begun:
         begun = Begun.on(
             device, layout, label, self._arguments, self._storage, self._worker_streams
@@ -291,7 +297,7 @@ class Steps:
         if self.rounds.among_others is not None:
             self.rounds.among_others.begin()
         if staged is not None:
-            begun.staging.put_back(staged)
+            begun.staging.put_back(*staged)
         self.rounds.open(layout, label, begun.identity, begun.staging)
         self.begun = begun
         return begun
@@ -510,9 +516,11 @@ class Steps:
 
     # For who saves and restores it.
 
-    def staged_records(self) -> Tensor:
-        """A copy of what is staged for the next step, in CPU memory."""
-        return self._known.staging.staged(self.num_staged)
+    def staged_records(self) -> tuple[Tensor, Tensor | None]:
+        """A copy of what is staged for the next step, in CPU memory: rows, and pages if any."""
+        staging = self._known.staging
+        rows = staging.staged(self.num_staged)
+        return rows, None if staging.pages is None else staging.staged_pages(self.num_staged)
 
     def begin_restored(self, layout: Layout, label: int | None, on_gpu: bool) -> None:
         """Begins with a saved buffer's layout, before any mini-batch.
@@ -532,10 +540,17 @@ class Steps:
         """As before ``begin_restored``."""
         self.begun, self.rounds.shard, self._is_restored = None, None, False
 
-    def go_on(self, num_rounds: int, is_offered: bool, staged: Tensor, rate: float) -> None:
+    def go_on(
+        self,
+        num_rounds: int,
+        is_offered: bool,
+        staged: Tensor,
+        rate: float,
+        pages: Tensor | None = None,
+    ) -> None:
         """Takes the place of a buffer after some rounds, with what it had staged, and its rate."""
         self.rate = rate
-        self._known.staging.put_back(staged)
+        self._known.staging.put_back(staged, pages)
         self._num_new_joined = self._num_joined = 0
         self._place = Place(num_rounds, is_offered, 0, 0, Errand.ended(len(staged)))
 

@@ -166,7 +166,10 @@ class Checkpointing:
         if rounds.contents.knows_labels:
             arrays |= contents_arrays(rounds.contents.state(), rounds.sampling.state())
         if self._steps.begun is not None:
-            arrays["staged"] = self._steps.staged_records().numpy()
+            rows, _ = self._steps.staged_records()
+            arrays["staged"] = rows.numpy()
+            if self._steps.begun.layout.ragged:
+                raise CheckpointError("samples of unequal length cannot be saved yet")
         manifest = self._manifest()
         manifest.as_readable_json()
         rows = rounds.used_rows(manifest.record_bytes)
@@ -193,7 +196,7 @@ class Checkpointing:
         steps, begun = self._steps, self._steps.begun
         return Manifest(
             arguments=self._as_text,
-            capacity=int(self._arguments.capacity),
+            capacity=int(self._rounds.capacity),
             held_per_rank=tuple(self._rounds.contents.sizes.tolist()),
             num_rounds=self._rounds.num_rounds,
             num_offers=steps.num_offers,

@@ -7,7 +7,7 @@ from array import array
 import numpy as np
 
 from ritornello.arrays import Ints
-from ritornello.policies.saved_classes import (
+from ritornello.policies.saved.classes import (
     SavedClasses,
     at_random,
     check_classes,

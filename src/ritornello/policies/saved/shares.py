@@ -10,7 +10,7 @@ import numpy as np
 
 from ritornello.arrays import Bools, Ints
 from ritornello.policies.class_members import ClassMembers
-from ritornello.policies.saved_classes import (
+from ritornello.policies.saved.classes import (
     Choose,
     SavedClasses,
     at_random,
