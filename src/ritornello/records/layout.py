@@ -11,7 +11,7 @@ import hashlib
 import math
 import reprlib
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, is_dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from torch import Tensor
 from ritornello.arrays import Bytes, Ints
 from ritornello.records import accelerators
 from ritornello.records.digest import digest
+from ritornello.records.leaves import check_leaf, plain_tensor
 from ritornello.records.nesting import (
     Batch,
     Path,
@@ -56,8 +57,6 @@ MOST_FIELDS = 10_000
 MOST_FIELD_BYTES = 2**40
 
 MOST_DIMENSIONS = 64
-
-GRAPH_PACKAGES = ("torch_geometric", "dgl")
 
 LIST_REMEDY = (
     ". If a list holds a tensor for each sample, make it one tensor [b, ...]; where lengths differ "
@@ -190,9 +189,9 @@ class Layout:
                 found[position] = leaf = _ragged_like(field, leaf)
                 num_in_leaf, shape = len(leaf), []
             else:
-                _check_leaf(field.path, leaf)
+                check_leaf(field.path, leaf)
                 if type(leaf) is not Tensor:
-                    found[position] = _plain(field.path, leaf)
+                    found[position] = plain_tensor(field.path, leaf)
                 num_in_leaf, *shape = leaf.shape
             if field.form is None and (leaf.dtype != field.dtype or tuple(shape) != field.shape):
                 raise ValueError(
@@ -376,14 +375,14 @@ def _kind_of_leaf(
 ) -> tuple[str | None, torch.dtype, tuple[int, ...]]:
     """Form, dtype and shape of a field."""
     if not is_ragged:
-        _check_leaf(path, leaf)
+        check_leaf(path, leaf)
         return None, leaf.dtype, tuple(leaf.shape[1:])
     ragged = Ragged.of(leaf)
     assert ragged is not None
     (dtype,), (shape,) = ragged.dtypes, ragged.shapes
     for sample in ragged.samples:
         if isinstance(sample, Tensor):
-            _check_leaf(path, sample)
+            check_leaf(path, sample)
     return ragged.form, dtype, shape
 
 
@@ -405,7 +404,7 @@ def _ragged_like(field: Field, leaf: Any) -> Ragged:
     for number, sample in enumerate(ragged.samples):
         dtype, shape = torch.uint8, tuple[int, ...]()
         if isinstance(sample, Tensor):
-            _check_leaf((*field.path, number), sample)
+            check_leaf((*field.path, number), sample)
             dtype, shape = sample.dtype, tuple(sample.shape[1:])
         if dtype != field.dtype or shape != field.shape:
             sizes = ", ".join(map(str, ("length", *field.shape)))
@@ -450,48 +449,6 @@ def shape_elements(shape: Sequence[int]) -> int:
     return torch.Size(shape).numel()
 
 
-def _check_leaf(path: Path, leaf: Any) -> None:
-    if not isinstance(leaf, Tensor):
-        raise TypeError(
-            f"{path_text(path)} is a {type(leaf).__name__}; the buffer holds tensors "
-            f"({_remedy_for(leaf)})"
-        )
-    if type(leaf) is not Tensor or leaf.layout != torch.strided or leaf.is_nested:
-        _check_kind(path, leaf)
-    if leaf.is_quantized or leaf.is_meta:
-        _check_kind(path, leaf)
-    if leaf.dim() == 0:
-        raise ValueError(
-            f"{path_text(path)} has no dimensions; a mini-batch's leaf has the shape [b, ...]"
-        )
-
-
-def _check_kind(path: Path, leaf: Tensor) -> None:
-    """Checks that a tensor's values are all there, in memory of its own."""
-    classes = {each.__name__ for each in type(leaf).__mro__}
-    for applies, kind, remedy in (
-        (
-            leaf.is_nested,
-            "a nested tensor",
-            "with layout=torch.jagged it may be one whose samples differ in their first dimension "
-            "alone; torch.nested.to_padded_tensor pads it",
-        ),
-        (leaf.is_quantized, f"quantised, {leaf.dtype}", "offer its int_repr() or dequantize()"),
-        ("FakeTensor" in classes or leaf.is_meta, "without values", "it only tells a shape"),
-        (
-            "MaskedTensor" in classes,
-            "a masked tensor",
-            "offer its values, to_tensor(0), and its mask as two leaves",
-        ),
-        ("DTensor" in classes, "spread over ranks", "to_local() gives what is on this one"),
-        (leaf.layout != torch.strided, f"{leaf.layout}", "to_dense() makes it one"),
-    ):
-        if applies:
-            raise TypeError(
-                f"{path_text(path)} is {kind}; the buffer holds dense tensors only ({remedy})"
-            )
-
-
 def _remedy_for_another(leaf: Tensor, field: Field) -> str:
     """What to do with a leaf that is not as those of the first mini-batch."""
     if tuple(leaf.shape) == field.shape and leaf.dtype == field.dtype:
@@ -523,38 +480,6 @@ def _remedy_for_label(field: Field) -> str:
         "Convert class numbers with long(); other targets need a policy without labels: "
         "selection='reservoir', label=None"
     )
-
-
-def _plain(path: Path, leaf: Tensor) -> Tensor:
-    """The plain tensor that one of a subclass is.
-
-    Raises:
-        TypeError: it only looks like one, and has its values elsewhere.
-    """
-    if type(leaf).__torch_dispatch__ is not Tensor.__torch_dispatch__:
-        raise TypeError(
-            f"{path_text(path)} is a {type(leaf).__name__}, which has no values of its own; give "
-            "the plain tensor that it stands for"
-        )
-    return leaf.as_subclass(Tensor)
-
-
-def _remedy_for(leaf: Any) -> str:
-    """What to do with what is no tensor."""
-    if isinstance(leaf, (str, bytes)):
-        return "leave text out of it, or offer its tokens, a tensor for each sample in a list"
-    if leaf is None or "NonTensor" in type(leaf).__name__:  # TensorDict's
-        return "leave out what is no tensor"
-    if type(leaf).__module__.partition(".")[0] in GRAPH_PACKAGES:
-        return (
-            "a batch of graphs numbers its nodes through: offer each graph's tensors padded to one "
-            "size, [b, n, ...], and build the batch behind update"
-        )
-    if is_dataclass(leaf):
-        return "torch.utils._pytree.register_dataclass makes a dataclass a container of tensors"
-    if type(leaf).__module__.startswith("PIL."):
-        return "torchvision's pil_to_tensor converts images"
-    return "torch.as_tensor converts arrays and numbers"
 
 
 def _is_in_list(path: Path) -> bool:

@@ -11,6 +11,7 @@ from ritornello.policies.names import sampling_policy, selection_policy
 from ritornello.policies.sampling import UniformSampling
 from ritornello.policies.within_bytes import within_bytes
 from ritornello.records.layout import Layout
+from ritornello.records.misread import check_not_misread
 from ritornello.records.nesting import Batch, path_text
 from ritornello.records.pages import Paging
 from ritornello.records.storage import Storage, free_memory_bytes
@@ -53,7 +54,7 @@ class Begun:
             MemoryError: what is drawn in a step does not fit.
             ValueError: ``identity=`` names no leaf that can be it.
         """
-        check_place(layout, device, storage)
+        _check_place(layout, device, storage)
         _check_room(layout, arguments)
         num_draws = arguments.num_draws
         num_per_step = arguments.most_per_draw * num_draws
@@ -65,7 +66,18 @@ class Begun:
         return cls(layout, label, identity, staging)
 
 
-def bounded(layout: Layout, batch: Batch, arguments: Arguments, num_ranks: int) -> Layout:
+def understood(batch: Batch, arguments: Arguments, num_ranks: int) -> tuple[Layout, list[Any]]:
+    """The layout of a first mini-batch, and its leaves.
+
+    Raises:
+        TypeError, ValueError: it is none, may be misread, or nothing says how much memory it takes.
+    """
+    check_not_misread(batch)
+    layout = _bounded(Layout.of(batch), batch, arguments, num_ranks)
+    return layout, layout.leaves(batch)
+
+
+def _bounded(layout: Layout, batch: Batch, arguments: Arguments, num_ranks: int) -> Layout:
     """A layout with the pages that its ragged fields have, if any.
 
     Args:
@@ -107,7 +119,7 @@ def bounded(layout: Layout, batch: Batch, arguments: Arguments, num_ranks: int) 
     return replace(layout, paging=paging)
 
 
-def check_place(layout: Layout, device: torch.device, storage: Storage) -> None:
+def _check_place(layout: Layout, device: torch.device, storage: Storage) -> None:
     """Checks that ragged fields are where they can be.
 
     Raises:

@@ -29,8 +29,9 @@ from ritornello.policies.selection import (
 from ritornello.policies.within_bytes import Turnover, WithinBytes, within_bytes
 from ritornello.records.identities import Identities
 from ritornello.records.layout import Layout
-from ritornello.records.pages import TABLE_BYTES, Pages, Paging, expanded
-from ritornello.records.paging import leaves_of, pages_of_records, starts_of
+from ritornello.records.paged import PagedShard
+from ritornello.records.pages import TABLE_BYTES, Pages, Paging
+from ritornello.records.paging import starts_of
 from ritornello.records.shard import Shard, rows_per_rank
 from ritornello.records.storage import Storage
 from ritornello.rounds.arguments import plain
@@ -38,9 +39,10 @@ from ritornello.rounds.distances import cosine_distances
 from ritornello.rounds.first_round import OpenBuffer
 from ritornello.rounds.planner import Planner
 from ritornello.rounds.random_streams import Purpose, Streams
-from ritornello.rounds.staging import Candidates, Staging
+from ritornello.rounds.staging import Records, Staging
 from ritornello.transports.agreement import gather_counts, gather_padded, together
 from ritornello.transports.base import Transport
+from ritornello.transports.pages import plan_of_pages
 from ritornello.transports.plan import Plan
 
 STAGES = ("admit", "plan", "exchange", "stage")
@@ -89,8 +91,7 @@ class Rounds:
         self.seconds_per_stage = dict.fromkeys(STAGES, 0.0)
         self.bytes_sent = self.bytes_received = 0
         self.shard: Shard | None = None
-        self.pages: Pages | None = None
-        self.before_free: Callable[[Ints], None] | None = None
+        self.paged: PagedShard | None = None
         self.among_others: OpenBuffer | None = None
         self.before_write: Callable[[Ints], None] | None = None
         self.num_overwritten = 0  # loads and rewrites
@@ -125,18 +126,16 @@ class Rounds:
     @property
     def num_bytes(self) -> int:
         """Bytes of this rank's shard, with all its pages."""
-        pages = self.pages.num_bytes if self.pages is not None else 0
-        return pages + (self.shard.num_bytes if self.shard is not None else 0)
+        in_pages = self.paged.pages.num_bytes if self.paged is not None else 0
+        return in_pages + (self.shard.num_bytes if self.shard is not None else 0)
 
     @property
     def num_used_bytes(self) -> int:
         """How many of them are in use."""
         if self.shard is None:
             return 0
-        rows = self.num_held * self._layout.record_bytes
-        if self.pages is None:
-            return rows
-        return rows + self.pages.num_used * (self.pages.shard.rows.shape[1] + TABLE_BYTES)
+        in_pages = self.paged.num_used_bytes if self.paged is not None else 0
+        return in_pages + self.num_held * self._layout.record_bytes
 
     @property
     def num_held(self) -> int:
@@ -169,7 +168,7 @@ class Rounds:
         if identity is not None and self._identities is None:
             self._identities = Identities(self.num_rows)
 
-    def run(self, candidates: Candidates) -> int:
+    def run(self, candidates: Records) -> int:
         """Runs one round.
 
         Returns:
@@ -197,14 +196,12 @@ class Rounds:
                 self._enter("exchange")
                 received = self._staging.receive(plan.num_drawn)
                 self.transport.exchange(shard, plan, received)
-                if self.pages is not None:
-                    self._exchange_pages(self.pages, plan, received.numpy())
+                if self.paged is not None:
+                    self._exchange_pages(self.paged, plan, received)
                 self._enter("stage")
                 self._staging.deliver(plan.num_drawn, plan.order)
         self._enter(None)
-        kept = int(plan.send_counts[self.transport.rank])
-        self.bytes_sent += (int(plan.send_counts.sum()) - kept) * self._layout.record_bytes
-        self.bytes_received += (plan.num_drawn - kept) * self._layout.record_bytes
+        self._count_bytes(plan, self._layout.record_bytes)
         self.num_rounds += 1
         return plan.num_drawn
 
@@ -233,14 +230,10 @@ class Rounds:
     def representatives(self, first: int, num_rows: int) -> list[Any]:
         """Copies of this rank's representatives from a slot on, field by field."""
         assert self.shard is not None
+        if self.paged is not None:
+            return self.paged.leaves(first, num_rows)
         rows = self._staging.copy_for_trainer(self.shard.rows[first : first + num_rows])
-        pages = None
-        if self.pages is not None:
-            slots = np.arange(first, first + num_rows)
-            numbers, counts = self.pages.of_slots(slots), self.pages.counts[slots]
-            pages = self.pages.shard.rows[torch.from_numpy(numbers)]
-            starts_of(self._layout, rows.numpy())[:] = counts.cumsum() - counts
-        return leaves_of(self._layout, rows, pages)
+        return self._layout.views(rows)
 
     def placed(self, values: Mapping[int, torch.Tensor]) -> dict[int, torch.Tensor]:
         """The trainer's values for ``rewrite``; on the trainer's thread."""
@@ -362,7 +355,7 @@ class Rounds:
         if self._identity is not None and self._identities is not None and self.shard is not None:
             rows = torch.from_numpy(self.to_host(self.shard.rows[: self.num_held]))
             self._identities.restart(self._layout.integers(rows, self._identity))
-        self._full = self.pages is None and np.array_equal(contents.sizes, self.limits)
+        self._full = self.paged is None and np.array_equal(contents.sizes, self.limits)
         self._planner.go_on(sampling)
 
     def tell_labels(self) -> None:
@@ -393,7 +386,7 @@ class Rounds:
 
     # In a round.
 
-    def _admit(self, candidates: Candidates, shard: Shard) -> tuple[int, Ints | None]:
+    def _admit(self, candidates: Records, shard: Shard) -> tuple[int, Ints | None]:
         """Lets the policy decide, writes the shard.
 
         Returns:
@@ -407,8 +400,8 @@ class Rounds:
                 check_labels(labels, self.selection.num_classes)
         else:
             labels = np.zeros(len(records), dtype=np.int64)
-        if self.pages is not None:
-            return self._turn_over(self.pages, candidates, shard, labels), None
+        if self.paged is not None:
+            return self._turn_over(self.paged, candidates, labels), None
         assignment = self._assign(records, labels)
         size = self.num_held
         if self._is_builtin and size == self.num_rows:
@@ -424,88 +417,53 @@ class Rounds:
             return new_size, None
         return new_size, np.stack([assignment.slots, labels[assignment.rows]], axis=1)
 
-    def _turn_over(self, pages: Pages, candidates: Candidates, shard: Shard, labels: Ints) -> int:
-        """Where bytes are bounded: lets the policy decide, writes shard and pages.
+    def _turn_over(self, paged: PagedShard, candidates: Records, labels: Ints) -> int:
+        """Where bytes are bounded: lets the policy decide, writes the shard.
 
         Returns:
             The shard's new size.
         """
-        assert isinstance(self.selection, WithinBytes)
-        assert candidates.pages is not None
-        layout, rows = self._layout, candidates.records.numpy()
-        counts = pages_of_records(layout, rows, candidates.pages.shape[1])
-        turnover = self._decide(candidates.records, labels, counts)
-        slots = np.concatenate([turnover.moved_to, turnover.slots])
+        records, pages = candidates
+        assert pages is not None
+        turnover = self._decide(records, labels, paged.pages_of(records))
+        moved_from, moved_to, slots = turnover.moved_from, turnover.moved_to, turnover.slots
         self.transport.await_readers()
         if self.before_write is not None:
-            self.before_write(np.concatenate([turnover.removed, turnover.moved_from, slots]))
-        moved = torch.empty((len(turnover.moved_from), rows.shape[1]), dtype=torch.uint8)
-        shard.gather(turnover.moved_from, moved)
-        pages.give_back(turnover.removed)
-        pages.move(turnover.moved_from, turnover.moved_to)
-        num_moves, needed = pages.num_moves, counts[turnover.rows]
-        taken = pages.take(turnover.slots, needed)
-        if self.before_free is not None:
-            self.before_free(taken)
-        pages.shard.write(
-            taken, candidates.pages, expanded(starts_of(layout, rows)[turnover.rows], needed)
-        )
-        came = candidates.records[torch.from_numpy(turnover.rows)]
-        self._write_rows(shard, pages, slots, torch.cat((moved, came)))
-        if pages.num_moves > num_moves:
-            all_slots = np.arange(turnover.size)
-            self._write_rows(shard, pages, all_slots, shard.rows[: turnover.size].clone())
-        self.admitted_in[turnover.moved_to] = self.admitted_in[turnover.moved_from]
-        self.admitted_in[turnover.slots] = self.num_rounds
+            self.before_write(np.concatenate([moved_to, slots]))
+        paged.make_room(turnover.removed, moved_from, moved_to)
+        came = records[torch.from_numpy(turnover.rows)]
+        paged.write(slots, came, pages, turnover.size)
+        self.admitted_in[moved_to] = self.admitted_in[moved_from]
+        self.admitted_in[slots] = self.num_rounds
         return turnover.size
 
-    def _write_rows(self, shard: Shard, pages: Pages, slots: Ints, rows: torch.Tensor) -> None:
-        """Writes rows to slots, with where the pages of these are."""
-        starts_of(self._layout, rows.numpy())[:] = pages.starts[slots]
-        shard.write(slots, rows, np.arange(len(slots)))
-
-    def _decide(self, records: torch.Tensor, labels: Ints, counts: Ints) -> Turnover:
+    def _decide(self, records: torch.Tensor, labels: Ints, num_pages: Ints) -> Turnover:
         """What the policy says, where bytes are bounded, of candidates not held already."""
         assert isinstance(self.selection, WithinBytes)
         generator = self._selection_streams.at(self.num_rounds)
-        if self._identity is None or self._identities is None:
-            return self.selection.turn_over(labels, counts, generator)
-        identities = self._layout.integers(records, self._identity)
-        new = self._identities.new_rows(identities)
-        turnover = self.selection.turn_over(labels[new], counts[new], generator)
-        turnover = replace(turnover, rows=new[turnover.rows])
         held = self._identities
+        if self._identity is None or held is None:
+            return self.selection.turn_over(labels, num_pages, generator)
+        identities = self._layout.integers(records, self._identity)
+        new = held.new_rows(identities)
+        turnover = self.selection.turn_over(labels[new], num_pages[new], generator)
         held.move(turnover.moved_from, turnover.moved_to, turnover.removed)
-        held.put(turnover.slots, identities[turnover.rows])
-        return turnover
+        held.put(turnover.slots, identities[new[turnover.rows]])
+        return replace(turnover, rows=new[turnover.rows])
 
-    def _exchange_pages(self, pages: Pages, plan: Plan, received: Bytes) -> None:
-        """Fetches what of the received records lies in pages, and serves what this rank owes.
-
-        The rows that have come say how many pages there are for each, and the rows of this rank's
-        shard how many it owes: so of these, too, each pair of ranks exchanges one block.
-        """
-        counts = pages_of_records(self._layout, received, len(pages.shard.rows[0]))
-        starts = starts_of(self._layout, received)
-        num_ranks = self.transport.num_ranks
-        of_requester = pages.counts[plan.send_slots]
-        receive_counts = _sums(counts, plan.receive_counts)
-        places = expanded(starts, counts)
-        paged = Plan(
-            receive_slots=self.transport.look_up(pages, places, receive_counts),
-            receive_counts=receive_counts,
-            send_counts=_sums(of_requester, plan.send_counts),
-            drawn_slots=np.zeros((num_ranks, 0), dtype=np.int64),
-            is_asked=np.zeros((num_ranks, 0), dtype=np.bool_),
-        )
-        paged.send_slots = pages.of_slots(plan.send_slots)
-        out = self._staging.receive_pages(len(places))
-        self.transport.exchange(pages.shard, paged, out)
+    def _exchange_pages(self, paged: PagedShard, plan: Plan, received: torch.Tensor) -> None:
+        """Fetches what of the received records lies in pages, and serves what this rank owes."""
+        counts, starts = paged.pages_of(received), starts_of(self._layout, received.numpy())
+        of_pages = plan_of_pages(self.transport, paged.pages, plan, starts, counts)
+        out = self._staging.receive_pages(of_pages.num_drawn)
+        self.transport.exchange(paged.pages.shard, of_pages, out)
         starts[:] = counts.cumsum() - counts
-        rank, page_bytes = self.transport.rank, out.shape[1]
-        kept = int(paged.send_counts[rank])
-        self.bytes_sent += (int(paged.send_counts.sum()) - kept) * page_bytes
-        self.bytes_received += (len(places) - kept) * page_bytes
+        self._count_bytes(of_pages, paged.page_bytes)
+
+    def _count_bytes(self, plan: Plan, num_bytes: int) -> None:
+        kept = int(plan.send_counts[self.transport.rank])
+        self.bytes_sent += (int(plan.send_counts.sum()) - kept) * num_bytes
+        self.bytes_received += (plan.num_drawn - kept) * num_bytes
 
     def _assign(self, records: torch.Tensor, labels: Ints) -> Assignment:
         """What the policy says of the candidates that are not held already."""
@@ -546,12 +504,12 @@ class Rounds:
             self.limits, self._layout.record_bytes, self._storage
         )
         self.admitted_in = np.zeros(self.num_rows, dtype=np.int64)
-        self.pages = None
+        self.paged = None
         if self._paging is not None:
             num_pages, page_bytes = self._paging.pages_per_rank, self._paging.page_bytes
             pages = self.transport.make_shard(num_pages, page_bytes, self._storage)
             table = self.transport.make_shard(num_pages, TABLE_BYTES, self._storage)
-            self.pages = Pages(pages, table, self.num_rows)
+            self.paged = PagedShard(self._layout, self.shard, Pages(pages, table, self.num_rows))
         return self.shard
 
     def _learn_sizes(self, size: int) -> None:
@@ -559,7 +517,7 @@ class Rounds:
         if not self._full:
             self.contents.resize(gather_counts(self.transport, size))
             # Where bytes are bounded, a full shard may hold fewer in the next round.
-            self._full = self.pages is None and np.array_equal(self.contents.sizes, self.limits)
+            self._full = self.paged is None and np.array_equal(self.contents.sizes, self.limits)
 
     def _agree_on_rate(self) -> None:
         """All-gathers the rates, as a rank that drew another number would take what is not its own.
@@ -600,11 +558,3 @@ class Rounds:
             self.seconds_per_stage[self.stage] += now - self._stage_began
         self._stage_began = None if stage is None else now
         self.stage = stage or self.stage
-
-
-def _sums(values: Ints, counts: Ints) -> Ints:
-    """The sums of as many values in a row as each count says; int64, of the length of counts."""
-    before = np.concatenate([[0], values.cumsum()])
-    ends = counts.cumsum()
-    sums: Ints = before[ends] - before[ends - counts]
-    return sums

@@ -15,8 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,17 +30,13 @@ WorkerStreams = dict[torch.device, torch.Stream]
 """The worker's streams: one for each accelerator that it uses, for as long as the buffer lives."""
 
 
-@dataclass(frozen=True)
-class Candidates:
-    """Copies of the candidates of a round.
+class Records(NamedTuple):
+    """Copies of records, on their way."""
 
-    Attributes:
-        records: uint8 ``[m, record_bytes]`` on the trainer's device.
-        pages: those that go with them, if some fields are ragged.
-    """
-
-    records: Tensor
+    rows: Tensor
+    """uint8 ``[m, record_bytes]``, on the trainer's device."""
     pages: Tensor | None = None
+    """uint8 ``[num_pages, page_bytes]``: those that go with them, if some fields are ragged."""
 
 
 def at_least(pages: Tensor, num_pages: int) -> Tensor:
@@ -141,11 +136,11 @@ class Staging:
         """Drops them again."""
         self._num_collected = 0
 
-    def candidates(self) -> Candidates:
+    def candidates(self) -> Records:
         """What was collected since the last call; must be used up before the next."""
         records = self._collected[: self._num_collected]
         self._num_collected = 0
-        return Candidates(records, self._collected_pages)
+        return Records(records, self._collected_pages)
 
     def take(self, num_rows: int) -> Tensor:
         """The first staged representatives as records, valid until ``release`` or ``collect``."""
@@ -186,25 +181,22 @@ class Staging:
         for stream in self._streams:
             stream.synchronize()
 
-    def staged_pages(self, num_rows: int) -> Tensor:
-        """A copy of the pages of the first representatives that were delivered."""
-        assert self.pages is not None
-        rows = self._delivered[:num_rows].numpy()
-        counts = pages_of_records(self._layout, rows, self._page_bytes)
-        numbers = expanded(starts_of(self._layout, rows), counts)
-        return self.pages[torch.from_numpy(numbers)]
-
-    def staged(self, num_rows: int) -> Tensor:
-        """A copy of the first representatives that were delivered, in CPU memory."""
+    def staged(self, num_rows: int) -> Records:
+        """Copies of the first representatives that were delivered, in CPU memory."""
         self._await_turn_end()  # `rehearse` may be at its turn on another stream: both only read
-        return self._delivered[:num_rows].cpu().clone()
+        rows, pages = self._delivered[:num_rows].cpu().clone(), None
+        if self.pages is not None:
+            starts = starts_of(self._layout, rows.numpy())
+            counts = pages_of_records(self._layout, rows.numpy(), self._page_bytes)
+            pages = self.pages[torch.from_numpy(expanded(starts, counts))]
+            starts[:] = counts.cumsum() - counts
+        return Records(rows, pages)
 
-    def put_back(self, staged: Tensor, pages: Tensor | None = None) -> None:
-        """Places what ``staged`` and ``staged_pages`` gave where it was."""
-        if pages is not None:
-            self.pages = pages
-            counts = pages_of_records(self._layout, staged.numpy(), self._page_bytes)
-            starts_of(self._layout, staged.numpy())[:] = counts.cumsum() - counts
+    def put_back(self, records: Records) -> None:
+        """Places what ``staged`` gave where it was."""
+        staged = records.rows
+        if records.pages is not None:
+            self.pages = records.pages
         if self._stream is not None:
             self._begin_turn()
         self._delivered[: len(staged)] = staged.to(self.trainer_device)
@@ -217,17 +209,17 @@ class Staging:
         """A context in which the worker's work goes to its own streams, where it has any."""
         return accelerators.on_streams(self._streams)
 
-    def arrive(self, candidates: Candidates) -> Tensor:
+    def arrive(self, candidates: Records) -> Tensor:
         """The candidates' records on the shard's device; if that is the CPU, they are there."""
         if self._stream is not None and self._turn_end is not None:
             self._stream.wait_event(self._turn_end)
         if self.trainer_device == self._shard_device:
-            return candidates.records
-        num_rows = len(candidates.records)
+            return candidates.rows
+        num_rows = len(candidates.rows)
         if num_rows > len(self._arrived):
             self._arrived = self._rows(num_rows, self._shard_device)
         arrived = self._arrived[:num_rows]
-        arrived.copy_(candidates.records, non_blocking=self._stream is not None)
+        arrived.copy_(candidates.rows, non_blocking=self._stream is not None)
         if self._stream is not None and self._shard_device.type == "cpu":
             self._stream.synchronize()  # also with what was received last, and is overwritten now
         return arrived

@@ -25,17 +25,16 @@ from ritornello.errors import CheckpointError, PeerLostError, RoundError, round_
 from ritornello.policies.selection import check_labels
 from ritornello.records import accelerators
 from ritornello.records.layout import Layout
-from ritornello.records.misread import check_not_misread
 from ritornello.records.nesting import Batch, leaves_of, path_text
 from ritornello.records.storage import Storage
 from ritornello.rounds.arguments import Arguments, plain
-from ritornello.rounds.first_batch import Begun, bounded, device_of
+from ritornello.rounds.first_batch import Begun, device_of, understood
 from ritornello.rounds.joining import Joiner, copies
 from ritornello.rounds.modes import outside_inference
 from ritornello.rounds.random_streams import Purpose, Streams
 from ritornello.rounds.rewriting import FieldsMadeAnew, read
 from ritornello.rounds.round import Rounds
-from ritornello.rounds.staging import Staging, WorkerStreams
+from ritornello.rounds.staging import Records, Staging, WorkerStreams
 from ritornello.rounds.stats import BufferStats
 from ritornello.rounds.watching import Training
 from ritornello.rounds.worker import Errand, Worker
@@ -253,10 +252,7 @@ class Steps:
         try:
             begun = self.begun
             if begun is None:
-                check_not_misread(batch)
-                num_ranks = self._transport.num_ranks
-                layout = bounded(Layout.of(batch), batch, self._arguments, num_ranks)
-                leaves = layout.leaves(batch)
+                layout, leaves = understood(batch, self._arguments, self._transport.num_ranks)
                 label = layout.label_position(self._arguments.label_path, self.rounds.needs_labels)
                 begun = self._begin(device_of(leaves), layout, label)
                 if self.rounds.among_others is not None:
@@ -285,11 +281,7 @@ class Steps:
         return self.begun
 
     def _begin(
-        self,
-        device: torch.device,
-        layout: Layout,
-        label: int | None,
-        staged: tuple[Tensor, Tensor | None] | None = None,
+        self, device: torch.device, layout: Layout, label: int | None, staged: Records | None = None
     ) -> Begun:
         begun = Begun.on(
             device, layout, label, self._arguments, self._storage, self._worker_streams
@@ -297,7 +289,7 @@ class Steps:
         if self.rounds.among_others is not None:
             self.rounds.among_others.begin()
         if staged is not None:
-            begun.staging.put_back(*staged)
+            begun.staging.put_back(staged)
         self.rounds.open(layout, label, begun.identity, begun.staging)
         self.begun = begun
         return begun
@@ -516,11 +508,9 @@ class Steps:
 
     # For who saves and restores it.
 
-    def staged_records(self) -> tuple[Tensor, Tensor | None]:
-        """A copy of what is staged for the next step, in CPU memory: rows, and pages if any."""
-        staging = self._known.staging
-        rows = staging.staged(self.num_staged)
-        return rows, None if staging.pages is None else staging.staged_pages(self.num_staged)
+    def staged_records(self) -> Records:
+        """A copy of what is staged for the next step, in CPU memory."""
+        return self._known.staging.staged(self.num_staged)
 
     def begin_restored(self, layout: Layout, label: int | None, on_gpu: bool) -> None:
         """Begins with a saved buffer's layout, before any mini-batch.
@@ -540,19 +530,12 @@ class Steps:
         """As before ``begin_restored``."""
         self.begun, self.rounds.shard, self._is_restored = None, None, False
 
-    def go_on(
-        self,
-        num_rounds: int,
-        is_offered: bool,
-        staged: Tensor,
-        rate: float,
-        pages: Tensor | None = None,
-    ) -> None:
+    def go_on(self, num_rounds: int, is_offered: bool, staged: Records, rate: float) -> None:
         """Takes the place of a buffer after some rounds, with what it had staged, and its rate."""
         self.rate = rate
-        self._known.staging.put_back(staged, pages)
+        self._known.staging.put_back(staged)
         self._num_new_joined = self._num_joined = 0
-        self._place = Place(num_rounds, is_offered, 0, 0, Errand.ended(len(staged)))
+        self._place = Place(num_rounds, is_offered, 0, 0, Errand.ended(len(staged.rows)))
 
     def draw_again(self, rate: float) -> None:
         """Has a round run without candidates, for what the next step draws.

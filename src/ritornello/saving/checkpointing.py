@@ -20,6 +20,7 @@ from ritornello.policies.names import SAMPLING_POLICIES, SELECTION_POLICIES
 from ritornello.records.digest import digest
 from ritornello.records.layout import Layout
 from ritornello.rounds.arguments import Arguments
+from ritornello.rounds.staging import Records
 from ritornello.rounds.steps import Steps
 from ritornello.rounds.worker import Worker
 from ritornello.saving.files import folder_at
@@ -166,8 +167,7 @@ class Checkpointing:
         if rounds.contents.knows_labels:
             arrays |= contents_arrays(rounds.contents.state(), rounds.sampling.state())
         if self._steps.begun is not None:
-            rows, _ = self._steps.staged_records()
-            arrays["staged"] = rows.numpy()
+            arrays["staged"] = self._steps.staged_records().rows.numpy()
             if self._steps.begun.layout.ragged:
                 raise CheckpointError("samples of unequal length cannot be saved yet")
         manifest = self._manifest()
@@ -331,7 +331,7 @@ class Checkpointing:
             adopt(self._rounds, saved)
         self.tasks, self._removals = manifest.tasks, manifest.removals
         steps.training.knows_tasks = bool(self.tasks)
-        steps.go_on(manifest.num_rounds, manifest.is_offered, staged, rate)
+        steps.go_on(manifest.num_rounds, manifest.is_offered, Records(staged), rate)
         # After `forget` there is none either: what was drawn may have been what was to be removed.
         if manifest.lacks_draw or not goes_on:
             steps.draw_again(rate_again)
