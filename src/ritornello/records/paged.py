@@ -62,6 +62,10 @@ class PagedShard:
         self.shard.gather(moved_from, moved)
         self.shard.write(moved_to, moved, np.arange(len(moved)))
 
+    def clear(self) -> None:
+        """Frees the pages of all slots."""
+        self.pages = Pages(self.pages.shard, self.pages.table, len(self.pages.counts))
+
     def write(self, slots: Ints, rows: Tensor, pages: Tensor, num_held: int) -> None:
         """Writes records to slots that have no pages.
 

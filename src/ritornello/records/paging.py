@@ -9,7 +9,7 @@ their way it is a row of the pages that go with them.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +19,16 @@ from ritornello.arrays import Bytes, Ints
 from ritornello.records.layout import Layout
 from ritornello.records.pages import START_BYTES, aligned
 from ritornello.records.ragged import Ragged, in_form
+
+
+class Records(NamedTuple):
+    """Records on their way: both parts of them."""
+
+    rows: Tensor
+    """uint8 ``[m, record_bytes]``."""
+    pages: Tensor | None = None
+    """uint8 ``[num_pages, page_bytes]``: those that go with them, if some fields are ragged;
+    they begin where the rows say."""
 
 
 def bytes_of_records(layout: Layout, rows: Bytes) -> Ints:
@@ -132,3 +142,23 @@ def leaves_of(layout: Layout, rows: Tensor, pages: Tensor | None) -> list[Any]:
         else:
             found.append(in_form(field.form, samples_of(layout, rows.numpy(), pages, position)))
     return found
+
+
+def repaged(layout: Layout, records: Records, page_bytes: int) -> Records:
+    """The same records in pages of another size; rows and pages are copies."""
+    rows, pages = records
+    assert pages is not None
+    if pages.shape[1] == page_bytes:
+        return records
+    rows = rows.clone()
+    starts, num_bytes = starts_of(layout, rows.numpy()), bytes_of_records(layout, rows.numpy())
+    counts = -(-num_bytes // page_bytes)
+    before = starts * pages.shape[1]
+    starts[:] = counts.cumsum() - counts
+    anew = torch.zeros((int(counts.sum()), page_bytes), dtype=torch.uint8)
+    source, target = pages.reshape(-1), anew.reshape(-1)
+    for first, place, size in zip(
+        before.tolist(), (starts * page_bytes).tolist(), num_bytes.tolist(), strict=True
+    ):
+        target[place : place + size] = source[first : first + size]
+    return Records(rows, anew)

@@ -47,6 +47,8 @@ class Ragged:
     @classmethod
     def of(cls, leaf: Any) -> Ragged | None:
         """A leaf as what it is; None if it is no such leaf."""
+        if isinstance(leaf, Ragged):
+            return leaf
         if isinstance(leaf, Tensor):
             return cls(leaf, leaf.unbind()) if is_jagged(leaf) else None
         if type(leaf) not in (list, tuple):
@@ -57,6 +59,12 @@ class Ragged:
         if kind is Tensor and any(each.dim() == 0 or each.is_nested for each in leaf):
             return None
         return cls(leaf, leaf)
+
+    @classmethod
+    def like(cls, form: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Ragged:
+        """One with a single sample of no length."""
+        sample = b"" if form.endswith(BYTES) else torch.empty((0, *shape), dtype=dtype)
+        return cls(in_form(form, [sample]), [sample])
 
     def __len__(self) -> int:
         return len(self.samples)

@@ -73,18 +73,23 @@ def understood(batch: Batch, arguments: Arguments, num_ranks: int) -> tuple[Layo
         TypeError, ValueError: it is none, may be misread, or nothing says how much memory it takes.
     """
     check_not_misread(batch)
-    layout = _bounded(Layout.of(batch), batch, arguments, num_ranks)
+    layout = Layout.of(batch)
+    mean_bytes = 0
+    if layout.ragged:
+        leaves = layout.leaves(batch)
+        mean_bytes = int(layout.bytes_in_pages(leaves).mean()) + layout.record_bytes
+    layout = bounded(layout, arguments, num_ranks, mean_bytes)
     return layout, layout.leaves(batch)
 
 
-def _bounded(layout: Layout, batch: Batch, arguments: Arguments, num_ranks: int) -> Layout:
-    """A layout with the pages that its ragged fields have, if any.
+def bounded(layout: Layout, arguments: Arguments, num_ranks: int, mean_bytes: int = 0) -> Layout:
+    """A layout with the pages that its ragged fields have in this buffer, if any.
 
     Args:
-        layout: of the first mini-batch.
-        batch: that mini-batch.
+        layout: of the first mini-batch, or of a saved buffer.
         arguments: of the buffer.
         num_ranks: that share it.
+        mean_bytes: of a sample, if known.
 
     Raises:
         ValueError: bytes are not bounded, though samples differ in length; or so little that no
@@ -100,13 +105,14 @@ def _bounded(layout: Layout, batch: Batch, arguments: Arguments, num_ranks: int)
         return layout
     field = layout.fields[layout.ragged[0]]
     if capacity_bytes is None:
-        leaves = layout.leaves(batch)
-        mean = int(layout.bytes_in_pages(leaves).mean()) + layout.record_bytes
+        like_these = (
+            f"; {capacity} samples like those of this mini-batch take about "
+            f"{capacity * mean_bytes:,} bytes"
+        )
         raise ValueError(
             f"{path_text(field.path)} holds samples of unequal length (if these are the fields of "
             "a sample, give them as a dict): the buffer must know how much memory it may take for "
-            f"them. Give capacity_bytes=, over all ranks; {capacity} samples like those of this "
-            f"mini-batch take about {capacity * mean:,} bytes"
+            f"them. Give capacity_bytes=, over all ranks{like_these if mean_bytes else ''}"
         )
     sampling = sampling_policy(arguments.sampling)
     if type(sampling) is not UniformSampling:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from ritornello.arrays import Bytes, Ints
+from ritornello.errors import CheckpointError
 from ritornello.policies.contents import Contents
 from ritornello.policies.names import SELECTION_POLICIES
 from ritornello.policies.sampling import SamplingPolicy
@@ -31,7 +32,7 @@ from ritornello.records.identities import Identities
 from ritornello.records.layout import Layout
 from ritornello.records.paged import PagedShard
 from ritornello.records.pages import TABLE_BYTES, Pages, Paging
-from ritornello.records.paging import starts_of
+from ritornello.records.paging import Records, repaged, starts_of
 from ritornello.records.shard import Shard, rows_per_rank
 from ritornello.records.storage import Storage
 from ritornello.rounds.arguments import plain
@@ -39,7 +40,7 @@ from ritornello.rounds.distances import cosine_distances
 from ritornello.rounds.first_round import OpenBuffer
 from ritornello.rounds.planner import Planner
 from ritornello.rounds.random_streams import Purpose, Streams
-from ritornello.rounds.staging import Records, Staging
+from ritornello.rounds.staging import Staging
 from ritornello.transports.agreement import gather_counts, gather_padded, together
 from ritornello.transports.base import Transport
 from ritornello.transports.pages import plan_of_pages
@@ -67,6 +68,8 @@ class Rounds:
         rate: ``r`` of the next round.
         among_others: this buffer among those of the rank, to compare with other ranks; or None.
         is_measured: whether the sampling policy may know distances.
+        paged_as: the pages of all shards, if samples differ in length.
+        paged: the shard with its pages, then.
         before_write: told the slots that are about to be overwritten, if anybody wants to know.
     """
 
@@ -100,7 +103,7 @@ class Rounds:
         self._full = False
         self.capacity = self._most_held = capacity
         self._capacity_bytes = capacity_bytes
-        self._paging: Paging | None = None
+        self.paged_as: Paging | None = None
         self.limits = rows_per_rank(capacity, transport.num_ranks)
         selection.buffer_seed = seed
         self._unused_selection, self._unused_sampling = copy.deepcopy((selection, sampling))
@@ -158,13 +161,13 @@ class Rounds:
         capacity = self._most_held
         if self._capacity_bytes is not None and layout.paging is None:
             capacity = min(capacity, self._capacity_bytes // layout.record_bytes)
-        if (capacity, layout.paging) != (self.capacity, self._paging):
-            self.capacity, self._paging = capacity, layout.paging
+        if (capacity, layout.paging) != (self.capacity, self.paged_as):
+            self.capacity, self.paged_as = capacity, layout.paging
             self.limits = rows_per_rank(capacity, self.transport.num_ranks)
             self.selection, self.sampling = self.new_selection(), self.new_sampling()
             self.contents = self.no_contents()
             self._planner.go_on(self.sampling)
-            self._is_builtin, self._identities = self._paging is None and self._is_builtin, None
+            self._is_builtin, self._identities = self.paged_as is None and self._is_builtin, None
         if identity is not None and self._identities is None:
             self._identities = Identities(self.num_rows)
 
@@ -307,7 +310,7 @@ class Rounds:
         if self.needs_labels:
             check_labels(self._labels_of(records), self.selection.num_classes)
 
-    def overwrite(self, records: Callable[[], Iterator[tuple[Ints, Bytes]]]) -> None:
+    def overwrite(self, records: Callable[[], Iterator[tuple[Ints, Records]]]) -> None:
         """Writes records to the shard; they come with their slots. Blocks until all ranks have.
 
         Raises:
@@ -331,12 +334,24 @@ class Rounds:
             self.num_overwritten += 1
             self.is_torn = self.contents.num_held > 0
             with self._staging.worker_stream():
+                if self.paged is not None:
+                    self.paged.clear()
                 for slots, found in records():
-                    rows = torch.from_numpy(found)
-                    self.check_records(rows)
-                    shard.write(slots, rows.to(shard.rows.device), np.arange(len(found)))
+                    self.check_records(found.rows)
+                    if self.paged is None:
+                        rows = found.rows.to(shard.rows.device)
+                        shard.write(slots, rows, np.arange(len(rows)))
+                        continue
+                    rows, pages = repaged(self._layout, found, self.paged.page_bytes)
+                    assert pages is not None
+                    self.paged.write(slots, rows, pages, num_held=0)
 
-        together(self.transport, write, "load")
+        try:
+            together(self.transport, write, "load")
+        except CheckpointError:
+            if self.paged is not None:
+                self.paged.clear()
+            raise
         self.is_torn = False
 
     def go_on(
@@ -371,8 +386,8 @@ class Rounds:
     def new_selection(self) -> SelectionPolicy:
         """This rank's policy as it was before the first candidate."""
         policy = copy.deepcopy(self._unused_selection)
-        if self._paging is not None:
-            num_pages = int(self._paging.pages_per_rank[self.transport.rank])
+        if self.paged_as is not None:
+            num_pages = int(self.paged_as.pages_per_rank[self.transport.rank])
             policy = within_bytes(policy, num_pages)
             policy.buffer_seed = self._unused_selection.buffer_seed
         policy.bind(self.num_rows, self.transport.rank, self.transport.num_ranks)
@@ -505,8 +520,8 @@ class Rounds:
         )
         self.admitted_in = np.zeros(self.num_rows, dtype=np.int64)
         self.paged = None
-        if self._paging is not None:
-            num_pages, page_bytes = self._paging.pages_per_rank, self._paging.page_bytes
+        if self.paged_as is not None:
+            num_pages, page_bytes = self.paged_as.pages_per_rank, self.paged_as.page_bytes
             pages = self.transport.make_shard(num_pages, page_bytes, self._storage)
             table = self.transport.make_shard(num_pages, TABLE_BYTES, self._storage)
             self.paged = PagedShard(self._layout, self.shard, Pages(pages, table, self.num_rows))

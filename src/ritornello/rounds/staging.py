@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,19 +24,10 @@ from ritornello.arrays import Ints
 from ritornello.records import accelerators
 from ritornello.records.layout import Layout
 from ritornello.records.pages import expanded
-from ritornello.records.paging import pack_pages, pages_of_records, starts_of
+from ritornello.records.paging import Records, pack_pages, pages_of_records, starts_of
 
 WorkerStreams = dict[torch.device, torch.Stream]
 """The worker's streams: one for each accelerator that it uses, for as long as the buffer lives."""
-
-
-class Records(NamedTuple):
-    """Copies of records, on their way."""
-
-    rows: Tensor
-    """uint8 ``[m, record_bytes]``, on the trainer's device."""
-    pages: Tensor | None = None
-    """uint8 ``[num_pages, page_bytes]``: those that go with them, if some fields are ragged."""
 
 
 def at_least(pages: Tensor, num_pages: int) -> Tensor:

@@ -26,6 +26,7 @@ from ritornello.policies.selection import check_labels
 from ritornello.records import accelerators
 from ritornello.records.layout import Layout
 from ritornello.records.nesting import Batch, leaves_of, path_text
+from ritornello.records.paging import Records
 from ritornello.records.storage import Storage
 from ritornello.rounds.arguments import Arguments, plain
 from ritornello.rounds.first_batch import Begun, device_of, understood
@@ -34,7 +35,7 @@ from ritornello.rounds.modes import outside_inference
 from ritornello.rounds.random_streams import Purpose, Streams
 from ritornello.rounds.rewriting import FieldsMadeAnew, read
 from ritornello.rounds.round import Rounds
-from ritornello.rounds.staging import Records, Staging, WorkerStreams
+from ritornello.rounds.staging import Staging, WorkerStreams
 from ritornello.rounds.stats import BufferStats
 from ritornello.rounds.watching import Training
 from ritornello.rounds.worker import Errand, Worker

@@ -8,19 +8,20 @@ import reprlib
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from ritornello.arrays import Arrays
 from ritornello.errors import CheckpointError, RoundError
 from ritornello.policies.names import SAMPLING_POLICIES, SELECTION_POLICIES
 from ritornello.records.digest import digest
 from ritornello.records.layout import Layout
+from ritornello.records.paging import Records, bytes_of_records
 from ritornello.rounds.arguments import Arguments
-from ritornello.rounds.staging import Records
+from ritornello.rounds.first_batch import bounded
 from ritornello.rounds.steps import Steps
 from ritornello.rounds.worker import Worker
 from ritornello.saving.files import folder_at
@@ -28,7 +29,10 @@ from ritornello.saving.folder import MOST_LOOKS
 from ritornello.saving.manifest import MOST_NAME, Manifest, Removal, TaskMark
 from ritornello.saving.restoring import adopt, restore
 from ritornello.saving.saved_buffer import (
+    BYTES_IN_PAGES,
+    STAGED_PAGES,
     SavedBuffer,
+    check_lengths,
     contents_arrays,
     records_of,
     sampling_state,
@@ -106,6 +110,8 @@ class Checkpointing:
             )
             saving.begin()
             self._saving, self._rounds.before_write = saving, saving.keep
+            if self._rounds.paged is not None:
+                self._rounds.paged.before_write = saving.keep_pages
             if background:
                 self._worker.while_idle(saving.step)
             else:
@@ -154,6 +160,8 @@ class Checkpointing:
                 self._saving.wait()
         finally:
             self._saving = self._rounds.before_write = None
+            if self._rounds.paged is not None:
+                self._rounds.paged.before_write = None
 
     def _snapshot(self) -> Snapshot:
         """What this rank saves, while no round runs.
@@ -167,15 +175,24 @@ class Checkpointing:
         if rounds.contents.knows_labels:
             arrays |= contents_arrays(rounds.contents.state(), rounds.sampling.state())
         if self._steps.begun is not None:
-            arrays["staged"] = self._steps.staged_records().rows.numpy()
-            if self._steps.begun.layout.ragged:
-                raise CheckpointError("samples of unequal length cannot be saved yet")
+            staged = self._steps.staged_records()
+            arrays["staged"] = staged.rows.numpy()
+            if staged.pages is not None:
+                arrays[STAGED_PAGES] = staged.pages.numpy()
         manifest = self._manifest()
         manifest.as_readable_json()
-        rows = rounds.used_rows(manifest.record_bytes)
-        check_header(header_of(arrays, *rows.shape), arrays, *rows.shape)
+        snapshot = Snapshot(manifest, arrays, rounds.used_rows(manifest.record_bytes))
+        if manifest.layout is not None and manifest.paging is not None:
+            arrays[BYTES_IN_PAGES] = bytes_of_records(manifest.layout, snapshot.rows.numpy())
+            pages = torch.zeros((0, manifest.paging.page_bytes), dtype=torch.uint8)
+            numbers = np.zeros(0, dtype=np.int64)
+            if rounds.paged is not None:
+                pages = rounds.paged.pages.shard.rows
+                numbers = rounds.paged.pages.of_slots(np.arange(rounds.num_held))
+            snapshot = replace(snapshot, pages=pages, page_numbers=numbers)
+        check_header(header_of(arrays, *snapshot.shapes), arrays, *snapshot.shapes)
         self._check_restores(arrays)
-        return Snapshot(manifest, arrays, rows)
+        return snapshot
 
     def _check_restores(self, arrays: Arrays) -> None:
         """Has policies of one's own take back what they have given.
@@ -297,16 +314,11 @@ class Checkpointing:
         candidates.
         """
         manifest, own, steps = saved.manifest, self._manifest(), self._steps
-        has_same_shards = manifest.num_ranks == own.num_ranks and manifest.capacity == own.capacity
         draws_alike = all(manifest.meant(name) == own.meant(name) for name in DRAWN_BY)
         rate, rate_again = self._rates(manifest)
-        goes_on = (
-            has_same_shards
-            and draws_alike
-            and self._has_same_rate(manifest)
-            and manifest.num_offers == manifest.num_rounds  # else see ``Manifest.num_offers``
-        )
         layout = manifest.layout
+        if layout is not None:
+            layout = together(self._transport, lambda: self._in_own_pages(manifest.layout), call)
         if layout is None:
             # Nothing to take over; but a buffer that has begun cannot become one that has not.
             if own.num_rounds or own.num_offers:
@@ -319,8 +331,20 @@ class Checkpointing:
             lambda: steps.begin_restored(layout, manifest.label, manifest.on_gpu),
             call,
         )
+        # The capacity may depend on what the samples are.
+        has_same_shards = (manifest.num_ranks, manifest.capacity, manifest.paging) == (
+            own.num_ranks,
+            self._rounds.capacity,
+            layout.paging,
+        )
+        goes_on = (
+            has_same_shards
+            and draws_alike
+            and self._has_same_rate(manifest)
+            and manifest.num_offers == manifest.num_rounds  # else see ``Manifest.num_offers``
+        )
         # First all that may be refused, while this buffer is as it was: then its shard is written.
-        staged = torch.zeros((0, manifest.record_bytes), dtype=torch.uint8)
+        staged = self._nothing_staged(layout)
         if goes_on:
             staged = together(self._transport, lambda: self._staged_in(saved), call)
         if has_same_shards:
@@ -331,7 +355,7 @@ class Checkpointing:
             adopt(self._rounds, saved)
         self.tasks, self._removals = manifest.tasks, manifest.removals
         steps.training.knows_tasks = bool(self.tasks)
-        steps.go_on(manifest.num_rounds, manifest.is_offered, Records(staged), rate)
+        steps.go_on(manifest.num_rounds, manifest.is_offered, staged, rate)
         # After `forget` there is none either: what was drawn may have been what was to be removed.
         if manifest.lacks_draw or not goes_on:
             steps.draw_again(rate_again)
@@ -357,7 +381,19 @@ class Checkpointing:
             return rate, rate
         return rate, min(manifest.num_drawn // num_draws, most)
 
-    def _staged_in(self, saved: SavedBuffer) -> Tensor:
+    def _in_own_pages(self, layout: Layout | None) -> Layout | None:
+        """A saved buffer's layout, as this one would have it."""
+        if layout is None:
+            return None
+        return bounded(layout, self._arguments, self._transport.num_ranks)
+
+    def _nothing_staged(self, layout: Layout) -> Records:
+        nothing = torch.zeros((0, layout.record_bytes), dtype=torch.uint8)
+        if layout.paging is None:
+            return Records(nothing)
+        return Records(nothing, torch.zeros((0, layout.paging.page_bytes), dtype=torch.uint8))
+
+    def _staged_in(self, saved: SavedBuffer) -> Records:
         """What this rank had staged for the next step, checked.
 
         Raises:
@@ -374,7 +410,12 @@ class Checkpointing:
                 f"{len(staged)} staged, but {manifest.num_staged} according to the manifest, "
                 f"and at most {most} can have been drawn"
             )
-        return staged
+        if manifest.layout is None or manifest.paging is None:
+            return Records(staged)
+        page_bytes = manifest.paging.page_bytes
+        pages = records_of(arrays, STAGED_PAGES, page_bytes)
+        check_lengths(manifest.layout, staged.numpy(), page_bytes, len(pages))
+        return Records(staged, torch.from_numpy(pages))
 
 
 def _fields_text(layout: Layout) -> str:
