@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ritornello.arrays import Ints
 from ritornello.records.layout import Layout
-from ritornello.records.pages import TABLE_BYTES, Pages, expanded
+from ritornello.records.pages import TABLE_BYTES, Pages
 from ritornello.records.paging import leaves_of, pages_of_records, starts_of
 from ritornello.records.shard import Shard
 
@@ -79,8 +79,9 @@ class PagedShard:
         taken = self.pages.take(slots, counts)
         if self.before_write is not None:
             self.before_write(taken)
-        sources = expanded(starts_of(self._layout, rows.numpy()), counts)
-        self.pages.shard.write(taken, pages, sources)
+        ends, starts = counts.cumsum().tolist(), starts_of(self._layout, rows.numpy()).tolist()
+        for start, num, end in zip(starts, counts.tolist(), ends, strict=True):
+            self.pages.shard.write_run(taken[end - num : end], pages[start : start + num])
         self._write_rows(slots, rows.clone())
         if self.pages.num_moves > num_moves:
             self._write_rows(np.arange(num_held), self.shard.rows[:num_held].clone())

@@ -18,6 +18,9 @@ TABLE_BYTES = 8 * PLACES_PER_ROW
 
 LEAST_PAGE_BYTES = 64
 
+PAGES_FOR_EACH = 32
+"""Of large representatives: half a page is then 1.6 % of one."""
+
 MOST_PAGE_BYTES = 2**16
 """Larger ones are moved no faster."""
 
@@ -50,7 +53,8 @@ class Paging:
         """As many as there is room for beside the rows.
 
         A representative wastes half a page, and costs a place in the table for each. The sum is
-        least at ``sqrt(2 * TABLE_BYTES * bytes)``.
+        least at ``sqrt(2 * TABLE_BYTES * bytes)``; but larger pages are moved faster, so that they
+        may be a part of a representative that costs little.
 
         Args:
             capacity_bytes: of all shards.
@@ -63,7 +67,7 @@ class Paging:
         """
         room = capacity_bytes - capacity * record_bytes
         bytes_for_each = max(1, room) / capacity
-        best = math.sqrt(2 * TABLE_BYTES * bytes_for_each)
+        best = max(math.sqrt(2 * TABLE_BYTES * bytes_for_each), bytes_for_each / PAGES_FOR_EACH)
         page_bytes = math.ceil(best / LEAST_PAGE_BYTES) * LEAST_PAGE_BYTES
         page_bytes = min(page_bytes, MOST_PAGE_BYTES)
         num_pages = max(0, room) // (page_bytes + TABLE_BYTES)
