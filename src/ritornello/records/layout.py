@@ -216,7 +216,7 @@ class Layout:
 
     def bytes_in_pages(self, leaves: Sequence[Any]) -> Ints:
         """How many bytes in pages each sample of a mini-batch needs, int64 ``[b]``."""
-        num_bytes = np.zeros(len(leaves[0]), dtype=np.int64)
+        num_bytes = np.zeros(leaves[0].shape[0], dtype=np.int64)
         for position in self.ragged:
             field = self.fields[position]
             num_bytes += aligned(leaves[position].lengths * field.bytes_per_length)

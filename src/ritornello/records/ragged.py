@@ -34,12 +34,14 @@ class Ragged:
         given: as it came.
         samples: tensors ``[n_i, *shape]``, or bytes.
         lengths: int64 ``[b]``, the ``n_i``.
+        shape: ``(b,)``, as far as it can be said.
         form: how it came: "list", "tuple" or "jagged", the first two with " of bytes" behind them.
     """
 
     def __init__(self, given: Any, samples: Sequence[Any]) -> None:
         self.given, self.samples = given, samples
         self.lengths: Ints = np.array([len(each) for each in samples], dtype=np.int64)
+        self.shape = (len(samples),)
         self.form = "jagged" if isinstance(given, Tensor) else type(given).__name__
         if any(isinstance(each, bytes) for each in samples):
             self.form += " of bytes"

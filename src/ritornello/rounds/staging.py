@@ -104,7 +104,7 @@ class Staging:
             leaves: one tensor ``[b, *shape]`` per field, of ragged ones a ``Ragged``.
             rows: int64 ``[m]``, the candidates; None: all samples.
         """
-        num_rows = len(leaves[0]) if rows is None else len(rows)
+        num_rows = leaves[0].shape[0] if rows is None else len(rows)
         if self._stream is not None:
             self._begin_turn()
         if num_rows > len(self._collected):

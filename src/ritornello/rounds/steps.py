@@ -150,7 +150,7 @@ class Steps:
             augmented = begun.layout.rebuild(joined)
             self.seconds_joining += time.perf_counter() - began
         self._copy_candidates(begun.staging, leaves)
-        self._num_new_joined = len(leaves[0])
+        self._num_new_joined = leaves[0].shape[0]
         return augmented
 
     def draw(self, call: str) -> list[Batch] | None:
@@ -238,7 +238,7 @@ class Steps:
 
     def _copy_candidates(self, staging: Staging, leaves: list[Tensor]) -> None:
         began = time.perf_counter()
-        num_samples = len(leaves[0])
+        num_samples = leaves[0].shape[0]
         num_candidates = self._arguments.num_candidates
         rows = None
         if num_candidates is not None and num_candidates < num_samples:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -94,6 +94,7 @@ class SavedRepresentatives:
         labels: int64 ``[n]``; None if the buffer knew no labels.
         admitted_in: int64 ``[n]``, the rounds in which they were admitted.
         tasks: int64 ``[n]``, positions in ``manifest.tasks``; -1: before the first.
+        leaves: the batch field by field.
     """
 
     slots: Ints
@@ -101,6 +102,7 @@ class SavedRepresentatives:
     labels: Ints | None
     admitted_in: Ints
     tasks: Ints
+    leaves: Sequence[Any] = ()
 
 
 def read(saved: SavedBuffer, rank: int, slots: Ints | None) -> Iterator[SavedRepresentatives]:
@@ -114,12 +116,14 @@ def read(saved: SavedBuffer, rank: int, slots: Ints | None) -> Iterator[SavedRep
         return
     admitted_in = admission_rounds(saved, rank)
     for at, (rows, pages) in _pieces(saved, rank, slots):
+        leaves = leaves_of(layout, rows, pages)
         yield SavedRepresentatives(
             at,
-            layout.rebuild(leaves_of(layout, rows, pages)),
+            layout.rebuild(leaves),
             None if manifest.label is None else layout.integers(rows, manifest.label),
             admitted_in[at],
             manifest.task_numbers(admitted_in[at]),
+            leaves,
         )
 
 
