@@ -333,6 +333,13 @@ def test_rehearse_and_fields_made_anew() -> None:
             buffer.rewrite(lambda batch: batch["bag"], fields="bag")
 
 
+def test_distinct_samples_are_told_apart_by_what_is_in_pages() -> None:
+    with make_buffer(capacity_bytes=90_000, selection="fifo", label=None) as buffer:
+        for number in (1, 2, 1):
+            buffer.update([torch.full((3,), number), torch.full((9,), number)])
+        assert (len(buffer), buffer.stats(distinct=True).num_distinct) == (6, 4)
+
+
 def test_gradients_flow_through_new_samples() -> None:
     with RehearsalBuffer(
         9, num_representatives=2, capacity_bytes=9000, selection="fifo", label=None

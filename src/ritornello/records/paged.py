@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from typing import Any
 
@@ -94,6 +95,17 @@ class PagedShard:
     def pages_in(self, slots: Ints) -> Tensor:
         """Copies of the pages of some slots, one slot after the other."""
         return self.pages.shard.rows[torch.from_numpy(self.pages.of_slots(slots))]
+
+    def num_distinct(self, num_held: int) -> int:
+        """How many of the first representatives differ in a field."""
+        rows = self.shard.rows[:num_held].clone()
+        starts_of(self._layout, rows.numpy())[:] = 0
+        found = set[bytes]()
+        for slot in range(num_held):
+            digest = hashlib.blake2b(rows[slot].numpy().tobytes(), digest_size=16)
+            digest.update(self.pages_in(np.array([slot])).numpy().tobytes())
+            found.add(digest.digest())
+        return len(found)
 
     def leaves(self, first: int, num_rows: int) -> list[Any]:
         """Copies of the representatives from a slot on, field by field."""

@@ -228,6 +228,8 @@ class Rounds:
             return self._identities.num_distinct
         if not compare or self.shard is None:
             return 0 if compare else None
+        if self.paged is not None:
+            return self.paged.num_distinct(self.num_held)
         return self._layout.num_distinct(self.to_host(self.shard.rows[: self.num_held]))
 
     def representatives(self, first: int, num_rows: int) -> list[Any]:
