@@ -401,13 +401,15 @@ def test_who_still_reads_gets_what_was_there() -> None:
                 buffer.update(batch_of(step, end.rank))
             len(buffer)
             if end.rank == 1:
-                gather = end._host.gather  # type: ignore[attr-defined]
+                shard = buffer._steps.rounds.shard
+                host: Any = shard.all_shards  # type: ignore[union-attr]
+                gather = host.gather
 
                 def slowly(*arguments: Any) -> None:
                     assert not has_rewritten.wait(0.5)
                     gather(*arguments)
 
-                end._host.gather = slowly  # type: ignore[attr-defined]
+                host.gather = slowly
             halves_of(buffer.update(batch_of(10, end.rank)))
             if end.rank == 0:
                 buffer.rewrite(add_half, fields=2)
@@ -415,7 +417,7 @@ def test_who_still_reads_gets_what_was_there() -> None:
                 return None
             drawn = buffer.draw()
             assert drawn is not None
-            end._host.gather = gather  # type: ignore[attr-defined]
+            host.gather = gather
             return halves_of(drawn).tolist()
 
     _, drawn = run_ranks(connect_shared_memory(2, 30.0), rank_main)

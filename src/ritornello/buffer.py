@@ -83,6 +83,9 @@ class RehearsalBuffer:
     Args:
         capacity: representatives in the whole buffer, over all ranks; split over them to the
             last one.
+        capacity_bytes: memory of the whole buffer, over all ranks: what it holds is bounded by
+            this and by ``capacity``, whichever comes first. Needed where samples differ in length;
+            what is kept then, see there. None: ``capacity`` alone counts.
         num_representatives: ``r``, drawn per rank and step: any number from 0 on. Of a fraction
             each step draws the number below or above, the same on all ranks, and ``r`` in
             expectation. While the buffer holds fewer, a rank gets all there are.
@@ -133,6 +136,7 @@ class RehearsalBuffer:
         capacity: int,
         *,
         num_representatives: float,
+        capacity_bytes: int | None = None,
         most_representatives: int | None = None,
         num_candidates: int | None = None,
         selection: str | SelectionPolicy = "class-balanced",
@@ -169,6 +173,7 @@ class RehearsalBuffer:
                 storage=place.kind,
                 num_draws=num_draws,
                 identity=identity,
+                capacity_bytes=capacity_bytes,
             )
             # Before any check that only one rank might fail: so all ranks fail together.
             check_agreement(channel, arguments.as_text())
@@ -183,6 +188,7 @@ class RehearsalBuffer:
                 storage=place,
                 num_draws=num_draws,
                 rate_may_change=arguments.rate_may_change,
+                capacity_bytes=capacity_bytes,
             )
             if channel.num_ranks > 1:
                 rounds.among_others = OpenBuffer(channel)
@@ -299,7 +305,9 @@ class RehearsalBuffer:
         Args:
             batch: tensors ``[b, ...]`` in any nesting of tuples, lists, dicts and containers that
                 are registered with PyTorch's pytree, as ``TensorDict`` is. ``b`` may vary, and be
-                0. What happens to it afterwards never changes what is stored.
+                0. A leaf whose samples differ in length is a list or tuple with a tensor (of one
+                dtype, shapes that differ in the first dimension alone) or bytes for each, or a
+                jagged nested tensor. What happens to it afterwards never changes what is stored.
 
         Returns:
             The augmented mini-batch: nested alike, ``b + r`` samples, representatives last (with

@@ -22,6 +22,7 @@ from ritornello.buffer import RehearsalBuffer
 from ritornello.errors import BufferClosedError, PeerLostError
 from ritornello.policies.protection import is_protected
 from ritornello.policies.sampling import UniformSampling
+from ritornello.records.paged import PagedShard
 from ritornello.records.storage import Storage
 from ritornello.rounds.planner import plan_draw
 from ritornello.rounds.random_streams import Purpose, stream
@@ -187,11 +188,26 @@ def check_consistent(buffer: RehearsalBuffer) -> None:
     assert all(0 <= number < rounds.num_rounds for number in admitted_in), (
         f"after {rounds.num_rounds} rounds some were admitted in the rounds {admitted_in}"
     )
+    if rounds.paged is not None:
+        _check_pages(rounds, rounds.paged)
     labels = rounds.labels()
     for who, known in _labels_known(rounds):
         assert np.array_equal(known, labels), (
             f"slots hold the labels {labels.tolist()}, but according to {who} {known.tolist()}"
         )
+
+
+def _check_pages(rounds: Rounds, paged: PagedShard) -> None:
+    """Policy, table and rows say the same of the pages, and none is of two representatives."""
+    state, slots = rounds.selection.state(), np.arange(rounds.num_held)
+    counts, rows = paged.pages.counts, paged.shard.rows[: rounds.num_held]
+    by_policy = np.zeros(rounds.num_held, dtype=np.int64)
+    by_policy[state["slots"]] = state["pages"]
+    assert np.array_equal(by_policy, counts[slots]), "the selection policy knows other pages"
+    assert np.array_equal(paged.pages_of(rows), counts[slots]), "rows and table disagree"
+    assert counts.sum() == counts[slots].sum() == paged.pages.num_used, "unused slots have pages"
+    numbers = paged.pages.of_slots(slots)
+    assert len(np.unique(numbers)) == len(numbers), "a page is of two representatives"
 
 
 def _labels_known(rounds: Rounds) -> Iterator[tuple[str, np.ndarray]]:

@@ -333,7 +333,7 @@ def test_hugging_face_columns_that_are_no_tensors(images_and_text: Any) -> None:
         with pytest.raises(TypeError, match=r"\['image'\]\[0\] is a Png.*pil_to_tensor converts"):
             buffer.update(images_and_text.select_columns(["image", "label"])[:4])
         tokens = images_and_text.select_columns(["input_ids", "label"]).with_format("torch")
-        with pytest.raises(ValueError, match=r"_ids'\]\[1\] has 2 samples.* one tensor \[b, ...\]"):
+        with pytest.raises(ValueError, match=r"_ids'\] holds samples of unequal .*capacity_bytes="):
             buffer.update(tokens[:4])
 
 
@@ -489,7 +489,6 @@ def strange(kind: str) -> torch.Tensor:
         ("sparse", r"is torch.sparse_coo; .*to_dense\(\) makes it one"),
         ("quantised", r"is quantised, torch.quint8; .*int_repr\(\) or dequantize"),
         ("masked", r"is a masked tensor; .*its mask as two leaves"),
-        ("jagged", r"is a nested tensor; .*torch.nested.to_padded_tensor pads it"),
         ("strided", r"is a nested tensor; .*torch.nested.to_padded_tensor pads it"),
     ],
 )

@@ -70,7 +70,7 @@ def split(data: bytes) -> tuple[Content, bytes]:
 def write_shard(folder: Path, rank: int, arrays: Arrays) -> None:
     others = {name: each for name, each in arrays.items() if name != ROWS}
     rows = arrays[ROWS]
-    header = header_of(others, *rows.shape)
+    header = header_of(others, rows.shape)
     data = b"".join(each.tobytes() for each in (*others.values(), rows))
     put_shard(folder, rank, header + data)
 

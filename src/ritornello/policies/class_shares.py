@@ -8,9 +8,9 @@ import numpy as np
 
 from ritornello.arrays import Bools, Floats, Ints
 from ritornello.policies.classes.saved import Choose, first_ones
+from ritornello.policies.classes.saved_shares import KeepsShares
 from ritornello.policies.classes.scores import highest_scores, lowest
 from ritornello.policies.reservoir import reservoir_positions
-from ritornello.policies.saved_shares import KeepsShares
 from ritornello.policies.selection import Assignment
 
 

@@ -15,7 +15,7 @@ from abc import abstractmethod
 import numpy as np
 
 from ritornello.arrays import Ints
-from ritornello.policies.saved_largest import KeepsLargest
+from ritornello.policies.classes.saved_largest import KeepsLargest
 from ritornello.policies.selection import Assignment
 
 

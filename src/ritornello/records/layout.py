@@ -10,8 +10,8 @@ from __future__ import annotations
 import hashlib
 import math
 import reprlib
-from collections.abc import Sequence
-from dataclasses import dataclass, is_dataclass, replace
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from torch import Tensor
 from ritornello.arrays import Bytes, Ints
 from ritornello.records import accelerators
 from ritornello.records.digest import digest
+from ritornello.records.leaves import check_leaf, plain_tensor
 from ritornello.records.nesting import (
     Batch,
     Path,
@@ -31,6 +32,8 @@ from ritornello.records.nesting import (
     rebuild,
     template_of,
 )
+from ritornello.records.pages import LENGTH_BYTES, START_BYTES, Paging, aligned
+from ritornello.records.ragged import Ragged, ragged_paths
 
 ROW_ALIGNMENT = 16
 
@@ -55,11 +58,9 @@ MOST_FIELD_BYTES = 2**40
 
 MOST_DIMENSIONS = 64
 
-GRAPH_PACKAGES = ("torch_geometric", "dgl")
-
 LIST_REMEDY = (
-    ". If a list holds a tensor for each sample, make it one tensor [b, ...], padded where "
-    "lengths differ"
+    ". If a list holds a tensor for each sample, make it one tensor [b, ...]; where lengths differ "
+    "all must have one dtype, and shapes that differ in the first dimension alone"
 )
 
 
@@ -70,17 +71,29 @@ class Field:
     path: Path
     dtype: torch.dtype
     shape: tuple[int, ...]
-    """Shape of one sample's value, without the batch dimension."""
+    """Shape of one sample's value, without the batch dimension; of a ragged one without its first
+    dimension, the length."""
     offset: int
     num_bytes: int
+    """In the row. Of a ragged field the row holds the length alone."""
+    form: str | None = None
+    """Of a ragged field how it came, see ``Ragged``; None: all samples have the shape."""
 
     def __str__(self) -> str:
-        return f"{path_text(self.path)}: {self.dtype} {list(self.shape)}"
+        if self.form is None:
+            return f"{path_text(self.path)}: {self.dtype} {list(self.shape)}"
+        sizes = ", ".join(map(str, ("length", *self.shape)))
+        return f"{path_text(self.path)}: {self.dtype} [{sizes}]"
 
     @property
     def is_integer(self) -> bool:
         """Whether it is one integer per sample."""
-        return self.dtype in INTEGERS and self.shape == ()
+        return self.dtype in INTEGERS and self.shape == () and self.form is None
+
+    @property
+    def bytes_per_length(self) -> int:
+        """Of a ragged field: what it has in pages, for each of its length."""
+        return self.dtype.itemsize * shape_elements(self.shape)
 
 
 @dataclass(frozen=True)
@@ -91,6 +104,11 @@ class Layout:
     record_bytes: int
     template: Template
     """Containers as in the batch; the leaves are positions in ``fields``."""
+    ragged: tuple[int, ...] = ()
+    """The positions of fields whose samples differ in length: these lie in pages. The row then
+    says, at its end, where."""
+    paging: Paging | None = None
+    """The pages of the buffer, as soon as they are known."""
 
     @classmethod
     def of(cls, batch: Batch) -> Layout:
@@ -101,55 +119,81 @@ class Layout:
             ValueError: a leaf has no batch dimension, there is no leaf, or too many or too large
                 ones.
         """
+        return cls.of_leaves(batch, ragged_paths(batch))
+
+    @classmethod
+    def of_leaves(cls, batch: Batch, ragged: Collection[Path]) -> Layout:
+        """Infers it from a mini-batch of which it is known where it is ragged.
+
+        Raises:
+            TypeError, ValueError: see ``of``.
+        """
         fields = list[Field]()
         offset = 0
-        for path, leaf in leaves_of(batch):
-            _check_leaf(path, leaf)
+        for path, leaf in leaves_of(batch, whole=ragged):
             if len(fields) == MOST_FIELDS:
                 raise ValueError(
                     f"the mini-batch holds more than {MOST_FIELDS} tensors: stack those that are "
                     "alike"
                 )
+            form, dtype, shape = _kind_of_leaf(path, leaf, path in ragged)
             try:
-                check_field(leaf.dtype, leaf.shape[1:])
+                check_field(dtype, shape)
             except ValueError as error:
                 raise ValueError(f"{path_text(path)}: {error}") from None
-            alignment = min(leaf.element_size(), ROW_ALIGNMENT)
+            alignment = min(dtype.itemsize, ROW_ALIGNMENT) if form is None else LENGTH_BYTES
             offset = -(-offset // alignment) * alignment
-            shape = tuple(leaf.shape[1:])
-            num_bytes = leaf.element_size() * shape_elements(shape)
-            fields.append(Field(path, leaf.dtype, shape, offset, num_bytes))
+            num_bytes = LENGTH_BYTES if form else dtype.itemsize * shape_elements(shape)
+            fields.append(Field(path, dtype, shape, offset, num_bytes, form))
             offset += num_bytes
         if not fields:
             raise ValueError("the mini-batch holds no tensor; give a tensor, tuple, list or dict")
+        offset += START_BYTES * any(field.form for field in fields)
         record_bytes = max(ROW_ALIGNMENT, -(-offset // ROW_ALIGNMENT) * ROW_ALIGNMENT)
         positions = {field.path: position for position, field in enumerate(fields)}
-        return cls(tuple(fields), record_bytes, template_of(batch, positions.__getitem__))
+        return cls(
+            tuple(fields),
+            record_bytes,
+            template_of(batch, positions.__getitem__, ragged),
+            tuple(position for position, field in enumerate(fields) if field.form),
+        )
 
     def nested_as(self, batch: Batch) -> Layout:
         """The same fields in the containers of a mini-batch that ``leaves`` has accepted."""
         positions = {field.path: position for position, field in enumerate(self.fields)}
-        return replace(self, template=template_of(batch, positions.__getitem__))
+        whole = {self.fields[position].path for position in self.ragged}
+        fields, forms = list(self.fields), dict(leaves_of(batch, whole=whole)) if whole else {}
+        for position in self.ragged:
+            leaf = Ragged.of(forms[fields[position].path])
+            if leaf is not None and len(leaf):
+                fields[position] = replace(fields[position], form=leaf.form)
+        template = template_of(batch, positions.__getitem__, whole)
+        return replace(self, fields=tuple(fields), template=template)
 
     def leaves(self, batch: Batch) -> list[Tensor]:
         """The leaves of a mini-batch in the order of ``fields``, checked against the layout.
 
         Plain tensors: of subclasses, such as torchvision's images, only the values are stored, and
-        new samples come as representatives do, in every step alike.
+        new samples come as representatives do, in every step alike. Of ragged fields a ``Ragged``.
 
         Raises:
             TypeError: a leaf is no dense tensor.
-            ValueError: another nesting, dtype, shape, or leaves of different batch sizes.
+            ValueError: another nesting, dtype, shape, or leaves of different batch sizes; or a
+                sample that is longer than can be stored.
         """
         found: list[Any] = [None] * len(self.fields)
         leaves_like(self.template, batch, found)
         num_samples: int | None = None
         for position, (field, leaf) in enumerate(zip(self.fields, found, strict=True)):
-            _check_leaf(field.path, leaf)
-            if type(leaf) is not Tensor:
-                found[position] = _plain(field.path, leaf)
-            num_in_leaf, *shape = leaf.shape
-            if leaf.dtype != field.dtype or tuple(shape) != field.shape:
+            if field.form is not None:
+                found[position] = leaf = _ragged_like(field, leaf)
+                num_in_leaf, shape = len(leaf), []
+            else:
+                check_leaf(field.path, leaf)
+                if type(leaf) is not Tensor:
+                    found[position] = plain_tensor(field.path, leaf)
+                num_in_leaf, *shape = leaf.shape
+            if field.form is None and (leaf.dtype != field.dtype or tuple(shape) != field.shape):
                 raise ValueError(
                     f"{path_text(field.path)} is {leaf.dtype} {shape} per sample, but the "
                     f"buffer's records hold {field.dtype} {list(field.shape)} there: "
@@ -166,7 +210,35 @@ class Layout:
                     + LIST_REMEDY
                     * (_is_in_list(field.path) or _is_in_list(first))
                 )
+        if self.paging is not None:
+            self._check_fits(self.paging, found)
         return found
+
+    def bytes_in_pages(self, leaves: Sequence[Any]) -> Ints:
+        """How many bytes in pages each sample of a mini-batch needs, int64 ``[b]``."""
+        num_bytes = np.zeros(leaves[0].shape[0], dtype=np.int64)
+        for position in self.ragged:
+            field = self.fields[position]
+            num_bytes += aligned(leaves[position].lengths * field.bytes_per_length)
+        return num_bytes
+
+    def _check_fits(self, paging: Paging, leaves: Sequence[Any]) -> None:
+        """Checks that each sample of a mini-batch could be stored alone."""
+        num_bytes = self.bytes_in_pages(leaves)
+        if num_bytes.max(initial=0) <= paging.most_bytes:
+            return
+        sample = int(num_bytes.argmax())
+        lengths = [
+            f"{path_text(self.fields[position].path)}[{sample}] has the length "
+            f"{leaves[position].lengths[sample]:,}"
+            for position in self.ragged
+        ]
+        raise ValueError(
+            f"{' and '.join(lengths)}: {int(num_bytes[sample]):,} bytes, but with "
+            f"capacity_bytes={paging.capacity_bytes:,} on {paging.num_ranks} rank(s) at most "
+            f"{paging.most_bytes:,} bytes of a sample can be stored: cut it, or raise "
+            "capacity_bytes"
+        )
 
     def views(self, rows: Tensor) -> list[Tensor]:
         """The fields of records as typed views ``[num_rows, *shape]`` of ``rows``.
@@ -201,7 +273,7 @@ class Layout:
         return len({hashlib.blake2b(row[used], digest_size=16).digest() for row in rows})
 
     def pack(self, leaves: Sequence[Tensor], index: Ints | None, rows: Tensor) -> None:
-        """Copies samples into records.
+        """Copies samples into the rows of records; ragged fields are for ``pack_pages``.
 
         Args:
             leaves: one tensor ``[b, *shape]`` per field, on the device of ``rows``.
@@ -210,6 +282,8 @@ class Layout:
         """
         for position, leaf in enumerate(leaves):
             field = self.fields[position]
+            if field.form is not None:
+                continue
             samples = bytes_of(leaf)
             if samples is None or rows.device.type != "cpu":
                 view, source = self.view(rows, position), leaf.detach()
@@ -227,8 +301,10 @@ class Layout:
                 for place, sample in enumerate(index.tolist()):
                     places[place] = samples[sample]
 
-    def rebuild(self, leaves: Sequence[Tensor]) -> Batch:
-        """A batch nested as the samples were, from one tensor per field."""
+    def rebuild(self, leaves: Sequence[Any]) -> Batch:
+        """A batch nested as the samples were, from one tensor per field, or ``Ragged`` leaf."""
+        if self.ragged:
+            leaves = [each.given if isinstance(each, Ragged) else each for each in leaves]
         return rebuild(self.template, leaves)
 
     def position(self, path: Path, argument: str) -> int:
@@ -294,6 +370,52 @@ class Layout:
         return digest(";".join(map(str, self.fields)))
 
 
+def _kind_of_leaf(
+    path: Path, leaf: Any, is_ragged: bool
+) -> tuple[str | None, torch.dtype, tuple[int, ...]]:
+    """Form, dtype and shape of a field."""
+    if not is_ragged:
+        check_leaf(path, leaf)
+        return None, leaf.dtype, tuple(leaf.shape[1:])
+    ragged = Ragged.of(leaf)
+    assert ragged is not None
+    (dtype,), (shape,) = ragged.dtypes, ragged.shapes
+    for sample in ragged.samples:
+        if isinstance(sample, Tensor):
+            check_leaf(path, sample)
+    return ragged.form, dtype, shape
+
+
+def _ragged_like(field: Field, leaf: Any) -> Ragged:
+    """A leaf of a ragged field.
+
+    Raises:
+        TypeError, ValueError: it is none, or of another dtype or shape.
+    """
+    ragged = Ragged.of(leaf)
+    if ragged is None:
+        raise TypeError(
+            f"{path_text(field.path)} is a {type(leaf).__name__}, but in the first mini-batch it "
+            f"held samples of unequal length, {field.dtype} of the shape "
+            f"{str(field).rpartition(str(field.dtype) + ' ')[2]}: give a list or tuple with a "
+            "tensor (or bytes) for each sample, or torch.nested.nested_tensor(samples, "
+            "layout=torch.jagged)"
+        )
+    for number, sample in enumerate(ragged.samples):
+        dtype, shape = torch.uint8, tuple[int, ...]()
+        if isinstance(sample, Tensor):
+            check_leaf((*field.path, number), sample)
+            dtype, shape = sample.dtype, tuple(sample.shape[1:])
+        if dtype != field.dtype or shape != field.shape:
+            sizes = ", ".join(map(str, ("length", *field.shape)))
+            raise ValueError(
+                f"{path_text((*field.path, number))} is {dtype} {list(sample.shape)}, but the "
+                f"buffer's records hold {field.dtype} [{sizes}] there: samples may differ in "
+                "their first dimension alone"
+            )
+    return ragged
+
+
 def bytes_of(leaf: Tensor) -> Bytes | None:
     """A leaf's bytes as an array ``[b, bytes per sample]``; None if they are not in one piece.
 
@@ -327,43 +449,6 @@ def shape_elements(shape: Sequence[int]) -> int:
     return torch.Size(shape).numel()
 
 
-def _check_leaf(path: Path, leaf: Any) -> None:
-    if not isinstance(leaf, Tensor):
-        raise TypeError(
-            f"{path_text(path)} is a {type(leaf).__name__}; the buffer holds tensors "
-            f"({_remedy_for(leaf)})"
-        )
-    if type(leaf) is not Tensor or leaf.layout != torch.strided or leaf.is_nested:
-        _check_kind(path, leaf)
-    if leaf.is_quantized or leaf.is_meta:
-        _check_kind(path, leaf)
-    if leaf.dim() == 0:
-        raise ValueError(
-            f"{path_text(path)} has no dimensions; a mini-batch's leaf has the shape [b, ...]"
-        )
-
-
-def _check_kind(path: Path, leaf: Tensor) -> None:
-    """Checks that a tensor's values are all there, in memory of its own."""
-    classes = {each.__name__ for each in type(leaf).__mro__}
-    for applies, kind, remedy in (
-        (leaf.is_nested, "a nested tensor", "torch.nested.to_padded_tensor pads it"),
-        (leaf.is_quantized, f"quantised, {leaf.dtype}", "offer its int_repr() or dequantize()"),
-        ("FakeTensor" in classes or leaf.is_meta, "without values", "it only tells a shape"),
-        (
-            "MaskedTensor" in classes,
-            "a masked tensor",
-            "offer its values, to_tensor(0), and its mask as two leaves",
-        ),
-        ("DTensor" in classes, "spread over ranks", "to_local() gives what is on this one"),
-        (leaf.layout != torch.strided, f"{leaf.layout}", "to_dense() makes it one"),
-    ):
-        if applies:
-            raise TypeError(
-                f"{path_text(path)} is {kind}; the buffer holds dense tensors only ({remedy})"
-            )
-
-
 def _remedy_for_another(leaf: Tensor, field: Field) -> str:
     """What to do with a leaf that is not as those of the first mini-batch."""
     if tuple(leaf.shape) == field.shape and leaf.dtype == field.dtype:
@@ -395,38 +480,6 @@ def _remedy_for_label(field: Field) -> str:
         "Convert class numbers with long(); other targets need a policy without labels: "
         "selection='reservoir', label=None"
     )
-
-
-def _plain(path: Path, leaf: Tensor) -> Tensor:
-    """The plain tensor that one of a subclass is.
-
-    Raises:
-        TypeError: it only looks like one, and has its values elsewhere.
-    """
-    if type(leaf).__torch_dispatch__ is not Tensor.__torch_dispatch__:
-        raise TypeError(
-            f"{path_text(path)} is a {type(leaf).__name__}, which has no values of its own; give "
-            "the plain tensor that it stands for"
-        )
-    return leaf.as_subclass(Tensor)
-
-
-def _remedy_for(leaf: Any) -> str:
-    """What to do with what is no tensor."""
-    if isinstance(leaf, (str, bytes)):
-        return "leave text out of it, or offer its tokens, padded to one length"
-    if leaf is None or "NonTensor" in type(leaf).__name__:  # TensorDict's
-        return "leave out what is no tensor"
-    if type(leaf).__module__.partition(".")[0] in GRAPH_PACKAGES:
-        return (
-            "a batch of graphs numbers its nodes through: offer each graph's tensors padded to one "
-            "size, [b, n, ...], and build the batch behind update"
-        )
-    if is_dataclass(leaf):
-        return "torch.utils._pytree.register_dataclass makes a dataclass a container of tensors"
-    if type(leaf).__module__.startswith("PIL."):
-        return "torchvision's pil_to_tensor converts images"
-    return "torch.as_tensor converts arrays and numbers"
 
 
 def _is_in_list(path: Path) -> bool:

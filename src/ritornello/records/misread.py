@@ -7,7 +7,7 @@ and a list with a tensor for each sample is no field, even if it looks like seve
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ritornello.records.layout import INTEGERS
 from ritornello.records.nesting import MOST_LEVELS, Batch, Path, children_of, leaves_of, path_text
+from ritornello.records.ragged import ragged_paths
 
 PLACES = frozenset({"batch_idx", "batch_index", "batch_indices", "batch_ids", "edge_index"})
 """What detectors and graphs call a field that counts places in the mini-batch."""
@@ -32,10 +33,12 @@ def check_not_misread(batch: Batch) -> None:
     Raises:
         ValueError: a field counts places in the mini-batch, or a list may be one of samples.
     """
-    _check(batch, (), None)
+    _check(batch, (), None, ragged_paths(batch))
 
 
-def _check(batch: Batch, path: Path, name: Any) -> None:
+def _check(batch: Batch, path: Path, name: Any, ragged: Collection[Path]) -> None:
+    if path in ragged:
+        return
     if isinstance(batch, Tensor):
         if _counts_places(name, batch):
             raise ValueError(
@@ -52,7 +55,7 @@ def _check(batch: Batch, path: Path, name: Any) -> None:
     if isinstance(batch, (list, tuple)) and names is children.steps:
         _check_list(batch, path)
     for step, each, value in zip(children.steps, names, children.values, strict=True):
-        _check(value, (*path, step), each)
+        _check(value, (*path, step), each, ragged)
 
 
 def _counts_places(name: Any, leaf: Tensor) -> bool:
@@ -92,8 +95,9 @@ def _check_list(parts: Sequence[Any], path: Path) -> None:
         raise ValueError(
             f"{path_text(path)} has {num_parts} parts, each with {num_parts} as its first "
             f"dimension: it cannot be told whether they are {num_parts} samples or {num_parts} "
-            "fields. Samples: make them one tensor [b, ...] (torch.stack), padded where sizes "
-            "differ. Fields: give them as a dict"
+            "fields. Samples: make them one tensor [b, ...] (torch.stack), or, where lengths "
+            "differ, torch.nested.nested_tensor(samples, layout=torch.jagged). Fields: give them "
+            "as a dict"
         )
 
 

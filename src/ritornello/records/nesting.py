@@ -6,7 +6,7 @@ with PyTorch's pytree: TensorDict, tensor classes, Hugging Face's model outputs,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -90,8 +90,15 @@ def _registered_children_of(batch: Batch) -> Children | None:
     return Children(range(len(values)), values, are_named=False)
 
 
-def leaves_of(batch: Batch, path: Path = ()) -> Iterator[tuple[Path, Any]]:
+def leaves_of(
+    batch: Batch, path: Path = (), whole: Collection[Path] = ()
+) -> Iterator[tuple[Path, Any]]:
     """The leaves of a nested batch with their paths, in order.
+
+    Args:
+        batch: nested.
+        path: where it is.
+        whole: where a list or tuple is a leaf itself.
 
     Raises:
         ValueError: containers are in each other too deeply.
@@ -101,30 +108,37 @@ def leaves_of(batch: Batch, path: Path = ()) -> Iterator[tuple[Path, Any]]:
             f"the mini-batch is nested more than {MOST_LEVELS} levels deep: give its tensors in a "
             "flatter tuple, list or dict"
         )
-    children = None if isinstance(batch, Tensor) else children_of(batch)
+    is_leaf = isinstance(batch, Tensor) or path in whole
+    children = None if is_leaf else children_of(batch)
     if children is None:
         yield path, batch
         return
     for step, value in zip(children.steps, children.values, strict=True):
-        yield from leaves_of(value, (*path, step))
+        yield from leaves_of(value, (*path, step), whole)
 
 
-def template_of(batch: Batch, position: Callable[[Path], int]) -> Template:
+def template_of(
+    batch: Batch, position: Callable[[Path], int], whole: Collection[Path] = ()
+) -> Template:
     """The template of a nested batch.
 
     Args:
         batch: whose containers it has.
         position: gives the position of the leaf at a path.
+        whole: see ``leaves_of``.
     """
-    return _template_of(batch, (), position)
+    return _template_of(batch, (), position, whole)
 
 
-def _template_of(batch: Batch, path: Path, position: Callable[[Path], int]) -> Template:
-    children = None if isinstance(batch, Tensor) else children_of(batch)
+def _template_of(
+    batch: Batch, path: Path, position: Callable[[Path], int], whole: Collection[Path]
+) -> Template:
+    is_leaf = isinstance(batch, Tensor) or path in whole
+    children = None if is_leaf else children_of(batch)
     if children is None:
         return position(path)
     inside = {
-        step: _template_of(value, (*path, step), position)
+        step: _template_of(value, (*path, step), position, whole)
         for step, value in zip(children.steps, children.values, strict=True)
     }
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):

@@ -55,6 +55,16 @@ class Shard:
         else:
             self._array[slots] = words.numpy()[rows]
 
+    def write_run(self, slots: Ints, records: Tensor) -> None:
+        """Writes records in CPU memory to as many slots, in that order: copies them once.
+
+        Args:
+            slots: int64 ``[n]``, none twice.
+            records: uint8 ``[n, record_bytes]``, contiguous.
+        """
+        assert self._array is not None
+        self._array[slots] = records.view(torch.int64).numpy()
+
     def gather(self, slots: Ints, out: Tensor) -> None:
         """Reads ``slots`` (int64 ``[n]``) into ``out``, uint8 ``[n, record_bytes]``, contiguous."""
         words = out.view(torch.int64)

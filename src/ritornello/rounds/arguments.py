@@ -42,6 +42,7 @@ class Arguments:
     storage: str
     num_draws: int
     identity: Any = None
+    capacity_bytes: int | None = None
 
     @property
     def identity_path(self) -> tuple[Any, ...] | None:
@@ -90,6 +91,8 @@ class Arguments:
                 f"capacity={self.capacity}: it must be at least the number of ranks "
                 f"({num_ranks}), so that every rank holds a representative"
             )
+        if self.capacity_bytes is not None:
+            check_count("capacity_bytes", self.capacity_bytes, minimum=1)
         _check_rate(self.num_representatives)
         if self.most_representatives is not None:
             check_count("most_representatives", self.most_representatives, minimum=1)

@@ -10,12 +10,12 @@ import hashlib
 import logging
 import threading
 import weakref
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
+from ritornello.records.ragged import Ragged
 from ritornello.transports.agreement import gather_padded, random_number
 from ritornello.transports.base import Transport
 
@@ -60,7 +60,7 @@ class OpenBuffer:
             _Other(each._number, each._has_begun) for each in others if each is not self
         ]
 
-    def note(self, leaves: list[Tensor]) -> None:
+    def note(self, leaves: list[Any]) -> None:
         """Notes what the first mini-batch holds."""
         self._content = _content_number(leaves)
 
@@ -103,13 +103,18 @@ class OpenBuffer:
             )
 
 
-def _content_number(leaves: list[Tensor]) -> int:
+def _content_number(leaves: list[Any]) -> int:
     """A number that equal mini-batches share; 0 for one in which nothing differs from anything."""
     content, tells = hashlib.sha256(), False
     for leaf in leaves:
-        plain = torch.empty(leaf.shape, dtype=leaf.dtype, device="cpu").copy_(leaf.detach())
-        data = plain.reshape(-1).view(torch.uint8).numpy()
-        elements = data.reshape(-1, leaf.element_size())
+        if isinstance(leaf, Ragged):
+            data = np.concatenate([leaf.data(number) for number in range(len(leaf))])
+            elements = data[:, None]
+            content.update(leaf.lengths.tobytes())
+        else:
+            plain = torch.empty(leaf.shape, dtype=leaf.dtype, device="cpu").copy_(leaf.detach())
+            data = plain.reshape(-1).view(torch.uint8).numpy()
+            elements = data.reshape(-1, leaf.element_size())
         tells = tells or bool((elements != elements[:1]).any())
         content.update(data.tobytes())
     return int.from_bytes(content.digest()[:8], "little") >> 1 if tells else 0

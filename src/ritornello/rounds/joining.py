@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from torch import Tensor
 from ritornello.arrays import Bytes
 from ritornello.records.layout import Layout, bytes_of
 from ritornello.records.nesting import Batch
+from ritornello.records.paging import leaves_of, samples_of
 
 WORTH_BYTES = 2**15
 """Smaller outputs come from the allocator faster."""
@@ -56,14 +58,25 @@ class Joiner:
     def __init__(self) -> None:
         self._blocks: dict[int, list[_Block]] = {}
 
-    def join(self, layout: Layout, leaves: Sequence[Tensor], records: Tensor) -> list[Tensor]:
+    def join(
+        self, layout: Layout, leaves: Sequence[Any], records: Tensor, pages: Tensor | None = None
+    ) -> list[Any]:
         """``torch.cat((leaf, past))`` for each field of some records.
 
         Args:
             layout: of the records.
             leaves: one tensor ``[b, *shape]`` per field, on any device.
             records: uint8 ``[r, record_bytes]``.
+            pages: those that go with them, if some fields are ragged. Of these, new samples stay
+                as they are, and past ones are copies.
         """
+        if pages is not None:
+            return [
+                self._join(layout, position, leaf, records)
+                if layout.fields[position].form is None
+                else leaf.joined(samples_of(layout, records.numpy(), pages, position))
+                for position, leaf in enumerate(leaves)
+            ]
         return [self._join(layout, position, leaf, records) for position, leaf in enumerate(leaves)]
 
     def _join(self, layout: Layout, position: int, leaf: Tensor, records: Tensor) -> Tensor:
@@ -99,17 +112,25 @@ class Joiner:
         return block
 
 
-def copies(layout: Layout, staged: Tensor, num_draws: int) -> list[Batch]:
+def copies(
+    layout: Layout, staged: Tensor, num_draws: int, pages: Tensor | None = None
+) -> list[Batch]:
     """Representatives alone, the caller's own: a batch for each draw.
 
     Args:
         layout: of the records.
         staged: uint8 ``[num_draws * r, record_bytes]``.
         num_draws: how many there are.
+        pages: those that go with them, if some fields are ragged.
     """
     return [
         layout.rebuild(
-            [past.clone(memory_format=torch.contiguous_format) for past in layout.views(records)]
+            [
+                past.clone(memory_format=torch.contiguous_format) if field.form is None else past
+                for field, past in zip(
+                    layout.fields, leaves_of(layout, records, pages), strict=True
+                )
+            ]
         )
         for records in staged.chunk(num_draws)
     ]

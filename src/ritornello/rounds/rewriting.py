@@ -84,6 +84,11 @@ class FieldsMadeAnew:
                     f"rewrite: fields={name!r} is the {what}, by which representatives were "
                     "admitted: it stays; store what may change in a field of its own"
                 )
+            if layout.fields[position].form is not None:
+                raise ValueError(
+                    f"rewrite: fields={name!r} differs in length from sample to sample: only "
+                    "fields of one size can be made anew in place"
+                )
             if position in self._positions:
                 raise ValueError(f"rewrite: fields={self._names!r} names {name!r} twice")
             self._positions.append(position)

@@ -10,11 +10,14 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
 
 from ritornello.arrays import Bytes, Ints
+from ritornello.errors import CheckpointError
 from ritornello.policies.contents import Contents
 from ritornello.policies.names import SELECTION_POLICIES
 from ritornello.policies.protection import Protected, protectable, staying
@@ -25,8 +28,12 @@ from ritornello.policies.selection import (
     check_labels,
     size_after,
 )
+from ritornello.policies.within_bytes import Turnover, WithinBytes, within_bytes
 from ritornello.records.identities import Identities
 from ritornello.records.layout import Layout
+from ritornello.records.paged import PagedShard
+from ritornello.records.pages import TABLE_BYTES, Pages, Paging
+from ritornello.records.paging import Records, repaged, starts_of
 from ritornello.records.shard import Shard, rows_per_rank
 from ritornello.records.storage import Storage
 from ritornello.rounds.arguments import plain
@@ -34,9 +41,11 @@ from ritornello.rounds.distances import cosine_distances
 from ritornello.rounds.first_round import OpenBuffer
 from ritornello.rounds.planner import Planner
 from ritornello.rounds.random_streams import Purpose, Streams
-from ritornello.rounds.staging import Candidates, Staging
+from ritornello.rounds.staging import Staging
 from ritornello.transports.agreement import gather_counts, gather_padded, together
 from ritornello.transports.base import Transport
+from ritornello.transports.pages import plan_of_pages
+from ritornello.transports.plan import Plan
 
 STAGES = ("admit", "plan", "exchange", "stage")
 
@@ -54,11 +63,14 @@ class Rounds:
         storage: where the shard lies.
         num_draws: draws of ``r``, each on its own, that a round makes for each rank.
         rate_may_change: whether ``rate`` may be set between two rounds.
+        capacity_bytes: of the whole buffer, if bytes are bounded, too.
 
     Attributes:
         rate: ``r`` of the next round.
         among_others: this buffer among those of the rank, to compare with other ranks; or None.
         is_measured: whether the sampling policy may know distances.
+        paged_as: the pages of all shards, if samples differ in length.
+        paged: the shard with its pages, then.
         before_write: told the slots that are about to be overwritten, if anybody wants to know.
     """
 
@@ -74,6 +86,7 @@ class Rounds:
         storage: Storage,
         num_draws: int = 1,
         rate_may_change: bool = False,
+        capacity_bytes: int | None = None,
     ) -> None:
         self.transport = transport
         self.num_rounds = 0
@@ -82,13 +95,16 @@ class Rounds:
         self.seconds_per_stage = dict.fromkeys(STAGES, 0.0)
         self.bytes_sent = self.bytes_received = 0
         self.shard: Shard | None = None
+        self.paged: PagedShard | None = None
         self.among_others: OpenBuffer | None = None
         self.before_write: Callable[[Ints], None] | None = None
         self.num_overwritten = 0  # loads and rewrites
         self.is_torn = False  # whether a load has failed when it had begun to overwrite
         self.is_measured = False
         self._full = False
-        self.capacity = capacity
+        self.capacity = self._most_held = capacity
+        self._capacity_bytes = capacity_bytes
+        self.paged_as: Paging | None = None
         self.limits = rows_per_rank(capacity, transport.num_ranks)
         selection.buffer_seed = seed
         self._unused_selection, self._unused_sampling = copy.deepcopy((selection, sampling))
@@ -113,6 +129,20 @@ class Rounds:
         return int(self.limits[self.transport.rank])
 
     @property
+    def num_bytes(self) -> int:
+        """Bytes of this rank's shard, with all its pages."""
+        in_pages = self.paged.pages.num_bytes if self.paged is not None else 0
+        return in_pages + (self.shard.num_bytes if self.shard is not None else 0)
+
+    @property
+    def num_used_bytes(self) -> int:
+        """How many of them are in use."""
+        if self.shard is None:
+            return 0
+        in_pages = self.paged.num_used_bytes if self.paged is not None else 0
+        return in_pages + self.num_held * self._layout.record_bytes
+
+    @property
     def num_held(self) -> int:
         """Representatives in this rank's shard."""
         return int(self.contents.sizes[self.transport.rank])
@@ -130,10 +160,20 @@ class Rounds:
         """
         self._layout, self._label, self._staging = layout, label, staging
         self._identity = identity
+        capacity = self._most_held
+        if self._capacity_bytes is not None and layout.paging is None:
+            capacity = min(capacity, self._capacity_bytes // layout.record_bytes)
+        if (capacity, layout.paging) != (self.capacity, self.paged_as):
+            self.capacity, self.paged_as = capacity, layout.paging
+            self.limits = rows_per_rank(capacity, self.transport.num_ranks)
+            self.selection, self.sampling = self.new_selection(), self.new_sampling()
+            self.contents = self.no_contents()
+            self._planner.go_on(self.sampling)
+            self._is_builtin, self._identities = self.paged_as is None and self._is_builtin, None
         if identity is not None and self._identities is None:
             self._identities = Identities(self.num_rows)
 
-    def run(self, candidates: Candidates) -> int:
+    def run(self, candidates: Records) -> int:
         """Runs one round.
 
         Returns:
@@ -162,12 +202,12 @@ class Rounds:
                 self._enter("exchange")
                 received = self._staging.receive(plan.num_drawn)
                 self.transport.exchange(shard, plan, received)
+                if self.paged is not None:
+                    self._exchange_pages(self.paged, plan, received)
                 self._enter("stage")
                 self._staging.deliver(plan.num_drawn, plan.order)
         self._enter(None)
-        kept = int(plan.send_counts[self.transport.rank])
-        self.bytes_sent += (int(plan.send_counts.sum()) - kept) * self._layout.record_bytes
-        self.bytes_received += (plan.num_drawn - kept) * self._layout.record_bytes
+        self._count_bytes(plan, self._layout.record_bytes)
         self.num_rounds += 1
         return plan.num_drawn
 
@@ -191,11 +231,15 @@ class Rounds:
             return self._identities.num_distinct
         if not compare or self.shard is None:
             return 0 if compare else None
+        if self.paged is not None:
+            return self.paged.num_distinct(self.num_held)
         return self._layout.num_distinct(self.to_host(self.shard.rows[: self.num_held]))
 
-    def representatives(self, first: int, num_rows: int) -> list[torch.Tensor]:
+    def representatives(self, first: int, num_rows: int) -> list[Any]:
         """Copies of this rank's representatives from a slot on, field by field."""
         assert self.shard is not None
+        if self.paged is not None:
+            return self.paged.leaves(first, num_rows)
         rows = self._staging.copy_for_trainer(self.shard.rows[first : first + num_rows])
         return self._layout.views(rows)
 
@@ -271,7 +315,7 @@ class Rounds:
         if self.needs_labels:
             check_labels(self._labels_of(records), self.selection.num_classes)
 
-    def overwrite(self, records: Callable[[], Iterator[tuple[Ints, Bytes]]]) -> None:
+    def overwrite(self, records: Callable[[], Iterator[tuple[Ints, Records]]]) -> None:
         """Writes records to the shard; they come with their slots. Blocks until all ranks have.
 
         Raises:
@@ -295,12 +339,24 @@ class Rounds:
             self.num_overwritten += 1
             self.is_torn = self.contents.num_held > 0
             with self._staging.worker_stream():
+                if self.paged is not None:
+                    self.paged.clear()
                 for slots, found in records():
-                    rows = torch.from_numpy(found)
-                    self.check_records(rows)
-                    shard.write(slots, rows.to(shard.rows.device), np.arange(len(found)))
+                    self.check_records(found.rows)
+                    if self.paged is None:
+                        rows = found.rows.to(shard.rows.device)
+                        shard.write(slots, rows, np.arange(len(rows)))
+                        continue
+                    rows, pages = repaged(self._layout, found, self.paged.page_bytes)
+                    assert pages is not None
+                    self.paged.write(slots, rows, pages, num_held=0)
 
-        together(self.transport, write, "load")
+        try:
+            together(self.transport, write, "load")
+        except CheckpointError:
+            if self.paged is not None:
+                self.paged.clear()
+            raise
         self.is_torn = False
 
     def go_on(
@@ -319,7 +375,7 @@ class Rounds:
         if self._identity is not None and self._identities is not None and self.shard is not None:
             rows = torch.from_numpy(self.to_host(self.shard.rows[: self.num_held]))
             self._identities.restart(self._layout.integers(rows, self._identity))
-        self._full = np.array_equal(contents.sizes, self.limits)
+        self._full = self.paged is None and np.array_equal(contents.sizes, self.limits)
         self._planner.go_on(sampling)
 
     def tell_labels(self) -> None:
@@ -371,7 +427,11 @@ class Rounds:
             protects: whether for the slots alone that are not protected.
         """
         policy = copy.deepcopy(self._unused_selection)
-        if protects:
+        if self.paged_as is not None:
+            num_pages = int(self.paged_as.pages_per_rank[self.transport.rank])
+            policy = within_bytes(policy, num_pages)
+            policy.buffer_seed = self._unused_selection.buffer_seed
+        elif protects:
             policy = Protected(policy)
         policy.bind(self.num_rows, self.transport.rank, self.transport.num_ranks)
         return policy
@@ -384,7 +444,7 @@ class Rounds:
 
     # In a round.
 
-    def _admit(self, candidates: Candidates, shard: Shard) -> tuple[int, Ints | None]:
+    def _admit(self, candidates: Records, shard: Shard) -> tuple[int, Ints | None]:
         """Lets the policy decide, writes the shard.
 
         Returns:
@@ -398,6 +458,8 @@ class Rounds:
                 check_labels(labels, self.selection.num_classes)
         else:
             labels = np.zeros(len(records), dtype=np.int64)
+        if self.paged is not None:
+            return self._turn_over(self.paged, candidates, labels), None
         assignment = self._assign(records, labels)
         size = self.num_held
         if self._is_builtin and size == self.num_rows:
@@ -412,6 +474,54 @@ class Rounds:
         if not self.sampling.needs_labels:
             return new_size, None
         return new_size, np.stack([assignment.slots, labels[assignment.rows]], axis=1)
+
+    def _turn_over(self, paged: PagedShard, candidates: Records, labels: Ints) -> int:
+        """Where bytes are bounded: lets the policy decide, writes the shard.
+
+        Returns:
+            The shard's new size.
+        """
+        records, pages = candidates
+        assert pages is not None
+        turnover = self._decide(records, labels, paged.pages_of(records))
+        moved_from, moved_to, slots = turnover.moved_from, turnover.moved_to, turnover.slots
+        self.transport.await_readers()
+        if self.before_write is not None:
+            self.before_write(np.concatenate([moved_to, slots]))
+        paged.make_room(turnover.removed, moved_from, moved_to)
+        came = records[torch.from_numpy(turnover.rows)]
+        paged.write(slots, came, pages, turnover.size)
+        self.admitted_in[moved_to] = self.admitted_in[moved_from]
+        self.admitted_in[slots] = self.num_rounds
+        return turnover.size
+
+    def _decide(self, records: torch.Tensor, labels: Ints, num_pages: Ints) -> Turnover:
+        """What the policy says, where bytes are bounded, of candidates not held already."""
+        assert isinstance(self.selection, WithinBytes)
+        generator = self._selection_streams.at(self.num_rounds)
+        held = self._identities
+        if self._identity is None or held is None:
+            return self.selection.turn_over(labels, num_pages, generator)
+        identities = self._layout.integers(records, self._identity)
+        new = held.new_rows(identities)
+        turnover = self.selection.turn_over(labels[new], num_pages[new], generator)
+        held.move(turnover.moved_from, turnover.moved_to, turnover.removed)
+        held.put(turnover.slots, identities[new[turnover.rows]])
+        return replace(turnover, rows=new[turnover.rows])
+
+    def _exchange_pages(self, paged: PagedShard, plan: Plan, received: torch.Tensor) -> None:
+        """Fetches what of the received records lies in pages, and serves what this rank owes."""
+        counts, starts = paged.pages_of(received), starts_of(self._layout, received.numpy())
+        of_pages = plan_of_pages(self.transport, paged.pages, plan, starts, counts)
+        out = self._staging.receive_pages(of_pages.num_drawn)
+        self.transport.exchange(paged.pages.shard, of_pages, out)
+        starts[:] = counts.cumsum() - counts
+        self._count_bytes(of_pages, paged.page_bytes)
+
+    def _count_bytes(self, plan: Plan, num_bytes: int) -> None:
+        kept = int(plan.send_counts[self.transport.rank])
+        self.bytes_sent += (int(plan.send_counts.sum()) - kept) * num_bytes
+        self.bytes_received += (plan.num_drawn - kept) * num_bytes
 
     def _assign(self, records: torch.Tensor, labels: Ints) -> Assignment:
         """What the policy says of the candidates that are not held already."""
@@ -452,13 +562,20 @@ class Rounds:
             self.limits, self._layout.record_bytes, self._storage
         )
         self.admitted_in = np.zeros(self.num_rows, dtype=np.int64)
+        self.paged = None
+        if self.paged_as is not None:
+            num_pages, page_bytes = self.paged_as.pages_per_rank, self.paged_as.page_bytes
+            pages = self.transport.make_shard(num_pages, page_bytes, self._storage)
+            table = self.transport.make_shard(num_pages, TABLE_BYTES, self._storage)
+            self.paged = PagedShard(self._layout, self.shard, Pages(pages, table, self.num_rows))
         return self.shard
 
     def _learn_sizes(self, size: int) -> None:
         """All-gathers the shards' sizes, as long as some shard is still filling."""
         if not self._full:
             self.contents.resize(gather_counts(self.transport, size))
-            self._full = np.array_equal(self.contents.sizes, self.limits)
+            # Where bytes are bounded, a full shard may hold fewer in the next round.
+            self._full = self.paged is None and np.array_equal(self.contents.sizes, self.limits)
 
     def _check_alike(self, name: str, number: float) -> None:
         """All-gathers what ranks have given, from 0 on.

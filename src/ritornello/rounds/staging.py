@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,20 +23,18 @@ from torch import Tensor
 from ritornello.arrays import Ints
 from ritornello.records import accelerators
 from ritornello.records.layout import Layout
+from ritornello.records.pages import expanded
+from ritornello.records.paging import Records, pack_pages, pages_of_records, starts_of
 
 WorkerStreams = dict[torch.device, torch.Stream]
 """The worker's streams: one for each accelerator that it uses, for as long as the buffer lives."""
 
 
-@dataclass(frozen=True)
-class Candidates:
-    """Copies of the candidates of a round.
-
-    Attributes:
-        records: uint8 ``[m, record_bytes]`` on the trainer's device.
-    """
-
-    records: Tensor
+def at_least(pages: Tensor, num_pages: int) -> Tensor:
+    """Pages, or, where they are too few, as many anew; a little more, as the next may need it."""
+    if num_pages <= len(pages):
+        return pages
+    return torch.zeros((num_pages + num_pages // 4, pages.shape[1]), dtype=torch.uint8)
 
 
 class Staging:
@@ -49,6 +47,10 @@ class Staging:
         num_representatives: per round, at most: ``r``, times the draws.
         streams: of the buffer; those that are missing are made.
         reorders: whether representatives arrive in another order than they are taken in.
+
+    Attributes:
+        trainer_device: where the mini-batches are.
+        pages: those of what is staged, if some fields are ragged; in CPU memory, as all is then.
     """
 
     def __init__(
@@ -83,6 +85,10 @@ class Staging:
                 else self._rows(num_representatives, trainer_device)
             )
         self._turn_end = self._stream.record_event() if self._stream is not None else None
+        self._collected_pages = self.pages = None
+        if layout.paging is not None:
+            page_bytes = layout.paging.page_bytes
+            self._collected_pages = self.pages = torch.zeros((0, page_bytes), dtype=torch.uint8)
 
     @property
     def on_gpu(self) -> bool:
@@ -91,11 +97,11 @@ class Staging:
 
     # On the trainer's thread.
 
-    def collect(self, leaves: Sequence[Tensor], rows: Ints | None) -> None:
+    def collect(self, leaves: Sequence[Any], rows: Ints | None) -> None:
         """Copies candidates out of a mini-batch.
 
         Args:
-            leaves: one tensor ``[b, *shape]`` per field.
+            leaves: one tensor ``[b, *shape]`` per field, of ragged ones a ``Ragged``.
             rows: int64 ``[m]``, the candidates; None: all samples.
         """
         num_rows = leaves[0].shape[0] if rows is None else len(rows)
@@ -104,9 +110,15 @@ class Staging:
         if num_rows > len(self._collected):
             # The worker has read it when its round ends: nothing of it is given away too early.
             self._collected = self._rows(num_rows, self.trainer_device)
-        self._layout.pack(
-            [leaf.to(self.trainer_device) for leaf in leaves], rows, self._collected[:num_rows]
-        )
+        collected = self._collected[:num_rows]
+        if self._collected_pages is None:
+            self._layout.pack([leaf.to(self.trainer_device) for leaf in leaves], rows, collected)
+        else:
+            self._layout.pack(leaves, rows, collected)
+            num_bytes = self._layout.bytes_in_pages(leaves)
+            num_pages = -(-(num_bytes if rows is None else num_bytes[rows]) // self._page_bytes)
+            self._collected_pages = at_least(self._collected_pages, int(num_pages.sum()))
+            pack_pages(self._layout, leaves, rows, collected.numpy(), self._collected_pages.numpy())
         self._num_collected = num_rows
         if self._stream is not None:
             self._end_turn()
@@ -115,11 +127,11 @@ class Staging:
         """Drops them again."""
         self._num_collected = 0
 
-    def candidates(self) -> Candidates:
+    def candidates(self) -> Records:
         """What was collected since the last call; must be used up before the next."""
         records = self._collected[: self._num_collected]
         self._num_collected = 0
-        return Candidates(records)
+        return Records(records, self._collected_pages)
 
     def take(self, num_rows: int) -> Tensor:
         """The first staged representatives as records, valid until ``release`` or ``collect``."""
@@ -160,13 +172,22 @@ class Staging:
         for stream in self._streams:
             stream.synchronize()
 
-    def staged(self, num_rows: int) -> Tensor:
-        """A copy of the first representatives that were delivered, in CPU memory."""
+    def staged(self, num_rows: int) -> Records:
+        """Copies of the first representatives that were delivered, in CPU memory."""
         self._await_turn_end()  # `rehearse` may be at its turn on another stream: both only read
-        return self._delivered[:num_rows].cpu().clone()
+        rows, pages = self._delivered[:num_rows].cpu().clone(), None
+        if self.pages is not None:
+            starts = starts_of(self._layout, rows.numpy())
+            counts = pages_of_records(self._layout, rows.numpy(), self._page_bytes)
+            pages = self.pages[torch.from_numpy(expanded(starts, counts))]
+            starts[:] = counts.cumsum() - counts
+        return Records(rows, pages)
 
-    def put_back(self, staged: Tensor) -> None:
+    def put_back(self, records: Records) -> None:
         """Places what ``staged`` gave where it was."""
+        staged = records.rows
+        if records.pages is not None:
+            self.pages = records.pages
         if self._stream is not None:
             self._begin_turn()
         self._delivered[: len(staged)] = staged.to(self.trainer_device)
@@ -179,17 +200,17 @@ class Staging:
         """A context in which the worker's work goes to its own streams, where it has any."""
         return accelerators.on_streams(self._streams)
 
-    def arrive(self, candidates: Candidates) -> Tensor:
+    def arrive(self, candidates: Records) -> Tensor:
         """The candidates' records on the shard's device; if that is the CPU, they are there."""
         if self._stream is not None and self._turn_end is not None:
             self._stream.wait_event(self._turn_end)
         if self.trainer_device == self._shard_device:
-            return candidates.records
-        num_rows = len(candidates.records)
+            return candidates.rows
+        num_rows = len(candidates.rows)
         if num_rows > len(self._arrived):
             self._arrived = self._rows(num_rows, self._shard_device)
         arrived = self._arrived[:num_rows]
-        arrived.copy_(candidates.records, non_blocking=self._stream is not None)
+        arrived.copy_(candidates.rows, non_blocking=self._stream is not None)
         if self._stream is not None and self._shard_device.type == "cpu":
             self._stream.synchronize()  # also with what was received last, and is overwritten now
         return arrived
@@ -197,6 +218,12 @@ class Staging:
     def receive(self, num_rows: int) -> Tensor:
         """Where the exchange puts this round's records: ``[num_rows, record_bytes]``."""
         return self._received[:num_rows]
+
+    def receive_pages(self, num_pages: int) -> Tensor:
+        """Where the exchange puts the pages of this round: ``[num_pages, page_bytes]``."""
+        assert self.pages is not None
+        self.pages = at_least(self.pages, num_pages)
+        return self.pages[:num_pages]
 
     def deliver(self, num_rows: int, order: Ints | None) -> None:
         """Starts the copy of the received records to where the trainer takes them.
@@ -246,6 +273,11 @@ class Staging:
 
     def _end_turn(self) -> None:
         self._turn_end = accelerators.mark(self.trainer_device)
+
+    @property
+    def _page_bytes(self) -> int:
+        assert self._layout.paging is not None
+        return self._layout.paging.page_bytes
 
     def _rows(self, num_rows: int, device: torch.device) -> Tensor:
         pinned = device.type == "cpu" and self._stream is not None

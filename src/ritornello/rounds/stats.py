@@ -24,9 +24,9 @@ class BufferStats:
     held_per_class: dict[int, int]
     """Label to representatives, in this rank's shard; empty without labels, or if not asked."""
     record_bytes: int
-    """Bytes of one representative; 0 before the first mini-batch."""
+    """Bytes of one representative, without what is in pages; 0 before the first mini-batch."""
     shard_bytes: int
-    """Memory of this rank's shard."""
+    """Memory of this rank's shard, all its pages included."""
     num_rounds: int
     num_given: int
     """Representatives that this rank's trainer has got."""
@@ -44,6 +44,8 @@ class BufferStats:
     """What copying candidates (and with ``asynchronous=False`` the rounds) has taken there."""
     seconds_per_stage: dict[str, float]
     """Seconds of the worker: admit, plan, exchange, stage."""
+    used_bytes: int = 0
+    """How much of ``shard_bytes`` is in use: rows, and pages with their places in the table."""
     num_distinct: int | None = None
     """Distinct samples in this rank's shard, by ``identity=``; without it those whose bytes differ,
     if asked, else None."""
@@ -75,7 +77,8 @@ class BufferStats:
             held_per_rank=rounds.contents.sizes.tolist(),
             held_per_class=dict(zip(labels.tolist(), counts.tolist(), strict=True)),
             record_bytes=record_bytes,
-            shard_bytes=rounds.shard.num_bytes if rounds.shard else 0,
+            shard_bytes=rounds.num_bytes,
+            used_bytes=rounds.num_used_bytes,
             num_rounds=rounds.num_rounds,
             bytes_sent=rounds.bytes_sent,
             bytes_received=rounds.bytes_received,

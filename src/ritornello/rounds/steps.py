@@ -25,12 +25,12 @@ from ritornello.errors import CheckpointError, PeerLostError, RoundError, round_
 from ritornello.policies.selection import check_labels
 from ritornello.records import accelerators
 from ritornello.records.layout import Layout
-from ritornello.records.misread import check_not_misread
 from ritornello.records.modes import outside_inference
 from ritornello.records.nesting import Batch, leaves_of, path_text
+from ritornello.records.paging import Records
 from ritornello.records.storage import Storage
 from ritornello.rounds.arguments import Arguments, plain
-from ritornello.rounds.first_batch import Begun, device_of
+from ritornello.rounds.first_batch import Begun, device_of, understood
 from ritornello.rounds.joining import Joiner, copies
 from ritornello.rounds.random_streams import Purpose, Streams
 from ritornello.rounds.rewriting import FieldsMadeAnew, read
@@ -147,8 +147,9 @@ class Steps:
             if any(type(leaf) is not Tensor for _, leaf in leaves_of(batch)):
                 augmented = begun.layout.rebuild(leaves)
         else:
-            began = time.perf_counter()
-            augmented = begun.layout.rebuild(self._joiner.join(begun.layout, leaves, staged))
+            began, pages = time.perf_counter(), begun.staging.pages
+            joined = self._joiner.join(begun.layout, leaves, staged, pages)
+            augmented = begun.layout.rebuild(joined)
             self.seconds_joining += time.perf_counter() - began
         self._copy_candidates(begun.staging, leaves)
         self._num_new_joined = leaves[0].shape[0]
@@ -160,7 +161,7 @@ class Steps:
         drawn = None
         if staged is not None:
             began, begun = time.perf_counter(), self._known
-            drawn = copies(begun.layout, staged, self._arguments.num_draws)
+            drawn = copies(begun.layout, staged, self._arguments.num_draws, begun.staging.pages)
             begun.staging.release()
             self.seconds_joining += time.perf_counter() - began
         self._num_new_joined = 0
@@ -253,9 +254,7 @@ class Steps:
         try:
             begun = self.begun
             if begun is None:
-                check_not_misread(batch)
-                layout = Layout.of(batch)
-                leaves = layout.leaves(batch)
+                layout, leaves = understood(batch, self._arguments, self._transport.num_ranks)
                 label = layout.label_position(self._arguments.label_path, self.rounds.needs_labels)
                 begun = self._begin(device_of(leaves), layout, label)
                 if self.rounds.among_others is not None:
@@ -284,7 +283,7 @@ class Steps:
         return self.begun
 
     def _begin(
-        self, device: torch.device, layout: Layout, label: int | None, staged: Tensor | None = None
+        self, device: torch.device, layout: Layout, label: int | None, staged: Records | None = None
     ) -> Begun:
         begun = Begun.on(
             device, layout, label, self._arguments, self._storage, self._worker_streams
@@ -516,7 +515,7 @@ class Steps:
 
     # For who saves and restores it.
 
-    def staged_records(self) -> Tensor:
+    def staged_records(self) -> Records:
         """A copy of what is staged for the next step, in CPU memory."""
         return self._known.staging.staged(self.num_staged)
 
@@ -538,12 +537,12 @@ class Steps:
         """As before ``begin_restored``."""
         self.begun, self.rounds.shard, self._is_restored = None, None, False
 
-    def go_on(self, num_rounds: int, is_offered: bool, staged: Tensor, rate: float) -> None:
+    def go_on(self, num_rounds: int, is_offered: bool, staged: Records, rate: float) -> None:
         """Takes the place of a buffer after some rounds, with what it had staged, and its rate."""
         self.rate = rate
         self._known.staging.put_back(staged)
         self._num_new_joined = self._num_joined = 0
-        self._place = Place(num_rounds, is_offered, 0, 0, Errand.ended(len(staged)))
+        self._place = Place(num_rounds, is_offered, 0, 0, Errand.ended(len(staged.rows)))
 
     def draw_again(self, rate: float) -> None:
         """Has a round run without candidates, for what the next step draws.

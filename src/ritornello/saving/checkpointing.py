@@ -8,11 +8,11 @@ import reprlib
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from ritornello.arrays import Arrays
 from ritornello.errors import CheckpointError, RoundError
@@ -20,7 +20,9 @@ from ritornello.policies.names import SAMPLING_POLICIES, SELECTION_POLICIES
 from ritornello.policies.protection import is_protected
 from ritornello.records.digest import digest
 from ritornello.records.layout import Layout
+from ritornello.records.paging import Records, bytes_of_records
 from ritornello.rounds.arguments import Arguments
+from ritornello.rounds.first_batch import bounded
 from ritornello.rounds.steps import Steps
 from ritornello.rounds.worker import Worker
 from ritornello.saving.files import folder_at
@@ -28,7 +30,10 @@ from ritornello.saving.folder import MOST_LOOKS
 from ritornello.saving.manifest import MOST_NAME, Manifest, Removal, TaskMark
 from ritornello.saving.restoring import adopt, restore
 from ritornello.saving.saved_buffer import (
+    BYTES_IN_PAGES,
+    STAGED_PAGES,
     SavedBuffer,
+    check_lengths,
     contents_arrays,
     records_of,
     sampling_state,
@@ -112,6 +117,8 @@ class Checkpointing:
             )
             saving.begin()
             self._saving, self._rounds.before_write = saving, saving.keep
+            if self._rounds.paged is not None:
+                self._rounds.paged.before_write = saving.keep_pages
             if background:
                 self._worker.while_idle(saving.step)
             else:
@@ -160,6 +167,8 @@ class Checkpointing:
                 self._saving.wait()
         finally:
             self._saving = self._rounds.before_write = None
+            if self._rounds.paged is not None:
+                self._rounds.paged.before_write = None
 
     def _snapshot(self) -> Snapshot:
         """What this rank saves, while no round runs.
@@ -173,13 +182,24 @@ class Checkpointing:
         if rounds.contents.knows_labels:
             arrays |= contents_arrays(rounds.contents.state(), rounds.sampling.state())
         if self._steps.begun is not None:
-            arrays["staged"] = self._steps.staged_records().numpy()
+            staged = self._steps.staged_records()
+            arrays["staged"] = staged.rows.numpy()
+            if staged.pages is not None:
+                arrays[STAGED_PAGES] = staged.pages.numpy()
         manifest = self._manifest()
         manifest.as_readable_json()
-        rows = rounds.used_rows(manifest.record_bytes)
-        check_header(header_of(arrays, *rows.shape), arrays, *rows.shape)
+        snapshot = Snapshot(manifest, arrays, rounds.used_rows(manifest.record_bytes))
+        if manifest.layout is not None and manifest.paging is not None:
+            arrays[BYTES_IN_PAGES] = bytes_of_records(manifest.layout, snapshot.rows.numpy())
+            pages = torch.zeros((0, manifest.paging.page_bytes), dtype=torch.uint8)
+            numbers = np.zeros(0, dtype=np.int64)
+            if rounds.paged is not None:
+                pages = rounds.paged.pages.shard.rows
+                numbers = rounds.paged.pages.of_slots(np.arange(rounds.num_held))
+            snapshot = replace(snapshot, pages=pages, page_numbers=numbers)
+        check_header(header_of(arrays, *snapshot.shapes), arrays, *snapshot.shapes)
         self._check_restores(arrays)
-        return Snapshot(manifest, arrays, rows)
+        return snapshot
 
     def _check_restores(self, arrays: Arrays) -> None:
         """Has policies of one's own take back what they have given.
@@ -201,7 +221,7 @@ class Checkpointing:
         steps, begun = self._steps, self._steps.begun
         return Manifest(
             arguments=self._as_text,
-            capacity=int(self._arguments.capacity),
+            capacity=int(self._rounds.capacity),
             held_per_rank=tuple(self._rounds.contents.sizes.tolist()),
             num_rounds=self._rounds.num_rounds,
             num_offers=steps.num_offers,
@@ -302,16 +322,11 @@ class Checkpointing:
         candidates.
         """
         manifest, own, steps = saved.manifest, self._manifest(), self._steps
-        has_same_shards = manifest.num_ranks == own.num_ranks and manifest.capacity == own.capacity
         draws_alike = all(manifest.meant(name) == own.meant(name) for name in DRAWN_BY)
         rate, rate_again = self._rates(manifest)
-        goes_on = (
-            has_same_shards
-            and draws_alike
-            and self._has_same_rate(manifest)
-            and manifest.num_offers == manifest.num_rounds  # else see ``Manifest.num_offers``
-        )
         layout = manifest.layout
+        if layout is not None:
+            layout = together(self._transport, lambda: self._in_own_pages(manifest.layout), call)
         if layout is None:
             # Nothing to take over; but a buffer that has begun cannot become one that has not.
             if own.num_rounds or own.num_offers:
@@ -324,8 +339,20 @@ class Checkpointing:
             lambda: steps.begin_restored(layout, manifest.label, manifest.on_gpu),
             call,
         )
+        # The capacity may depend on what the samples are.
+        has_same_shards = (manifest.num_ranks, manifest.capacity, manifest.paging) == (
+            own.num_ranks,
+            self._rounds.capacity,
+            layout.paging,
+        )
+        goes_on = (
+            has_same_shards
+            and draws_alike
+            and self._has_same_rate(manifest)
+            and manifest.num_offers == manifest.num_rounds  # else see ``Manifest.num_offers``
+        )
         # First all that may be refused, while this buffer is as it was: then its shard is written.
-        staged = torch.zeros((0, manifest.record_bytes), dtype=torch.uint8)
+        staged = self._nothing_staged(layout)
         if goes_on:
             staged = together(self._transport, lambda: self._staged_in(saved), call)
         if has_same_shards:
@@ -362,7 +389,19 @@ class Checkpointing:
             return rate, rate
         return rate, min(manifest.num_drawn // num_draws, most)
 
-    def _staged_in(self, saved: SavedBuffer) -> Tensor:
+    def _in_own_pages(self, layout: Layout | None) -> Layout | None:
+        """A saved buffer's layout, as this one would have it."""
+        if layout is None:
+            return None
+        return bounded(layout, self._arguments, self._transport.num_ranks)
+
+    def _nothing_staged(self, layout: Layout) -> Records:
+        nothing = torch.zeros((0, layout.record_bytes), dtype=torch.uint8)
+        if layout.paging is None:
+            return Records(nothing)
+        return Records(nothing, torch.zeros((0, layout.paging.page_bytes), dtype=torch.uint8))
+
+    def _staged_in(self, saved: SavedBuffer) -> Records:
         """What this rank had staged for the next step, checked.
 
         Raises:
@@ -379,7 +418,12 @@ class Checkpointing:
                 f"{len(staged)} staged, but {manifest.num_staged} according to the manifest, "
                 f"and at most {most} can have been drawn"
             )
-        return staged
+        if manifest.layout is None or manifest.paging is None:
+            return Records(staged)
+        page_bytes = manifest.paging.page_bytes
+        pages = records_of(arrays, STAGED_PAGES, page_bytes)
+        check_lengths(manifest.layout, staged.numpy(), page_bytes, len(pages))
+        return Records(staged, torch.from_numpy(pages))
 
 
 def _fields_text(layout: Layout) -> str:

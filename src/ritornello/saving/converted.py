@@ -36,8 +36,12 @@ class Converted(SavedBuffer):
         if saved.manifest.layout is None:
             return
         old = self._old = saved.manifest.layout
+        if old.ragged:
+            raise CheckpointError("convert: samples of unequal length cannot be converted")
         one = torch.zeros((1, old.record_bytes), dtype=torch.uint8)
         self._new = Layout.of(convert(old.rebuild(old.views(one))))
+        if self._new.ragged:
+            raise CheckpointError("convert: samples cannot become ones of unequal length")
         label = saved.manifest.label
         if label is not None:
             path = old.fields[label].path

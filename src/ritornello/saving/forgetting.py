@@ -25,6 +25,7 @@ from ritornello.policies.contents import Contents
 from ritornello.policies.names import SAMPLING_POLICIES, SELECTION_POLICIES, Policy
 from ritornello.policies.protection import Protected, is_protected
 from ritornello.policies.selection import SelectionPolicy, State
+from ritornello.policies.within_bytes import within_bytes
 from ritornello.records.shard import rows_per_rank
 from ritornello.saving.conditions import Values, Where
 from ritornello.saving.files import sync_folder
@@ -39,11 +40,14 @@ from ritornello.saving.folder import (
 )
 from ritornello.saving.manifest import Manifest, Removal, SavedFile
 from ritornello.saving.saved_buffer import (
+    BYTES_IN_PAGES,
     CONTENTS,
     POLICY,
+    STAGED_PAGES,
     admission_rounds,
     contents_arrays,
     contents_state,
+    num_pages_of,
     records_of,
     sampling_state,
     selection_state,
@@ -187,7 +191,10 @@ def _rewrite(
     """Writes the shards without what was found, and makes them those that count."""
     folder, manifest = saved.folder, saved.manifest
     with _understanding(folder):
-        states, kept = _without(saved, found.slots, selection or _policy_of(manifest))
+        policy = selection or _policy_of(manifest)
+        if manifest.paging is not None:
+            policy = within_bytes(policy, manifest.paging.num_pages)
+        states, kept = _without(saved, found.slots, policy)
     _check_room(saved)
     before, after = _places(manifest, kept)
     save_id, files = f"{random_id():016x}", []
@@ -197,6 +204,13 @@ def _rewrite(
             arrays |= {POLICY + name: each for name, each in states[rank].items()}
             arrays["admitted_in"] = arrays["admitted_in"][slots]
             arrays["staged"] = records_of(arrays, "staged", manifest.record_bytes)[:0]
+            pages = None
+            if manifest.paging is not None:
+                size = manifest.paging.page_bytes
+                counts = num_pages_of(arrays, manifest, rank, size)
+                arrays[STAGED_PAGES] = records_of(arrays, STAGED_PAGES, size)[:0]
+                arrays[BYTES_IN_PAGES] = arrays[BYTES_IN_PAGES][slots]
+                pages = int(counts[slots].sum()), size
             moved = _moved(arrays, manifest, before, after)
         arrays = {
             name: moved.get(name, each)
@@ -207,8 +221,12 @@ def _rewrite(
         size = manifest.record_bytes
         with (
             saved.shard(rank) as shard,
-            new_shard_file(folder / name, arrays, len(slots), size) as file,
+            new_shard_file(folder / name, arrays, (len(slots), size), pages) as file,
         ):
+            if pages is not None:
+                starts = counts.cumsum() - counts
+                for slot in slots[counts[slots] > 0].tolist():
+                    file.write(shard.pages(int(starts[slot]), int(counts[slot])).reshape(-1))
             num_at_once = max(1, PIECE_BYTES // max(1, size))
             for first in range(0, len(slots), num_at_once):
                 wanted = slots[first : first + num_at_once]

@@ -19,6 +19,7 @@ import torch
 from ritornello.arrays import Ints
 from ritornello.errors import CheckpointError
 from ritornello.records.layout import Layout
+from ritornello.records.pages import Paging
 from ritornello.rounds.arguments import meant
 from ritornello.saving.checked_json import (
     checked_bool,
@@ -35,6 +36,9 @@ from ritornello.version import __version__
 FORMAT = "ritornello rehearsal buffer"
 
 FORMAT_VERSION = 1
+
+VERSION_WITH_PAGES = 2
+"""Of buffers whose samples differ in length; others stay as earlier releases can read them."""
 
 MOST_BYTES = 2**24
 """A manifest has a few lines for each shard and task; a longer one is none of ours."""
@@ -145,6 +149,11 @@ class Manifest:
         return self.layout.record_bytes if self.layout else 0
 
     @property
+    def paging(self) -> Paging | None:
+        """The pages of the shards, if samples differ in length."""
+        return self.layout.paging if self.layout else None
+
+    @property
     def identity(self) -> int | None:
         """The position among the layout's fields of the one that tells samples apart, if any."""
         named = self.arguments.get("identity")
@@ -182,7 +191,8 @@ class Manifest:
         Raises:
             CheckpointError: a sample's keys are neither texts nor integers.
         """
-        content: dict[str, Any] = {"format": FORMAT, "format_version": FORMAT_VERSION}
+        version = VERSION_WITH_PAGES if self.paging else FORMAT_VERSION
+        content: dict[str, Any] = {"format": FORMAT, "format_version": version}
         content |= {name: value for name, value in vars(self).items() if name != "layout"}
         for name in ("tasks", "removals", "files"):
             content[name] = [asdict(each) for each in content[name]]
@@ -222,11 +232,11 @@ class Manifest:
             if not isinstance(content, dict) or content.get("format") != FORMAT:
                 raise CheckpointError(f"{where} is no manifest of a rehearsal buffer")
             version = content.get("format_version")
-            if version != FORMAT_VERSION:
+            if version not in (FORMAT_VERSION, VERSION_WITH_PAGES):
                 raise CheckpointError(
                     f"{where} has the format version {version!r}, but this release of Ritornello "
-                    f"({__version__}) reads version {FORMAT_VERSION}: use the release that wrote "
-                    "it, or a newer one"
+                    f"({__version__}) reads versions {FORMAT_VERSION} and {VERSION_WITH_PAGES}: "
+                    "use the release that wrote it, or a newer one"
                 )
             if content != with_checksum(content):
                 raise ValueError("its checksum is that of another text")

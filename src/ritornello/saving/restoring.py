@@ -7,17 +7,20 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from ritornello.arrays import Arrays, Bytes, Ints
+from ritornello.arrays import Arrays, Ints
 from ritornello.policies.contents import Contents
 from ritornello.policies.protection import is_protected
 from ritornello.policies.sampling import SamplingPolicy
-from ritornello.policies.selection import SavedShards, SelectionPolicy
+from ritornello.policies.selection import SavedShards, SelectionPolicy, State
+from ritornello.records.paging import Records
 from ritornello.records.shard import rows_per_rank
 from ritornello.rounds.round import Rounds
 from ritornello.saving.saved_buffer import (
     SavedBuffer,
     admission_rounds_of,
     contents_state,
+    num_pages_of,
+    records_in,
     sampling_state,
     selection_state,
 )
@@ -39,13 +42,14 @@ def restore(rounds: Rounds, saved: SavedBuffer, knows_contents: bool) -> None:
         CheckpointError: on every rank, if what was saved on one cannot be used.
     """
     rank, sizes = rounds.transport.rank, np.array(saved.manifest.held_per_rank)
-    reads_twice = rounds.contents.num_held > 0
+    # What is there must not be overwritten by anything damaged; pages are not read in order.
+    reads_twice = rounds.contents.num_held > 0 or saved.manifest.paging is not None
 
     def understand() -> tuple[SelectionPolicy, SamplingPolicy, Contents, Ints]:
         _check_sizes(sizes, rounds.limits)
         with saved.shard(rank) as shard:
             arrays = shard.arrays()
-        state, sampling = selection_state(arrays), rounds.new_sampling()
+        state, sampling = _state_in_pages(rounds, saved, rank, arrays), rounds.new_sampling()
         selection = rounds.new_selection(is_protected(state))
         selection.restore(state, int(sizes[rank]))
         contents = rounds.no_contents()
@@ -55,13 +59,14 @@ def restore(rounds: Rounds, saved: SavedBuffer, knows_contents: bool) -> None:
             if remembered := sampling_state(arrays):
                 sampling.restore(remembered)
         admitted_in = admission_rounds_of(arrays, saved.manifest, rank)
-        if reads_twice:  # what is there must not be overwritten by anything damaged
+        if reads_twice:
             for _, found in saved.checked_rows(rank):
                 rounds.check_records(torch.from_numpy(found))
+            _check_pages(saved, rank)
         return selection, sampling, contents, admitted_in
 
     own = together(rounds.transport, understand, "load")
-    rounds.overwrite(lambda: saved.checked_rows(rank))
+    rounds.overwrite(lambda: _all_records(saved, rank))
     rounds.go_on(saved.manifest.num_rounds, *own)
     if rounds.contents.knows_labels and not knows_contents:
         rounds.tell_labels()
@@ -88,11 +93,12 @@ def adopt(rounds: Rounds, saved: SavedBuffer) -> None:
         for rank in range(rounds.transport.rank, num_ranks, rounds.transport.num_ranks):
             for _, found in saved.checked_rows(rank):
                 rounds.check_records(torch.from_numpy(found))
+            _check_pages(saved, rank)
         arrays = []
         for rank in range(num_ranks):
             with saved.shard(rank) as shard:
                 arrays.append(shard.arrays())
-        states = [selection_state(each) for each in arrays]
+        states = [_state_in_pages(rounds, saved, *each) for each in enumerate(arrays)]
         selection = rounds.new_selection(is_protected(states[0]))
         owners, slots = selection.adopt(
             SavedShards(states, sizes, manifest.capacity),
@@ -113,12 +119,11 @@ def adopt(rounds: Rounds, saved: SavedBuffer) -> None:
         before, after = _moved(places, contents, rounds.transport)
         together(rounds.transport, lambda: sampling.adopt(remembered, before, after), "load")
 
-    def records() -> Iterator[tuple[Ints, Bytes]]:
+    def records() -> Iterator[tuple[Ints, Records]]:
         for owner in np.unique(owners).tolist():
             own = np.flatnonzero(owners == owner)
-            with saved.shard(owner) as shard:
-                for positions, found in shard.rows(slots[own]):
-                    yield own[positions], found
+            for positions, found in records_in(saved, owner, slots[own]):
+                yield own[positions], found
 
     rounds.overwrite(records)
     rounds.go_on(manifest.num_rounds, selection, sampling, contents, admitted_in)
@@ -140,6 +145,38 @@ def _moved(places: Ints, contents: Contents, transport: Transport) -> tuple[Ints
         for rank, of_rank in enumerate(before)
     ]
     return np.concatenate(before), np.concatenate(after)
+
+
+def _all_records(saved: SavedBuffer, rank: int) -> Iterator[tuple[Ints, Records]]:
+    """All of a shard's records, checked at the end, or, where they have pages, before."""
+    if saved.manifest.paging is not None:
+        yield from records_in(saved, rank, np.arange(saved.manifest.held_per_rank[rank]))
+        return
+    for slots, found in saved.checked_rows(rank):
+        yield slots, Records(torch.from_numpy(found))
+
+
+def _check_pages(saved: SavedBuffer, rank: int) -> None:
+    """Checks what of a shard's records is in pages, if samples differ in length.
+
+    Raises:
+        CheckpointError, ValueError, KeyError: it cannot be read.
+    """
+    if saved.manifest.paging is not None:
+        for _ in _all_records(saved, rank):
+            pass
+
+
+def _state_in_pages(rounds: Rounds, saved: SavedBuffer, rank: int, arrays: Arrays) -> State:
+    """What a shard's selection policy saved; pages counted as those of now."""
+    state = selection_state(arrays)
+    if rounds.paged_as is None:
+        return state
+    counts = num_pages_of(arrays, saved.manifest, rank, rounds.paged_as.page_bytes)
+    slots = state["slots"]
+    if not np.array_equal(np.sort(slots), np.arange(len(counts))):
+        raise ValueError("slots must be those of all representatives, once each")
+    return {**state, "pages": counts[slots]}
 
 
 def _check_sizes(sizes: Ints, rooms: Ints) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -14,12 +14,30 @@ from ritornello.arrays import Arrays, Bytes, Ints
 from ritornello.errors import CheckpointError
 from ritornello.policies.contents import Contents
 from ritornello.policies.selection import State
+from ritornello.records.layout import Layout
 from ritornello.records.nesting import Batch
+from ritornello.records.paging import (
+    Records,
+    leaves_of,
+    lengths_of,
+    pages_of_records,
+    starts_of,
+)
 from ritornello.saving.manifest import Manifest
+from ritornello.saving.shard_file import PIECE_BYTES
 
 POLICY, CONTENTS = "policy.", "contents."
 """Whose arrays they are, by the beginnings of their names: the selection policy's; and those of the
 contents, together with what the sampling policy remembers."""
+
+BYTES_IN_PAGES = "bytes_in_pages"
+"""The array that says, where samples differ in length, how much of each is in pages."""
+
+STAGED_PAGES = "staged_pages"
+"""The array of the pages of what is staged."""
+
+MOST_BYTES_IN_PAGES = 2**40
+"""Of a representative."""
 
 _OF_CONTENTS = tuple(CONTENTS + name for name in Contents.SAVED)
 
@@ -32,6 +50,10 @@ class SavedShard(Protocol):
 
     def rows(self, slots: Ints) -> Iterator[tuple[Ints, Bytes]]:
         """Some representatives, a piece at a time; see ``ShardFile.rows``."""
+
+    def pages(self, first: int, num_pages: int) -> Bytes:
+        """Some pages, if samples differ in length; see ``ShardFile.pages``."""
+        raise ValueError(f"there are no pages from {first} to {first + num_pages}")
 
 
 class SavedBuffer(Protocol):
@@ -72,6 +94,7 @@ class SavedRepresentatives:
         labels: int64 ``[n]``; None if the buffer knew no labels.
         admitted_in: int64 ``[n]``, the rounds in which they were admitted.
         tasks: int64 ``[n]``, positions in ``manifest.tasks``; -1: before the first.
+        leaves: the batch field by field.
     """
 
     slots: Ints
@@ -79,6 +102,7 @@ class SavedRepresentatives:
     labels: Ints | None
     admitted_in: Ints
     tasks: Ints
+    leaves: Sequence[Any] = ()
 
 
 def read(saved: SavedBuffer, rank: int, slots: Ints | None) -> Iterator[SavedRepresentatives]:
@@ -91,14 +115,15 @@ def read(saved: SavedBuffer, rank: int, slots: Ints | None) -> Iterator[SavedRep
     if layout is None:
         return
     admitted_in = admission_rounds(saved, rank)
-    for at, records in _pieces(saved, rank, slots):
-        rows = torch.from_numpy(records.copy())
+    for at, (rows, pages) in _pieces(saved, rank, slots):
+        leaves = leaves_of(layout, rows, pages)
         yield SavedRepresentatives(
             at,
-            layout.rebuild(layout.views(rows)),
+            layout.rebuild(leaves),
             None if manifest.label is None else layout.integers(rows, manifest.label),
             admitted_in[at],
             manifest.task_numbers(admitted_in[at]),
+            leaves,
         )
 
 
@@ -128,15 +153,94 @@ def admission_rounds_of(arrays: Arrays, manifest: Manifest, rank: int) -> Ints:
     return rounds
 
 
-def _pieces(saved: SavedBuffer, rank: int, slots: Ints | None) -> Iterator[tuple[Ints, Bytes]]:
-    """Slots and their records."""
-    if slots is None:
-        yield from saved.checked_rows(rank)
+def _pieces(saved: SavedBuffer, rank: int, slots: Ints | None) -> Iterator[tuple[Ints, Records]]:
+    """Slots and copies of their records."""
+    if slots is None and saved.manifest.paging is None:
+        for at, records in saved.checked_rows(rank):
+            yield at, Records(torch.from_numpy(records.copy()))
         return
+    if slots is None:
+        for _ in saved.checked_rows(rank):
+            pass
+        slots = np.arange(saved.manifest.held_per_rank[rank])
     wanted = np.asarray(slots, dtype=np.int64)
+    for positions, found in records_in(saved, rank, wanted):
+        yield wanted[positions], Records(found.rows.clone(), found.pages)
+
+
+def records_in(saved: SavedBuffer, rank: int, slots: Ints) -> Iterator[tuple[Ints, Records]]:
+    """Reads records of a shard, as many at a time as fit into a piece, one at least.
+
+    Args:
+        saved: the buffer.
+        rank: whose shard.
+        slots: int64 ``[n]``, which of its representatives.
+
+    Yields:
+        Positions in ``slots`` (int64 ``[m]``) and the records there, valid until the next ones.
+
+    Raises:
+        CheckpointError: they cannot be read.
+        ValueError, KeyError: what is saved of their pages contradicts itself.
+    """
+    layout = saved.manifest.layout
     with saved.shard(rank) as shard:
-        for positions, records in shard.rows(wanted):
-            yield wanted[positions], records
+        if layout is None or layout.paging is None:
+            for positions, found in shard.rows(slots):
+                yield positions, Records(torch.from_numpy(found))
+            return
+        counts = num_pages_of(shard.arrays(), saved.manifest, rank, layout.paging.page_bytes)
+        starts = counts.cumsum() - counts
+        most = max(1, PIECE_BYTES // layout.paging.page_bytes)
+        for positions, found in shard.rows(slots):
+            check_lengths(layout, found, layout.paging.page_bytes, counts[slots[positions]])
+            ends, first = counts[slots[positions]].cumsum(), 0
+            while first < len(positions):
+                before = int(ends[first - 1]) if first else 0
+                end = max(first + 1, int(ends.searchsorted(before + most, side="right")))
+                part = slots[positions[first:end]]
+                pages = [
+                    shard.pages(start, num)
+                    for start, num in zip(starts[part].tolist(), counts[part].tolist(), strict=True)
+                ]
+                if any(each.shape[1] != layout.paging.page_bytes for each in pages):
+                    raise ValueError(f"its pages have not {layout.paging.page_bytes} bytes")
+                rows = np.ascontiguousarray(found[first:end]).copy()
+                starts_of(layout, rows)[:] = counts[part].cumsum() - counts[part]
+                yield (
+                    positions[first:end],
+                    Records(torch.from_numpy(rows), torch.from_numpy(np.concatenate(pages))),
+                )
+                first = end
+
+
+def num_pages_of(arrays: Arrays, manifest: Manifest, rank: int, page_bytes: int) -> Ints:
+    """How many pages of some size the representatives of a shard need, int64 ``[num_held]``.
+
+    Raises:
+        ValueError, KeyError: it is not said, or cannot be.
+    """
+    num_bytes = integers(arrays, BYTES_IN_PAGES, manifest.held_per_rank[rank])
+    if num_bytes.min(initial=0) < 0 or num_bytes.max(initial=0) > MOST_BYTES_IN_PAGES:
+        raise ValueError(f"{BYTES_IN_PAGES} must be from 0 to {MOST_BYTES_IN_PAGES}")
+    counts: Ints = -(-num_bytes // page_bytes)
+    return counts
+
+
+def check_lengths(layout: Layout, rows: Bytes, page_bytes: int, counts: Ints | int) -> None:
+    """Checks that records have the pages that are said to be theirs, each or together.
+
+    Raises:
+        ValueError: they have others.
+    """
+    for position in layout.ragged:
+        lengths = lengths_of(layout, rows, position)
+        most = MOST_BYTES_IN_PAGES // max(1, layout.fields[position].bytes_per_length)
+        if lengths.min(initial=0) < 0 or lengths.max(initial=0) > most:
+            raise ValueError(f"{layout.fields[position]} of a length that cannot be")
+    found = pages_of_records(layout, rows, page_bytes)
+    if not np.array_equal(found if isinstance(counts, np.ndarray) else found.sum(), counts):
+        raise ValueError("lengths and pages of records contradict each other")
 
 
 def selection_state(arrays: Arrays) -> State:

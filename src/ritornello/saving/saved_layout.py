@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import reprlib
 from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ import torch
 from ritornello.errors import CheckpointError
 from ritornello.records.layout import DTYPES, MOST_FIELDS, Layout, check_field
 from ritornello.records.nesting import MOST_LEVELS, Batch, Registered, Template, leaves_of
+from ritornello.records.pages import LEAST_PAGE_BYTES, MOST_PAGE_BYTES, Paging
+from ritornello.records.ragged import FORMS, Ragged
 from ritornello.saving.checked_json import checked_count, checked_text
 
 
@@ -27,9 +30,11 @@ def layout_to_json(layout: Layout) -> dict[str, Any]:
                 "path": str(each).partition(":")[0],
                 "dtype": str(each.dtype).removeprefix("torch."),
                 "shape": list(each.shape),
+                **({} if each.form is None else {"form": each.form}),
             }
             for each in layout.fields
         ],
+        **({} if layout.paging is None else {"paging": asdict(layout.paging)}),
     }
 
 
@@ -42,19 +47,31 @@ def layout_from_json(content: dict[str, Any]) -> Layout:
     """
     if len(content["fields"]) > MOST_FIELDS:
         raise ValueError(f"{len(content['fields'])} fields")
-    leaves = []
+    leaves = list[Any]()
     for each in content["fields"]:
         shape = [checked_count(size) for size in each["shape"]]
         dtype = DTYPES.get(checked_text(each["dtype"]))
         if dtype is None:
             raise ValueError(f"a field of the dtype {reprlib.repr(each['dtype'])}")
         check_field(dtype, shape)
-        leaves.append(torch.empty((0, *shape), dtype=dtype, device="cpu"))
+        if "form" not in each:
+            leaves.append(torch.empty((0, *shape), dtype=dtype, device="cpu"))
+        elif each["form"] in FORMS:
+            leaves.append(Ragged.like(each["form"], dtype, tuple(shape)))
+        else:
+            raise ValueError(f"a field of the form {reprlib.repr(each['form'])}")
     remaining = iter(leaves)
     batch = _nesting_from_json(content["nesting"], lambda: next(remaining))
     if sum(1 for _ in leaves_of(batch)) != len(leaves):
         raise ValueError("the nesting has another number of leaves than there are fields")
-    return Layout.of(batch)
+    ragged = [path for path, leaf in leaves_of(batch) if isinstance(leaf, Ragged)]
+    layout = Layout.of_leaves(batch, ragged)
+    if not ragged:
+        return layout
+    paging = Paging(**{name: checked_count(each) for name, each in content["paging"].items()})
+    if not LEAST_PAGE_BYTES <= paging.page_bytes <= MOST_PAGE_BYTES or paging.page_bytes % 16:
+        raise ValueError(f"pages of {paging.page_bytes} bytes")
+    return replace(layout, paging=paging)
 
 
 def _nesting_to_json(template: Template) -> Any:
@@ -76,7 +93,7 @@ def _nesting_to_json(template: Template) -> Any:
     return "field"
 
 
-def _nesting_from_json(content: Any, leaf: Callable[[], torch.Tensor], level: int = 0) -> Batch:
+def _nesting_from_json(content: Any, leaf: Callable[[], Any], level: int = 0) -> Batch:
     if level > MOST_LEVELS:
         raise ValueError(f"a nesting of more than {MOST_LEVELS} levels")
     if content == "field":

@@ -59,13 +59,23 @@ _Entry = tuple[np.dtype[Any], tuple[int, ...], int, int]
 ROWS = "rows"
 """The array of the records, uint8 ``[num_rows, record_bytes]``; it comes last."""
 
+PAGES = "pages"
+"""What of the records differs in length, uint8 ``[num_pages, page_bytes]``, record after record; it
+comes before the rows, where there is any."""
 
-def header_of(arrays: Arrays, num_rows: int, record_bytes: int) -> bytes:
-    """The beginning of a file with some arrays and a shard's rows."""
+_LARGE = (ROWS, PAGES)
+
+Shape = tuple[int, int]
+
+
+def header_of(arrays: Arrays, rows: Shape, pages: Shape | None = None) -> bytes:
+    """The beginning of a file with some arrays, a shard's pages, if it has any, and its rows."""
     entries: dict[str, Any] = {"__metadata__": {"format": "ritornello shard"}}
     end = 0
     shapes = {name: (array.dtype, array.shape) for name, array in arrays.items()}
-    shapes[ROWS] = (np.dtype(np.uint8), (num_rows, record_bytes))
+    if pages is not None:
+        shapes[PAGES] = (np.dtype(np.uint8), pages)
+    shapes[ROWS] = (np.dtype(np.uint8), rows)
     for name, (dtype, shape) in shapes.items():
         first, end = end, end + dtype.itemsize * math.prod(shape)
         dtype_name = next((key for key, each in DTYPES.items() if each == dtype), None)
@@ -75,13 +85,14 @@ def header_of(arrays: Arrays, num_rows: int, record_bytes: int) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def check_header(header: bytes, arrays: Arrays, num_rows: int, record_bytes: int) -> None:
+def check_header(header: bytes, arrays: Arrays, rows: Shape, pages: Shape | None = None) -> None:
     """Checks that a file with that beginning could be read again.
 
     Raises:
         ValueError: it could not.
     """
-    num_bytes = sum(array.nbytes for array in arrays.values()) + num_rows * record_bytes
+    num_bytes = sum(array.nbytes for array in arrays.values()) + math.prod(rows)
+    num_bytes += math.prod(pages or (0,))
     _entries_in(header[8:], len(header) + num_bytes)
 
 
@@ -118,9 +129,11 @@ def _entries_in(text: bytes, file_bytes: int) -> dict[str, _Entry]:
         end += num_bytes
     if 8 + len(text) + end != file_bytes:
         raise ValueError(f"it has {file_bytes} bytes instead of {8 + len(text) + end}")
-    rows = entries.get(ROWS)
+    rows, pages = entries.get(ROWS), entries.get(PAGES)
     if rows is None or rows[0] != np.uint8 or len(rows[1]) != 2:
         raise ValueError("it has no rows of bytes")
+    if pages is not None and (pages[0] != np.uint8 or len(pages[1]) != 2):
+        raise ValueError("it has pages that are no rows of bytes")
     return entries
 
 
@@ -205,23 +218,23 @@ class NewShardFile:
 
 @contextlib.contextmanager
 def new_shard_file(
-    path: Path, arrays: Arrays, num_rows: int, record_bytes: int
+    path: Path, arrays: Arrays, rows: Shape, pages: Shape | None = None
 ) -> Iterator[NewShardFile]:
     """A file of a shard, to be written; see ``new_file``.
 
     Args:
         path: of the file.
-        arrays: all but the rows; written at once.
-        num_rows: how many records will come.
-        record_bytes: of each.
+        arrays: all but the rows and pages; written at once.
+        rows: how many records will come, and how large each is.
+        pages: of the pages that will come before them, if there are any.
 
     Raises:
         CheckpointError: it cannot be written, or could not be read again.
     """
     num_bytes = 0
-    header = header_of(arrays, num_rows, record_bytes)
+    header = header_of(arrays, rows, pages)
     try:
-        check_header(header, arrays, num_rows, record_bytes)
+        check_header(header, arrays, rows, pages)
     except ValueError as error:
         raise CheckpointError(f"{path} could not be read again: {error}") from error
     try:
@@ -237,7 +250,7 @@ def new_shard_file(
     except OSError as error:
         raise CheckpointError(
             f"{path} could not be written: {error.strerror} (after {num_bytes / 1e9:.3g} of "
-            f"{num_rows * record_bytes / 1e9:.3g} GB)"
+            f"{(math.prod(rows) + math.prod(pages or (0,))) / 1e9:.3g} GB)"
         ) from error
 
 
@@ -286,13 +299,13 @@ class ShardFile:
         return int(self._entries[ROWS][1][1])
 
     def arrays(self) -> Arrays:
-        """All arrays but the rows.
+        """All arrays but the rows and pages.
 
         Raises:
             CheckpointError: they do not fit into memory; or they are large, the file has holes, and
                 its checksum is another one.
         """
-        needed = sum(entry[3] for name, entry in self._entries.items() if name != ROWS)
+        needed = sum(entry[3] for name, entry in self._entries.items() if name not in _LARGE)
         free = free_memory_bytes()
         if free is not None and needed > free:
             raise self._damaged(
@@ -303,7 +316,7 @@ class ShardFile:
                 pass
         found = {}
         for name, (dtype, shape, first, num_bytes) in self._entries.items():
-            if name != ROWS:
+            if name not in _LARGE:
                 bytes_ = np.empty(num_bytes, np.uint8)
                 self._read(bytes_, first)
                 found[name] = bytes_.view(dtype).reshape(shape)
@@ -372,6 +385,19 @@ class ShardFile:
             wanted = ascending[first:end] - start
             yield order[first:end], records if (np.diff(wanted) == 1).all() else records[wanted]
             first = end
+
+    def pages(self, first: int, num_pages: int) -> Bytes:
+        """Some pages, from one on, uint8 ``[num_pages, page_bytes]``.
+
+        Raises:
+            ValueError: there are not as many.
+        """
+        _, (num, page_bytes), begin, _ = self._entries.get(PAGES, (None, (0, 0), 0, 0))
+        if not 0 <= first <= first + num_pages <= num:
+            raise ValueError(f"there are {num} pages")
+        found = np.empty((num_pages, page_bytes), np.uint8)
+        self._read(found.reshape(-1), begin + first * page_bytes)
+        return found
 
     def _next_piece(self, num_bytes: int) -> Bytes:
         """Room for bytes; that of the call before stays as it is, as it may still be in use."""

@@ -22,7 +22,7 @@ from ritornello.arrays import Arrays, Bytes, Ints
 from ritornello.errors import CheckpointError
 from ritornello.saving.manifest import Manifest
 from ritornello.saving.saved_buffer import SavedBuffer, SavedShard
-from ritornello.saving.shard_file import PIECE_BYTES, ROWS, bytes_of_array
+from ritornello.saving.shard_file import PAGES, PIECE_BYTES, ROWS, bytes_of_array
 from ritornello.saving.writing import Snapshot
 from ritornello.transports.base import Transport
 
@@ -42,6 +42,8 @@ def entry_of(snapshot: Snapshot, to_host: Callable[[Tensor], Bytes]) -> Entry:
         to_host: gives rows of the shard in CPU memory.
     """
     tensors = {name: torch.from_numpy(array) for name, array in snapshot.arrays.items()}
+    if snapshot.pages is not None:
+        tensors[PAGES] = snapshot.pages[torch.from_numpy(snapshot.page_numbers)]
     rows = torch.from_numpy(to_host(snapshot.rows).copy())
     return snapshot.manifest.as_json(), {**tensors, ROWS: rows}
 
@@ -183,7 +185,14 @@ class _ShardInMemory(SavedShard):
 
     def arrays(self) -> Arrays:
         """See ``SavedShard.arrays``."""
-        return {name: array for name, array in self._arrays.items() if name != ROWS}
+        return {name: array for name, array in self._arrays.items() if name not in (ROWS, PAGES)}
+
+    def pages(self, first: int, num_pages: int) -> Bytes:
+        """See ``SavedShard.pages``."""
+        pages: Bytes | None = self._arrays.get(PAGES)
+        if pages is None or pages.ndim != 2 or not 0 <= first <= first + num_pages <= len(pages):
+            raise ValueError("there are not as many pages")
+        return pages[first : first + num_pages]
 
     def rows(self, slots: Ints) -> Iterator[tuple[Ints, Bytes]]:
         """See ``SavedShard.rows``."""

@@ -10,10 +10,11 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from ritornello.arrays import Arrays, Bytes, Ints
@@ -53,11 +54,76 @@ class Snapshot:
         manifest: the same on every rank; without files.
         arrays: small, copies.
         rows: uint8 ``[num_held, record_bytes]``, the shard itself; not copied.
+        pages: its pages, all of them, if samples differ in length; not copied.
+        page_numbers: int64, which of them are saved, in that order.
     """
 
     manifest: Manifest
     arrays: Arrays
     rows: Tensor
+    pages: Tensor | None = None
+    page_numbers: Ints = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+
+    @property
+    def shapes(self) -> tuple[tuple[int, int], tuple[int, int] | None]:
+        """Of what is saved of rows and pages."""
+        num_rows, record_bytes = self.rows.shape
+        if self.pages is None:
+            return (num_rows, record_bytes), None
+        return (num_rows, record_bytes), (len(self.page_numbers), self.pages.shape[1])
+
+
+class _Part:
+    """Rows of which a copy is being written, while they may be overwritten.
+
+    Args:
+        rows: uint8 ``[n, row_bytes]``.
+        numbers: int64 ``[m]``, which of them, in that order; None: all.
+        to_host: gives them in CPU memory.
+    """
+
+    def __init__(
+        self, rows: Tensor, numbers: Ints | None, to_host: Callable[[Tensor], Bytes]
+    ) -> None:
+        self._rows, self._numbers, self._to_host = rows, numbers, to_host
+        self._places: Ints | None = None
+        if numbers is not None:
+            self._places = np.full(len(rows), -1)
+            self._places[numbers] = np.arange(len(numbers))
+        self.num_rows = len(rows) if numbers is None else len(numbers)
+        self._first_kept = 0  # what is before it is written
+        self._kept: dict[int, Bytes] = {}
+
+    def keep(self, numbers: Ints) -> None:
+        """Sets aside some rows, before others are written there."""
+        places = numbers if self._places is None else self._places[numbers]
+        for place, number in zip(places.tolist(), numbers.tolist(), strict=True):
+            if self._first_kept <= place < self.num_rows and place not in self._kept:
+                self._kept[place] = self._to_host(self._rows[number : number + 1])[0].copy()
+
+    def pieces(self) -> Iterator[Bytes]:
+        """All of them as they were, a piece at a time."""
+        num_at_once = max(1, PIECE_BYTES // max(1, self._rows.shape[1]))
+        for first in range(0, self.num_rows, num_at_once):
+            yield self._piece(first, min(first + num_at_once, self.num_rows))
+
+    def _piece(self, first: int, end: int) -> Bytes:
+        if self._numbers is None:
+            piece = self._to_host(self._rows[first:end])
+        else:
+            piece = self._to_host(self._rows[torch.from_numpy(self._numbers[first:end])])
+        kept = [place for place in range(first, end) if place in self._kept] if self._kept else []
+        if kept:
+            piece = piece.copy()
+            for place in kept:
+                piece[place - first] = self._kept.pop(place)
+        self._first_kept = end
+        return piece
+
+    def end(self) -> None:
+        """Nothing more needs to be kept."""
+        self._first_kept = self.num_rows
+        self._kept.clear()
 
 
 class SaveUnderWay:
@@ -86,10 +152,12 @@ class SaveUnderWay:
         in_background: bool,
     ) -> None:
         self._folder, self._snapshot, self._save_id = folder, snapshot, save_id
-        self._to_host, self._transport, self._in_background = to_host, transport, in_background
+        self._transport, self._in_background = transport, in_background
+        self._rows = _Part(snapshot.rows, None, to_host)
+        self._pages: _Part | None = None
+        if snapshot.pages is not None:
+            self._pages = _Part(snapshot.pages, snapshot.page_numbers, to_host)
         self._rank, self._num_ranks = transport.rank, transport.num_ranks
-        self._first_kept = 0  # rows before it are written
-        self._kept: dict[int, Bytes] = {}
         self._steps = self._run()
         self._lock: int | None = None
         self._error: Exception | None = None
@@ -137,6 +205,8 @@ class SaveUnderWay:
             )
         manifest = self._snapshot.manifest
         needed = manifest.num_held * manifest.record_bytes
+        _, pages = self._snapshot.shapes
+        needed += self._num_ranks * math.prod(pages or (0,))  # about: as many as this rank has
         free = shutil.disk_usage(self._folder).free
         if needed > free:
             raise CheckpointError(
@@ -151,10 +221,13 @@ class SaveUnderWay:
     def keep(self, slots: Ints) -> None:
         """Sets aside the records at some slots, before others are written there."""
         with self._stepping:  # the trainer's thread may call it, too, while the worker writes
-            for slot in slots.tolist():
-                if self._first_kept <= slot < len(self._snapshot.rows) and slot not in self._kept:
-                    row = self._to_host(self._snapshot.rows[slot : slot + 1])[0]
-                    self._kept[slot] = row.copy()
+            self._rows.keep(slots)
+
+    def keep_pages(self, numbers: Ints) -> None:
+        """Sets aside some pages, before others are written there."""
+        assert self._pages is not None
+        with self._stepping:
+            self._pages.keep(numbers)
 
     def step(self) -> float | None:
         """Does a part of the work; the worker and who waits for it may both call it.
@@ -255,28 +328,16 @@ class SaveUnderWay:
     def _write(self) -> Iterator[float]:
         """Writes this rank's file."""
         path = self._folder / self._name(self._rank, "safetensors")
-        rows = self._snapshot.rows
-        with new_shard_file(path, self._snapshot.arrays, *rows.shape) as file:
+        with new_shard_file(path, self._snapshot.arrays, *self._snapshot.shapes) as file:
             yield 0.0
-            num_at_once = max(1, PIECE_BYTES // max(1, rows.shape[1]))
-            for first in range(0, len(rows), num_at_once):
-                file.write(self._piece(first, min(first + num_at_once, len(rows))).reshape(-1))
-                if self._in_background:
-                    file.sync()
-                yield 0.0
+            for part in (self._pages, self._rows):
+                for piece in part.pieces() if part is not None else ():
+                    file.write(piece.reshape(-1))
+                    if self._in_background:
+                        file.sync()
+                    yield 0.0
         about = SavedFile(path.name, file.num_bytes, file.sha256)
         write_text(self._folder / self._name(self._rank, "json"), json.dumps(asdict(about)))
-
-    def _piece(self, first: int, end: int) -> Bytes:
-        """Rows as they were when the save began."""
-        piece = self._to_host(self._snapshot.rows[first:end])
-        kept = [slot for slot in range(first, end) if slot in self._kept] if self._kept else []
-        if kept:
-            piece = piece.copy()
-            for slot in kept:
-                piece[slot - first] = self._kept.pop(slot)
-        self._first_kept = end
-        return piece
 
     def _find_files(self) -> Iterator[float]:
         """Waits until the files of all ranks are there."""
@@ -323,8 +384,9 @@ class SaveUnderWay:
 
     def _end(self) -> None:
         self._steps = iter(())
-        self._first_kept = len(self._snapshot.rows)
-        self._kept.clear()
+        for part in (self._rows, self._pages):
+            if part is not None:
+                part.end()
         if self._lock is not None:
             unlock(self._lock)
             self._lock = None

@@ -1,6 +1,6 @@
 """The contract of a transport: what moves records between ranks.
 
-Three methods make a transport, and two more serve those whose ranks read each other's shards.
+Three methods make a transport, and three more serve those whose ranks read each other's shards.
 The worker calls them, and between rounds the trainer's thread, never both at once; in the same
 order on every rank.
 ``ritornello.testing.TransportConformance`` is the suite that every transport passes.
@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ritornello.arrays import Ints
+from ritornello.records.pages import Pages
 from ritornello.records.shard import Shard
 from ritornello.records.storage import Storage
 from ritornello.transports.board import Board
@@ -80,6 +81,24 @@ class Transport(ABC):
             peers: the ranks to exchange with; records of others are left as they are. None:
                 all, this rank included.
         """
+
+    def look_up(self, pages: Pages, places: Ints, counts: Ints) -> Ints:
+        """The pages at some places of the tables of their owners, for ``exchange``.
+
+        Args:
+            pages: of this rank's shard.
+            places: int64 ``[n]``, by owner.
+            counts: int64 ``[num_ranks]``, how many are in each rank's table.
+
+        Returns:
+            int64 ``[n]``. Those of ranks whose shards cannot be read from here stay as they are:
+            their owners look them up.
+        """
+        end = int(counts[: self.rank + 1].sum())
+        own = slice(end - int(counts[self.rank]), end)
+        found = places.copy()
+        found[own] = pages.at(places[own])
+        return found
 
     def interrupt(self) -> None:  # noqa: B027  (nothing to do where no call waits for long)
         """Makes a call that another thread is in fail at once; then only ``close`` may follow."""

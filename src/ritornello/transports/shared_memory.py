@@ -26,6 +26,7 @@ from torch import Tensor
 from ritornello.arrays import Ints
 from ritornello.errors import BufferClosedError, PeerLostError
 from ritornello.records.digest import digest
+from ritornello.records.pages import PLACES_PER_ROW, Pages
 from ritornello.records.shard import LARGE_RECORD_BYTES, Shard
 from ritornello.records.storage import MappedMemory, Storage
 from ritornello.transports.base import Transport
@@ -50,6 +51,22 @@ GATHER_WIDTH = 64
 TOKEN_BYTES = 16
 
 SHARED = Storage("shared", torch.device("cpu"))
+
+
+class _HostShard(Shard):
+    """A rank's shard in the array of those of its host.
+
+    Args:
+        host: uint8 ``[num_rows, record_bytes]``, all of them.
+        firsts: int64 ``[num_ranks]``, where each rank's begins.
+        rank: whose shard it is.
+        num_rows: of it.
+    """
+
+    def __init__(self, host: Tensor, firsts: Ints, rank: int, num_rows: int) -> None:
+        first = int(firsts[rank])
+        super().__init__(host[first : first + num_rows])
+        self.all_shards, self.firsts = Shard(host), firsts
 
 
 class SharedMemoryTransport(Transport):
@@ -77,7 +94,6 @@ class SharedMemoryTransport(Transport):
         self.timeout_seconds = inner.timeout_seconds
         self.board = inner.board
         self._inner = inner
-        self._host: Shard | None = None
         self._readers: list[int] = []
         self._closed = self._interrupted = False
         # Everybody's first memory is a few bytes that prove who can be reached. The one of the
@@ -230,10 +246,7 @@ class SharedMemoryTransport(Transport):
             if memory is not None:
                 memory.close()
         assert host is not None
-        self._host = Shard(host)
-        self._firsts = firsts
-        first = int(firsts[self.rank])
-        return Shard(host[first : first + int(rows[self.rank])])
+        return _HostShard(host, firsts, self.rank, int(rows[self.rank]))
 
     def _together(self, act: Callable[[], int]) -> Ints:
         """Does something that may fail on every rank; if it fails on one, it fails on all.
@@ -279,31 +292,33 @@ class SharedMemoryTransport(Transport):
         self, shard: Shard, plan: Plan, out: Tensor, peers: Sequence[int] | None = None
     ) -> None:
         """See ``Transport.exchange``."""
-        assert self._host is not None
+        assert isinstance(shard, _HostShard)
         assert peers is None
-        self._readers = self._peers_of(plan.send_counts.tolist())
-        self._post(ADMITTED, self._readers)
+        readers = self._peers_of(plan.send_counts.tolist())
+        self._readers += readers
+        self._post(ADMITTED, readers)
         if self.peers_elsewhere:
             self._inner.exchange(shard, plan, out, np.flatnonzero(~self._is_neighbour).tolist())
         counts = plan.receive_counts.tolist()
-        rows = plan.receive_slots + self._firsts.repeat(plan.receive_counts)
+        rows = plan.receive_slots + shard.firsts.repeat(plan.receive_counts)
         if out.shape[1] >= LARGE_RECORD_BYTES:
-            self._gather_one_by_one(counts, rows, out)
+            self._gather_one_by_one(shard.all_shards, counts, rows, out)
             return
         owners = self._peers_of(counts)
         self._wait(ADMITTED, owners, DOING_ADMISSION)
         if not self.peers_elsewhere:
-            self._host.gather(rows, out)
+            shard.all_shards.gather(rows, out)
         else:
             here = np.flatnonzero(self._is_neighbour.repeat(plan.receive_counts))
             records = torch.empty((len(here), out.shape[1]), dtype=torch.uint8)
-            self._host.gather(rows[here], records)
+            shard.all_shards.gather(rows[here], records)
             Shard(out).write(here, records, np.arange(len(here)))
         self._post(READ, owners)
 
-    def _gather_one_by_one(self, counts: list[int], rows: Ints, out: Tensor) -> None:
+    def _gather_one_by_one(
+        self, all_shards: Shard, counts: list[int], rows: Ints, out: Tensor
+    ) -> None:
         """Gathers large records owner by owner, this rank's first: copying hides the waiting."""
-        assert self._host is not None
         ends = np.cumsum(counts).tolist()
         after = [rank for rank in self._others if rank > self.rank]
         before = [rank for rank in self._others if rank < self.rank]
@@ -312,11 +327,21 @@ class SharedMemoryTransport(Transport):
                 continue
             part = slice(ends[owner] - counts[owner], ends[owner])
             if owner == self.rank:
-                self._host.gather(rows[part], out[part])
+                all_shards.gather(rows[part], out[part])
             else:
                 self._wait(ADMITTED, (owner,), DOING_ADMISSION)
-                self._host.gather(rows[part], out[part])
+                all_shards.gather(rows[part], out[part])
                 self._post(READ, (owner,))
+
+    def look_up(self, pages: Pages, places: Ints, counts: Ints) -> Ints:
+        """See ``Transport.look_up``. What the neighbours admit next waits for ``exchange``."""
+        table = pages.table
+        assert isinstance(table, _HostShard)
+        tables = table.all_shards.rows.view(torch.int64).reshape(-1).numpy()
+        here = np.flatnonzero(self._is_neighbour.repeat(counts))
+        found = places.copy()
+        found[here] = tables[places[here] + (PLACES_PER_ROW * table.firsts).repeat(counts)[here]]
+        return found
 
     def interrupt(self) -> None:
         """See ``Transport.interrupt``."""

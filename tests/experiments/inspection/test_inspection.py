@@ -449,3 +449,18 @@ def test_errors_are_one_line_and_status_2(
     assert error.startswith("ritornello: error: ")
     assert message in error
     assert "\n" not in error
+
+
+def test_samples_of_unequal_length(capsys: pytest.CaptureFixture[str]) -> None:
+    with RehearsalBuffer(9, num_representatives=1, capacity_bytes=9000) as buffer:
+        for length in (3, 1):
+            files = [b"x" * length, b"yy"]
+            buffer.update(
+                {0: [torch.zeros(length, 8, 8), torch.zeros(5, 8, 8)], 1: torch.arange(2), 2: files}
+            )
+        buffer.save("saved")
+    assert run("inspect", "saved") == 0
+    assert "[length, 8, 8]" in capsys.readouterr().out
+    assert run("inspect", "saved", "--export", "e.npz") == 2
+    assert "differ in length, and no array holds that" in capsys.readouterr().err
+    assert run("inspect", "saved", "--export", "images") == 2

@@ -125,6 +125,12 @@ def _to_npz(inspection: Inspection, path: Path) -> None:
     """One array for each field, written piece by piece; see ``array_names``."""
     manifest = inspection.manifest
     fields = manifest.layout.fields if manifest.layout else ()
+    ragged = [str(field) for field in fields if field.form is not None]
+    if ragged:
+        raise ValueError(
+            f"--export {path}: {'; '.join(ragged)} differ in length, and no array holds that; "
+            "read them with SavedFolder.representatives"
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     names = array_names(inspection)
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
@@ -158,7 +164,7 @@ def _empty(field: Field, name: str) -> Array:
     """What ``_as_array`` makes of no samples."""
     leaf = torch.zeros((0, *field.shape), dtype=field.dtype)
     nothing = np.zeros(0, dtype=np.int64)
-    return _as_array(SavedRepresentatives(nothing, leaf, None, nothing, nothing), 0, name)
+    return _as_array(SavedRepresentatives(nothing, leaf, None, nothing, nothing, (leaf,)), 0, name)
 
 
 def _write_pieces(

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from ritornello.records.layout import Field
-from ritornello.records.nesting import leaves_of
 from ritornello.saving.manifest import Manifest
 from ritornello.saving.saved_buffer import SavedRepresentatives
 
@@ -38,12 +37,14 @@ def images_of(read: SavedRepresentatives, position: int) -> Tensor:
 
 def leaf_of(read: SavedRepresentatives, position: int) -> Tensor:
     """One field of what was read, ``[n, ...]``."""
-    leaf: Tensor = list(leaves_of(read.batch))[position][1]
+    leaf: Tensor = read.leaves[position]
     return leaf
 
 
 def _is_image(field: Field) -> bool:
     shape = field.shape
+    if field.form is not None:  # its samples differ in length
+        return False
     if field.dtype != torch.uint8 and not field.dtype.is_floating_point:
         return False
     has_channels = len(shape) == 3 and shape[0] in (1, 3)

@@ -111,11 +111,11 @@ def _fields(inspection: Inspection) -> Table:
     assert layout is not None
     table = _table("field", "dtype", "shape", "bytes>", "")
     for position, field in enumerate(layout.fields):
-        name, _, _ = str(field).partition(":")
+        name, _, kind = str(field).partition(": ")
         table.add_row(
             shown(name),
             str(field.dtype).removeprefix("torch."),
-            escape(str(list(field.shape))),
+            escape(kind.partition(" ")[2]),
             f"{field.num_bytes if shape_elements(field.shape) else 0:,}",
             "the class label" if position == inspection.manifest.label else "",
         )

@@ -1,0 +1,130 @@
+"""What samples of unequal length cost: memory against their data, and time against fixed records.
+
+::
+
+    python benchmarks/ragged.py                 # one rank
+    python benchmarks/ragged.py --ranks 2       # two, in shared memory
+    python benchmarks/ragged.py --pages         # by the size of pages
+
+Bags of 371 to 6,275 rows, as slides cut into patches give, in a buffer that holds as many as fit. A
+second buffer in the same process holds as many fixed records of the mean size, and the two take
+turns, so that they meet the same weather; times are medians of a round, worker's side, without the
+planning, which is the same for both.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import numpy as np
+import torch
+
+from ritornello import RehearsalBuffer
+from ritornello.records import pages
+from ritornello.testing import spawn_ranks
+from ritornello.transports import Transport
+
+LEAST, MOST = 371, 6275
+
+MEAN = 2600
+"""Rows: so most bags are short, and padding takes 2.4 times the data."""
+
+STAGES = ("admit", "exchange", "stage")
+
+
+def lengths(num: int, generator: np.random.Generator) -> np.ndarray:
+    """Of bags: skewed, from the least to the most."""
+    skew = (MOST - MEAN) / (MEAN - LEAST)
+    drawn: np.ndarray = LEAST + (MOST - LEAST) * generator.beta(1.0, skew, num)
+    return drawn.astype(np.int64)
+
+
+def measure(
+    transport: Transport | str, args: argparse.Namespace, page_bytes: int | None = None
+) -> dict[str, Any]:
+    """Plays both buffers in turns."""
+    rank, num_ranks = 0, 1
+    if isinstance(transport, Transport):
+        rank, num_ranks = transport.rank, transport.num_ranks
+    generator = np.random.default_rng(rank)
+    data_bytes = args.bags * MEAN * args.columns * 4
+    if page_bytes is not None:
+        pages.LEAST_PAGE_BYTES = pages.MOST_PAGE_BYTES = page_bytes
+    arguments: dict[str, Any] = {
+        "num_representatives": args.representatives,
+        "selection": "reservoir",
+        "label": None,
+        "asynchronous": False,
+    }
+    ragged = RehearsalBuffer(args.bags * 2, capacity_bytes=data_bytes, **arguments)
+    fixed = RehearsalBuffer(args.bags, **arguments)
+    seconds = {"ragged": [], "fixed": []}
+    with ragged, fixed:
+        for step in range(args.steps):
+            bags = [
+                torch.full((n, args.columns), float(step))
+                for n in lengths(args.batch, generator).tolist()
+            ]
+            whole = torch.full((args.batch, MEAN * args.columns), float(step))
+            for name, buffer, batch in (("ragged", ragged, bags), ("fixed", fixed, whole)):
+                before = buffer.stats(per_class=False).seconds_per_stage
+                buffer.update(batch)
+                after = buffer.stats(per_class=False).seconds_per_stage
+                seconds[name].append(sum(after[stage] - before[stage] for stage in STAGES))
+        held = [len(each) for batch in ragged.representatives(8) for each in batch]
+        stats = ragged.stats(per_class=False)
+        data = sum(held) * args.columns * 4
+    half = args.steps // 2
+    medians = {name: float(np.median(each[half:])) for name, each in seconds.items()}
+    layout = ragged._steps.begun.layout  # type: ignore[union-attr]
+    return {
+        "ranks": num_ranks,
+        "page_bytes": layout.paging.page_bytes,  # type: ignore[union-attr]
+        "held": len(held),
+        "used": stats.used_bytes / data,
+        "bound": stats.shard_bytes / data,
+        "padding": len(held) * MOST * args.columns * 4 / data,
+        "ragged_ms": 1e3 * medians["ragged"],
+        "fixed_ms": 1e3 * medians["fixed"],
+        "ratio": medians["ragged"] / medians["fixed"],
+    }
+
+
+def report(found: dict[str, Any]) -> None:
+    """One line."""
+    print(
+        f"{found['ranks']} rank(s), pages of {found['page_bytes']:,} bytes, {found['held']} bags "
+        f"held: in use {found['used']:.3f} times the data, all memory {found['bound']:.3f} times "
+        f"(padding: {found['padding']:.2f}); a round {found['ragged_ms']:.2f} ms, of fixed records "
+        f"{found['fixed_ms']:.2f} ms: {found['ratio']:.2f} times",
+        flush=True,
+    )
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--bags", type=int, default=64, help="of mean size that fit")
+    parser.add_argument("--columns", type=int, default=64)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--representatives", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--pages", action="store_true", help="try several sizes of pages")
+    args = parser.parse_args()
+    sizes = [256, 1024, 4096, 16_384, 65_536] if args.pages else [None]
+    for page_bytes in sizes:
+        if args.ranks == 1:
+            report(measure("local", args, page_bytes))
+        else:
+            report(spawn_ranks(args.ranks, _on_rank, args, page_bytes, seconds=300)[0])
+
+
+def _on_rank(rank: int, args: argparse.Namespace, page_bytes: int | None) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    return measure("auto", args, page_bytes)
+
+
+if __name__ == "__main__":
+    main()

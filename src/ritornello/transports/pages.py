@@ -1,0 +1,47 @@
+"""What of drawn records lies in pages: the second half of an exchange, where there is any."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ritornello.arrays import Ints
+from ritornello.records.pages import Pages, expanded
+from ritornello.transports.base import Transport
+from ritornello.transports.plan import Plan
+
+
+def plan_of_pages(
+    transport: Transport, pages: Pages, plan: Plan, starts: Ints, counts: Ints
+) -> Plan:
+    """The plan of the pages that belong to the records of a plan.
+
+    The rows that have come say how many pages there are for each, and the slots of this rank's
+    shard how many it owes: so of these, too, each pair of ranks exchanges one block.
+
+    Args:
+        transport: to the other ranks.
+        pages: of this rank.
+        plan: of the records.
+        starts: int64 ``[plan.num_drawn]``, where in their owners' tables the pages of what has come
+            begin.
+        counts: int64 ``[plan.num_drawn]``, how many they are.
+    """
+    nobody = np.zeros((transport.num_ranks, 0), dtype=np.int64)
+    receive_counts = _sums(counts, plan.receive_counts)
+    of_pages = Plan(
+        receive_slots=transport.look_up(pages, expanded(starts, counts), receive_counts),
+        receive_counts=receive_counts,
+        send_counts=_sums(pages.counts[plan.send_slots], plan.send_counts),
+        drawn_slots=nobody,
+        is_asked=nobody.astype(np.bool_),
+    )
+    of_pages.send_slots = pages.of_slots(plan.send_slots)
+    return of_pages
+
+
+def _sums(values: Ints, counts: Ints) -> Ints:
+    """The sums of as many values in a row as each count says; int64, of the length of counts."""
+    before = np.concatenate([[0], values.cumsum()])
+    ends = counts.cumsum()
+    sums: Ints = before[ends] - before[ends - counts]
+    return sums

@@ -1,0 +1,240 @@
+"""Who is kept where bytes are bounded: as many as fit, and no length is favoured."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from ritornello.policies.class_shares import ClassBalanced
+from ritornello.policies.names import SELECTION_POLICIES
+from ritornello.policies.reservoir import Reservoir
+from ritornello.policies.selection import SavedShards
+from ritornello.policies.within_bytes import WithinBytes, within_bytes
+from ritornello.testing import chi_square_p_value
+
+
+class Played:
+    """A shard that holds (label, number in the stream, pages) instead of samples."""
+
+    def __init__(self, policy: WithinBytes, num_slots: int, seed: int = 0) -> None:
+        policy.bind(num_slots, 0, 1)
+        self.policy, self.generator = policy, np.random.default_rng(seed)
+        self.content: list[tuple[int, int, int]] = []
+        self.num_offered = 0
+
+    def offer(self, labels: np.ndarray, pages: np.ndarray) -> None:
+        turnover = self.policy.turn_over(labels, pages, self.generator)
+        before = dict(enumerate(self.content))
+        for slot in turnover.removed.tolist():
+            del before[slot]
+        moved = {
+            to: before.pop(slot)
+            for slot, to in zip(
+                turnover.moved_from.tolist(), turnover.moved_to.tolist(), strict=True
+            )
+        }
+        assert not moved.keys() & before.keys()
+        before |= moved
+        for row, slot in zip(turnover.rows.tolist(), turnover.slots.tolist(), strict=True):
+            assert slot not in before
+            before[slot] = int(labels[row]), self.num_offered + row, int(pages[row])
+        assert sorted(before) == list(range(turnover.size))
+        self.content = [before[slot] for slot in range(turnover.size)]
+        self.num_offered += len(labels)
+        assert turnover.size <= self.policy.num_slots
+        assert sum(pages for *_, pages in self.content) <= self.policy.num_pages
+
+    def check(self) -> None:
+        """What the policy knows is what is there."""
+        state = self.policy.state()
+        labels = np.repeat(state.get("labels", np.zeros(1, np.int64)), state["counts"])
+        known = dict(
+            zip(
+                state["slots"].tolist(),
+                zip(labels.tolist(), state["pages"].tolist(), strict=True),
+                strict=True,
+            )
+        )
+        expected = {slot: (label, pages) for slot, (label, _, pages) in enumerate(self.content)}
+        if "labels" not in state:
+            expected = {slot: (0, pages) for slot, (_, pages) in expected.items()}
+        assert known == expected
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_slots_and_pages_hold(seed: int) -> None:
+    dice = np.random.default_rng(seed)
+    for by_class, newest in ((True, False), (False, False), (False, True)):
+        shard = Played(WithinBytes(50, by_class, newest), 12, seed)
+        for _ in range(60):
+            num = int(dice.integers(0, 9))
+            shard.offer(dice.integers(0, 4, num), dice.integers(0, 20, num))
+            shard.check()
+
+
+def test_the_newest_stay() -> None:
+    shard = Played(WithinBytes(10, by_class=False, newest=True), 100)
+    for number in range(20):
+        shard.offer(np.zeros(1, np.int64), np.array([1 + number % 3]))
+    numbers = sorted(number for _, number, _ in shard.content)
+    assert numbers == list(range(20 - len(numbers), 20))
+    assert (
+        1 + (19 - len(numbers)) % 3 + sum(p for *_, p in shard.content) > 10
+    )  # one more does not fit
+
+
+def test_classes_share_equally_and_small_ones_are_stored_whole() -> None:
+    shard = Played(WithinBytes(90, by_class=True), 1000)
+    for _ in range(40):
+        shard.offer(np.array([0, 0, 0, 1, 1]), np.full(5, 1))
+    shard.offer(np.full(7, 2), np.full(7, 2))
+    counts = np.bincount([label for label, *_ in shard.content])
+    assert counts[2] == 7
+    assert abs(int(counts[0]) - int(counts[1])) <= 1
+    assert counts @ [1, 1, 2] in (89, 90)
+
+
+def kept_by_group(policy: str, num_runs: int) -> tuple[np.ndarray, np.ndarray]:
+    """How often samples are kept: by length (two of them), and by age (ten parts of the stream)."""
+    by_length, by_age = np.zeros(2), np.zeros(10)
+    for seed in range(num_runs):
+        shard = Played(WithinBytes(400, policy == "class-balanced"), 10_000, seed)
+        # Long ones come first: length and age are confounded on purpose, half of either late.
+        lengths = np.concatenate([np.tile([9, 9, 1], 60), np.tile([1, 1, 9], 60)])
+        for first in range(0, 360, 12):
+            shard.offer(np.zeros(12, np.int64), lengths[first : first + 12])
+        for _, number, pages in shard.content:
+            by_length[pages > 1] += 1
+            by_age[number // 36] += 1
+    return by_length, by_age
+
+
+@pytest.mark.parametrize("policy", ["reservoir", "class-balanced"])
+def test_no_length_and_no_age_is_favoured(policy: str) -> None:
+    by_length, by_age = kept_by_group(policy, 120)
+    # As many long ones as short ones were offered; about 80 are kept of them in a run.
+    long_share = by_length[1] / by_length.sum()
+    assert abs(long_share - 0.5) < 0.012
+    assert chi_square_p_value(by_age, by_age.mean()) > 1e-4
+
+
+def test_that_the_test_of_lengths_can_fail() -> None:
+    """Of a policy that admits what fits into the free pages, long ones are found far too rarely."""
+    short = long = 0
+    for seed in range(20):
+        dice, free = np.random.default_rng(seed), 400
+        held: list[int] = []
+        for pages in np.concatenate([np.tile([9, 9, 1], 60), np.tile([1, 1, 9], 60)]).tolist():
+            if pages > free and held and dice.random() < 0.5:
+                free += held.pop(int(dice.integers(len(held))))
+            if pages <= free:
+                held.append(pages)
+                free -= pages
+        long += sum(each > 1 for each in held)
+        short += sum(each == 1 for each in held)
+    assert abs(long / (long + short) - 0.5) > 0.1
+
+
+def test_what_comes_later_and_is_short_fills_the_pages_again() -> None:
+    shard = Played(WithinBytes(200, by_class=False), 10_000)
+    for _ in range(40):
+        shard.offer(np.zeros(10, np.int64), np.full(10, 10))
+    assert len(shard.content) == 20
+    for _ in range(4000):
+        shard.offer(np.zeros(10, np.int64), np.full(10, 1))
+    assert len(shard.content) > 150  # of 40,400 offered, 400 were long: about 190 fit
+    assert sum(pages for *_, pages in shard.content) > 180
+
+
+def test_saved_and_restored_it_goes_on_alike() -> None:
+    shard = Played(WithinBytes(60, by_class=True), 30)
+    for _ in range(20):
+        shard.offer(shard.generator.integers(0, 5, 6), shard.generator.integers(0, 9, 6))
+    again = WithinBytes(60, by_class=True)
+    again.bind(30, 0, 1)
+    again.restore(shard.policy.state(), len(shard.content))
+    labels, pages = np.arange(40) % 6, np.arange(40) % 7
+    one = shard.policy.turn_over(labels, pages, np.random.default_rng(1))
+    other = again.turn_over(labels, pages, np.random.default_rng(1))
+    for name in vars(one):
+        assert np.array_equal(getattr(one, name), getattr(other, name)), name
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+def test_dealt_out_anew_nothing_is_lost_where_there_is_room(num_ranks: int) -> None:
+    shards = []
+    for seed in range(2):
+        shard = Played(WithinBytes(60, by_class=True), 30, seed)
+        for _ in range(20):
+            shard.offer(shard.generator.integers(0, 4, 6), shard.generator.integers(0, 9, 6))
+        shards.append(shard)
+    sizes = np.array([len(each.content) for each in shards])
+    saved = SavedShards([each.policy.state() for each in shards], sizes, 60)
+    found = set()
+    for rank in range(num_ranks):
+        policy = WithinBytes(-(-130 // num_ranks), by_class=True)
+        policy.bind(60, rank, num_ranks)
+        owners, slots = policy.adopt(saved, 60, np.random.default_rng(0))
+        state = policy.state()
+        held = [shards[o].content[s] for o, s in zip(owners.tolist(), slots.tolist(), strict=True)]
+        assert state["pages"].sum() == sum(pages for *_, pages in held)
+        found |= set(zip(owners.tolist(), slots.tolist(), strict=True))
+        small = WithinBytes(10, by_class=True)
+        small.bind(60, rank, num_ranks)
+        small.adopt(saved, 60, np.random.default_rng(0))
+        assert small.state()["pages"].sum() <= 10
+    assert len(found) == sizes.sum()
+
+
+def test_what_is_forgotten_leaves_room() -> None:
+    shard = Played(WithinBytes(60, by_class=True), 30)
+    for _ in range(20):
+        shard.offer(shard.generator.integers(0, 4, 6), shard.generator.integers(0, 9, 6))
+    removed = np.array([0, 3, 4])
+    state, kept = shard.policy.forget(shard.policy.state(), len(shard.content), removed)
+    assert not set(removed.tolist()) & set(kept.tolist())
+    again = WithinBytes(60, by_class=True)
+    again.bind(30, 0, 1)
+    again.restore(state, len(kept))
+    assert state["counts"].sum() == len(shard.content) - 3
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("counts", np.array([1])),
+        ("slots", np.array([0, 0, 1])),
+        ("keys", np.array([-1, 0, 0])),
+        ("pages", np.array([100, 100, 100])),
+        ("offered", np.array([1])),
+    ],
+)
+def test_a_state_that_contradicts_itself_is_refused(name: str, value: np.ndarray) -> None:
+    shard = Played(WithinBytes(60, by_class=False), 30)
+    shard.offer(np.zeros(3, np.int64), np.array([1, 2, 3]))
+    again = WithinBytes(60, by_class=False)
+    again.bind(30, 0, 1)
+    with pytest.raises(ValueError, match="must|pages|representatives"):
+        again.restore(shard.policy.state() | {name: value}, 3)
+
+
+def test_policies_whose_law_it_keeps() -> None:
+    for name, kind in SELECTION_POLICIES.items():
+        if name in ("class-balanced", "class-balanced-reservoir", "reservoir", "fifo"):
+            within_bytes(kind(), 10)
+            continue
+        with pytest.raises(ValueError, match=f"{kind.__name__} does not say who gives way"):
+            within_bytes(kind(), 10)
+    with pytest.raises(ValueError, match="ClassBalanced does not say"):
+        within_bytes(ClassBalanced(num_classes=3, shares="fixed"), 10)
+    assert within_bytes(ClassBalanced(num_classes=3), 10).num_classes == 3
+    assert not within_bytes(Reservoir(), 10).needs_labels
+
+
+def test_without_pages_it_is_a_selection_policy_like_others() -> None:
+    policy = WithinBytes(0, by_class=True)
+    policy.bind(6, 0, 1)
+    for seed in range(20):
+        assignment = policy.admit(np.arange(9) % 3, np.random.default_rng(seed))
+        assert set(assignment.slots.tolist()) <= set(range(6))
+    assert policy.state()["counts"].tolist() == [2, 2, 2]
