@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from ritornello import RehearsalBuffer, rehearse
+from ritornello import RehearsalBuffer, evenly, rehearse
 from ritornello.testing import (
     check_consistent,
     chi_square_p_value,
@@ -338,6 +338,107 @@ def test_distinct_samples_are_told_apart_by_what_is_in_pages() -> None:
         for number in (1, 2, 1):
             buffer.update([torch.full((3,), number), torch.full((9,), number)])
         assert (len(buffer), buffer.stats(distinct=True).num_distinct) == (6, 4)
+
+
+@pytest.mark.parametrize("how", ["fill", "evenly"])
+def test_ranks_with_unequally_many_mini_batches_end_together(how: str) -> None:
+    """Also one without any, which must be told what samples of no mini-batch are like."""
+
+    def go_through(buffer: RehearsalBuffer, loader: list[Any], form: str) -> None:
+        if how == "fill":
+            assert buffer.fill(loader) == 30
+            return
+        for batch in evenly(loader, buffer):
+            assert type(batch["bag"]) is type(mini_batch(0, form=form)["bag"])
+            check(buffer.update(batch), form)
+
+    def rank_main(end: Transport) -> None:
+        for form in FORMS:
+            loader = [mini_batch(step, end.rank, form) for step in range((4, 0, 2)[end.rank])]
+            with make_buffer(end) as buffer:
+                go_through(buffer, loader, form)
+                assert buffer.stats().held_per_rank[1] == 0 < buffer.stats().held_per_rank[2]
+                for step in range(9, 12):
+                    batch = buffer.update(mini_batch(step, end.rank, form))
+                    assert buffer.num_past == 4
+                    check(batch, form)
+                check_consistent(buffer)
+
+    run_ranks(connect_collective(3), rank_main)
+
+
+def test_evenly_is_told_by_an_example() -> None:
+    with make_buffer() as buffer:
+        ranks = evenly([], buffer, like=mini_batch(0, form="list of bytes"))
+        empty = ranks.empty()
+        assert (empty["bag"], empty["text"], len(empty["label"])) == ([], [], 0)
+        buffer.update(empty)
+        for step in range(3):
+            check(buffer.update(mini_batch(step, form="list of bytes")), "list of bytes")
+        check(buffer.update(ranks.empty()), "list of bytes")
+        assert buffer.num_past == 4
+
+
+def test_some_candidates_and_none_for_a_while() -> None:
+    with make_buffer(num_candidates=2, capacity_bytes=90_000) as buffer:
+        for step in range(10):
+            check(buffer.update(mini_batch(step)), "list")
+        num_held = buffer.stats().num_held
+        assert 10 < num_held < 30  # of 50
+        buffer.num_candidates = 0
+        for step in range(10, 20):
+            check(buffer.update(mini_batch(step)), "list")
+        assert buffer.num_past == 4
+        assert buffer.stats().num_held == num_held
+        buffer.num_candidates = None
+        buffer.update(mini_batch(20))
+        assert buffer.stats().num_held == num_held + 5
+        for batch in buffer.representatives():
+            check(batch, "list")
+
+
+NEW = 10_000
+"""Numbers of new samples are from here on."""
+
+
+def numbers_in(buffer: RehearsalBuffer) -> list[int]:
+    return [number for batch in buffer.representatives() for number in batch["number"].tolist()]
+
+
+def test_what_is_protected_stays_and_has_its_part_of_the_bytes(tmp_path: Any) -> None:
+    def begin(end: Transport) -> tuple[int, list[int], list[int]]:
+        with make_buffer(end) as buffer:
+            buffer.fill(mini_batch(step, end.rank) for step in range(20))
+            full = numbers_in(buffer)
+            num_protected = buffer.protect(0.5)
+            num_all = sum(buffer.stats().held_per_rank)
+            assert 0.3 * num_all < num_protected < 0.7 * num_all
+            buffer.update(mini_batch(NEW // 10, end.rank))
+            buffer.save(tmp_path)  # some of what is not protected is still there
+            return num_protected, full, go_on(buffer, end.rank)
+
+    def go_on(buffer: RehearsalBuffer, rank: int) -> list[int]:
+        for step in range(NEW // 10 + 1, NEW // 10 + 60):
+            check(buffer.update(mini_batch(step, rank)), "list")
+        check_consistent(buffer)
+        return numbers_in(buffer)
+
+    def again(end: Transport) -> list[int]:
+        with make_buffer(end) as buffer:
+            buffer.load(tmp_path)
+            check_consistent(buffer)
+            return go_on(buffer, end.rank)
+
+    everyone = run_ranks(LocalTransport.connect(2), begin)
+    old = set[int]()
+    for _, full, left in everyone:
+        assert max(left) >= NEW
+        old |= {number for number in left if number < NEW}
+        assert {number for number in left if number < NEW} <= set(full)
+    assert len(old) == everyone[0][0]
+    assert run_ranks(LocalTransport.connect(2), again) == [left for *_, left in everyone]
+    (alone,) = run_ranks(LocalTransport.connect(1), again)
+    assert {number for number in alone if number < NEW} == old
 
 
 def test_gradients_flow_through_new_samples() -> None:

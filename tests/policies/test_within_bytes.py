@@ -9,7 +9,7 @@ from ritornello.policies.class_shares import ClassBalanced
 from ritornello.policies.names import SELECTION_POLICIES
 from ritornello.policies.reservoir import Reservoir
 from ritornello.policies.selection import SavedShards
-from ritornello.policies.within_bytes import WithinBytes, within_bytes
+from ritornello.policies.within_bytes import PROTECTED, WithinBytes, within_bytes
 from ritornello.testing import chi_square_p_value
 
 
@@ -47,7 +47,7 @@ class Played:
     def check(self) -> None:
         """What the policy knows is what is there."""
         state = self.policy.state()
-        labels = np.repeat(state.get("labels", np.zeros(1, np.int64)), state["counts"])
+        labels = np.repeat(state.get("labels", 0 * state["counts"]), state["counts"])
         known = dict(
             zip(
                 state["slots"].tolist(),
@@ -186,6 +186,126 @@ def test_dealt_out_anew_nothing_is_lost_where_there_is_room(num_ranks: int) -> N
     assert len(found) == sizes.sum()
 
 
+def ids(content: list[tuple[int, int, int]]) -> set[int]:
+    return {number for _, number, _ in content}
+
+
+def num_protected_in(policy: WithinBytes) -> int:
+    state = policy.state()
+    return int(state["counts"][state["kinds"] == PROTECTED].sum())
+
+
+def full_shard(seed: int = 0, by_class: bool = True, newest: bool = False) -> Played:
+    shard = Played(WithinBytes(100, by_class, newest), 40, seed)
+    for _ in range(30):
+        shard.offer(shard.generator.integers(0, 3, 6), shard.generator.integers(1, 9, 6))
+    return shard
+
+
+@pytest.mark.parametrize("by_class", [True, False])
+def test_what_is_protected_stays_and_what_was_there_gives_way_first(by_class: bool) -> None:
+    for newest in (False, not by_class):
+        shard = full_shard(by_class=by_class, newest=newest)
+        before = ids(shard.content)
+        num_protected = shard.policy.protect(40, 50, np.random.default_rng(1))
+        shard.check()
+        assert 3 <= num_protected < len(before)
+        left_before = before
+        for _ in range(80):
+            shard.offer(shard.generator.integers(3, 6, 6), shard.generator.integers(1, 9, 6))
+            shard.check()
+            left = ids(shard.content) & before
+            assert left <= left_before  # and those that are not protected leave for good
+            left_before = left
+        assert len(left) == num_protected
+        pages = [pages for _, number, pages in shard.content if number in left]
+        assert 40 < sum(pages) <= 50
+        if by_class:
+            of_class = np.bincount([label for label, *_ in shard.content], minlength=6)
+            assert of_class[:3].max() - of_class[:3].min() <= 1
+            assert of_class[3:].max() - of_class[3:].min() <= 1
+
+
+def test_protected_again_nothing_loses_its_protection() -> None:
+    shard = full_shard()
+    first = shard.policy.protect(4, 100, np.random.default_rng(1))
+    assert first == 4
+    for _ in range(40):
+        shard.offer(np.full(6, 4), np.ones(6, np.int64))
+    kept = {number for _, number, _ in shard.content if number < 180}
+    assert len(kept) == 4
+    assert shard.policy.protect(2, 100, np.random.default_rng(2)) == 4
+    assert shard.policy.protect(10, 100, np.random.default_rng(2)) == 10
+    for _ in range(40):
+        shard.offer(np.full(6, 5), np.ones(6, np.int64))
+    assert kept < ids(shard.content)
+    assert len([number for _, number, _ in shard.content if number < 420]) == 10
+
+
+def test_a_sample_that_does_not_fit_beside_what_is_protected_moves_nobody() -> None:
+    shard = full_shard()
+    shard.policy.protect(40, 95, np.random.default_rng(1))
+    for _ in range(9):
+        shard.offer(np.full(3, 4), np.full(3, 1))
+    before = list(shard.content)
+    assert any(label == 4 for label, *_ in before)
+    shard.offer(np.full(40, 4), np.full(40, 60))
+    assert shard.content == before
+
+
+def test_who_is_protected_is_a_fair_sample() -> None:
+    """Of each class, whatever the lengths; with a false alarm in 10,000 seeds."""
+    long = total = 0
+    for seed in range(150):
+        shard = Played(WithinBytes(400, by_class=True), 1000, seed)
+        shard.offer(np.zeros(60, np.int64), np.tile([9, 1], 30))
+        num_protected = shard.policy.protect(1000, 100, shard.generator)
+        shard.offer(np.ones(500, np.int64), np.ones(500, np.int64))
+        held = [pages for label, _, pages in shard.content if label == 0]
+        assert len(held) == num_protected
+        long, total = long + sum(pages > 1 for pages in held), total + len(held)
+    assert total > 2000
+    assert abs(long / total - 0.5) < 3.9 * (0.25 / total) ** 0.5 + 0.005
+
+
+@pytest.mark.parametrize("num_ranks", [1, 3])
+def test_dealt_out_anew_what_is_protected_stays(num_ranks: int) -> None:
+    shards = [full_shard(seed) for seed in range(2)]
+    for shard in shards:
+        shard.policy.protect(40, 50, shard.generator)
+        shard.offer(np.full(4, 5), np.full(4, 3))
+    sizes = np.array([len(each.content) for each in shards])
+    saved = SavedShards([each.policy.state() for each in shards], sizes, 80)
+    expected = sum(num_protected_in(each.policy) for each in shards)
+    for pages_of_all, all_stay in ((240, True), (135, False)):
+        protected, held = 0, 0
+        for rank in range(num_ranks):
+            policy = WithinBytes(-(-pages_of_all // num_ranks), by_class=True)
+            policy.bind(80, rank, num_ranks)
+            owners, slots = policy.adopt(saved, 80 * num_ranks, np.random.default_rng(0))
+            again = WithinBytes(policy.num_pages, by_class=True)
+            again.bind(80, rank, num_ranks)
+            again.restore(policy.state(), len(owners))
+            assert len(owners) == len(slots)
+            protected, held = protected + num_protected_in(again), held + len(owners)
+        assert protected == expected
+        assert (held == sizes.sum()) == all_stay
+
+
+def test_protected_ones_are_forgotten_and_their_room_goes_to_the_rest() -> None:
+    shard = full_shard()
+    shard.policy.protect(40, 50, shard.generator)
+    state = shard.policy.state()
+    protected = state["slots"][np.repeat(state["kinds"] == PROTECTED, state["counts"])]
+    left, kept = shard.policy.forget(state, len(shard.content), protected[:2])
+    again = WithinBytes(100, by_class=True)
+    again.bind(40, 0, 1)
+    again.restore(left, len(kept))
+    assert num_protected_in(again) == len(protected) - 2
+    again.turn_over(np.full(9, 4), np.full(9, 3), shard.generator)
+    assert num_protected_in(again) == len(protected) - 2
+
+
 def test_what_is_forgotten_leaves_room() -> None:
     shard = Played(WithinBytes(60, by_class=True), 30)
     for _ in range(20):
@@ -207,6 +327,8 @@ def test_what_is_forgotten_leaves_room() -> None:
         ("keys", np.array([-1, 0, 0])),
         ("pages", np.array([100, 100, 100])),
         ("offered", np.array([1])),
+        ("kinds", np.array([7])),
+        ("kinds", np.array([1, 1])),
     ],
 )
 def test_a_state_that_contradicts_itself_is_refused(name: str, value: np.ndarray) -> None:

@@ -153,6 +153,28 @@ class Protected(SelectionPolicy):
         """
         self._lay_out(protected, labels, others, 0)
 
+    def protect(
+        self, before: SelectionPolicy, labels: Ints, most: int, generator: np.random.Generator
+    ) -> int:
+        """Begins with what another policy holds.
+
+        Args:
+            before: that policy; what it protects stays protected.
+            labels: int64 ``[n]``, of what is held, slot by slot.
+            most: how many may be protected altogether.
+            generator: chooses.
+
+        Returns:
+            How many are protected now.
+        """
+        protected = before.protected if isinstance(before, Protected) else labels[:0]
+        others = np.setdiff1d(np.arange(len(labels)), protected)
+        room, key = max(0, most - len(protected)), self.buffer_seed
+        stay = staying(labels[others], room, key, self.rank, self.num_ranks, generator)
+        protected = np.concatenate([protected, others[stay]])
+        self.begin(protected, labels[protected], generator.permutation(others[~stay]))
+        return len(protected)
+
     def admit(self, labels: Ints, generator: np.random.Generator) -> Assignment:
         """See ``SelectionPolicy.admit``."""
         if len(self._slots) == 0:

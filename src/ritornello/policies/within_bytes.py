@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from heapq import heapify, heappop, heappush
 
 import numpy as np
@@ -26,6 +26,13 @@ from ritornello.policies.selection import Assignment, SavedShards, SelectionPoli
 
 NO_END = 2**63 - 1
 """All keys are below it."""
+
+PROTECTED, OFFERED, LEFT = range(3)
+"""What is held is protected, or was offered since something was, or was there before. Of these,
+the last ones give way first, and the first ones to nobody."""
+
+Group = tuple[int, int]
+"""One of these, and a label."""
 
 POLICIES = "'class-balanced' (adaptive), 'class-balanced-reservoir', 'reservoir' or 'fifo'"
 """Whose law ``WithinBytes`` keeps."""
@@ -54,8 +61,8 @@ class Turnover:
 
 
 @dataclass
-class _Class:
-    """What is held of a class."""
+class _Held:
+    """What is held of a group."""
 
     precedence: int
     """Among classes that hold equally many, the one of the highest gives way."""
@@ -84,14 +91,14 @@ class WithinBytes(SelectionPolicy):
         self.num_pages, self.needs_labels, self._newest = num_pages, by_class, newest
         self.num_classes = num_classes
         self._num_offered = self._num_held = self._num_pages_used = 0
-        self._classes: dict[int, _Class] = {}
-        self._largest: list[tuple[int, int, int]] = []  # a heap; some of it is out of date
+        self._num_pages_protected = 0
+        self._groups: dict[Group, _Held] = {}
+        self._largest: list[tuple[int, int, int, int]] = []  # a heap; some of it is out of date
 
     def bind(self, num_slots: int, rank: int, num_ranks: int) -> None:
         """See ``SelectionPolicy.bind``."""
         super().bind(num_slots, rank, num_ranks)
-        # One slot more, for a candidate that is there before another one gives way.
-        self._keys, self._pages, self._label_of = np.zeros((3, num_slots + 1), dtype=np.int64)
+        self._make_room(num_slots)
 
     def admit(self, labels: Ints, generator: np.random.Generator) -> Assignment:
         """See ``SelectionPolicy.admit``: of candidates without pages none moves another."""
@@ -107,6 +114,7 @@ class WithinBytes(SelectionPolicy):
             generator: this rank's stream for this round.
         """
         came, removed, unused = dict[int, int](), list[int](), list[int]()
+        most_pages = self.num_pages - self._num_pages_protected
         num_before, end = self._num_held, self._num_held
         keys = self._next_keys(len(labels), generator)
         if not self.needs_labels:
@@ -114,16 +122,16 @@ class WithinBytes(SelectionPolicy):
         for row, (label, key, pages) in enumerate(
             zip(labels.tolist(), keys.tolist(), num_pages.tolist(), strict=True)
         ):
-            if key >= self._class(label).end:
+            if key >= self._group((OFFERED, label)).end or pages > most_pages:
                 continue
             if unused:
                 slot = unused.pop()
             else:
                 slot, end = end, end + 1
             came[slot] = row
-            self._put(slot, label, key, pages)
-            while self._num_held > self.num_slots or self._num_pages_used > self.num_pages:
-                slot = self._take_highest(self._most_held())
+            self._put(slot, (OFFERED, label), key, pages)
+            while self._is_over_full:
+                slot = self._take_highest(self._gives_way())
                 unused.append(slot)
                 if came.pop(slot, None) is None:
                     removed.append(slot)
@@ -159,79 +167,137 @@ class WithinBytes(SelectionPolicy):
             beyond = set(range(self._num_held, end)) - set(unused)
             yield from zip(sorted(gaps), sorted(beyond), strict=True)
 
-    def _class(self, label: int) -> _Class:
-        found = self._classes.get(label)
+    def _group(self, group: Group) -> _Held:
+        found = self._groups.get(group)
         if found is None:
-            order = precedence(np.array([label]), self.buffer_seed, self.rank, self.num_ranks)
-            found = self._classes[label] = _Class(int(order[0]))
+            labels = np.array(group[1:])
+            order = precedence(labels, self.buffer_seed, self.rank, self.num_ranks)
+            found = self._groups[group] = _Held(int(order[0]))
         return found
 
-    def _put(self, slot: int, label: int, key: int, pages: int) -> None:
-        of_class = self._class(label)
-        place = bisect_left(of_class.keys, key)
-        of_class.keys.insert(place, key)
-        of_class.slots.insert(place, slot)
-        self._keys[slot], self._pages[slot], self._label_of[slot] = key, pages, label
+    def _make_room(self, num_slots: int) -> None:
+        # One slot more, for a candidate that is there before another one gives way.
+        self._keys, self._pages, self._label_of, self._kind_of = np.zeros(
+            (4, num_slots + 1), dtype=np.int64
+        )
+
+    @property
+    def _is_over_full(self) -> bool:
+        return self._num_held > self.num_slots or self._num_pages_used > self.num_pages
+
+    def _put(self, slot: int, group: Group, key: int, pages: int) -> None:
+        held = self._group(group)
+        place = bisect_left(held.keys, key)
+        held.keys.insert(place, key)
+        held.slots.insert(place, slot)
+        self._keys[slot], self._pages[slot] = key, pages
+        self._kind_of[slot], self._label_of[slot] = group
         self._num_held += 1
         self._num_pages_used += pages
-        self._note_size(label, of_class)
+        self._note_size(group, held)
 
-    def _take_highest(self, label: int) -> int:
-        """Takes the highest key of a class out; its slot."""
-        of_class = self._classes[label]
-        of_class.end = of_class.keys.pop()
-        slot = of_class.slots.pop()
+    def _take_highest(self, group: Group) -> int:
+        """Takes the highest key of a group out; its slot."""
+        held = self._groups[group]
+        held.end = held.keys.pop()
+        slot = held.slots.pop()
         self._num_held -= 1
         self._num_pages_used -= int(self._pages[slot])
-        if not of_class.keys and len(self._classes) > self.num_slots:
-            del self._classes[label]  # else what is remembered would grow with the classes
+        if not held.keys and (group[0] != OFFERED or len(self._groups) > self.num_slots):
+            del self._groups[group]  # else what is remembered would grow with the classes
         else:
-            self._note_size(label, of_class)
+            self._note_size(group, held)
         return slot
 
     def _move(self, slot: int, to: int) -> None:
-        key, of_class = int(self._keys[slot]), self._classes[int(self._label_of[slot])]
-        place = of_class.slots.index(slot, bisect_left(of_class.keys, key))
-        of_class.slots[place] = to
-        for each in (self._keys, self._pages, self._label_of):
+        key, group = int(self._keys[slot]), (int(self._kind_of[slot]), int(self._label_of[slot]))
+        held = self._groups[group]
+        place = held.slots.index(slot, bisect_left(held.keys, key))
+        held.slots[place] = to
+        for each in (self._keys, self._pages, self._label_of, self._kind_of):
             each[to] = each[slot]
 
-    def _note_size(self, label: int, of_class: _Class) -> None:
-        if len(self._largest) > 4 * (len(self._classes) + 16):
-            self._rank_classes()
-        heappush(self._largest, (-len(of_class.keys), -of_class.precedence, label))
+    def _note_size(self, group: Group, held: _Held) -> None:
+        if len(self._largest) > 4 * (len(self._groups) + 16):
+            self._largest = [self._rank(*each) for each in self._groups.items()]
+            heapify(self._largest)
+        heappush(self._largest, self._rank(group, held))
 
-    def _rank_classes(self) -> None:
-        self._largest = [
-            (-len(each.keys), -each.precedence, label) for label, each in self._classes.items()
-        ]
-        heapify(self._largest)
+    def _rank(self, group: Group, held: _Held) -> tuple[int, int, int, int]:
+        """Who gives way before whom."""
+        kind, label = group
+        return -kind, -len(held.keys), -held.precedence, label
 
-    def _most_held(self) -> int:
-        """The class that holds most."""
+    def _gives_way(self) -> Group:
+        """The group that gives way: of those that do first, the one that holds most."""
         while True:
-            size, _, label = self._largest[0]
-            found = self._classes.get(label)
-            if found is not None and len(found.keys) == -size:
-                return label
+            kind, size, _, label = self._largest[0]
+            group = -kind, label
+            held = self._groups.get(group)
+            if size and held is not None and len(held.keys) == -size:
+                return group
             heappop(self._largest)
+
+    # Protecting.
+
+    def protect(self, num_slots: int, num_pages: int, generator: np.random.Generator) -> int:
+        """Protects what it holds, in a part of the shard; what else it holds gives way first.
+
+        Who is protected says the law, too: of each class as many as of the others, and random
+        ones. What is offered from now on shares what is left as in a shard that has no more.
+
+        Args:
+            num_slots: that may be protected altogether.
+            num_pages: in which they must fit.
+            generator: chooses.
+
+        Returns:
+            How many are protected now.
+        """
+        saved = self._saved
+        before = saved.kinds == PROTECTED
+        anew = generator.integers(0, NO_END, len(saved.keys))
+        saved = replace(saved, keys=np.where(before, saved.keys, anew), ends={})
+        num_pages = max(num_pages, int(saved.pages[before].sum()))
+        part = WithinBytes(num_pages, self.needs_labels)
+        part.buffer_seed = self.buffer_seed
+        part.bind(max(num_slots, int(before.sum())), self.rank, self.num_ranks)
+        kinds = np.full_like(saved.kinds, LEFT)
+        kinds[part._hold(replace(saved, kinds=np.where(before, PROTECTED, OFFERED)))] = PROTECTED
+        self._hold(replace(saved, kinds=kinds))
+        return int((kinds == PROTECTED).sum())
+
+    @property
+    def _saved(self) -> _Saved:
+        held = slice(self._num_held)
+        return _Saved(
+            kinds=self._kind_of[held],
+            labels=self._label_of[held],
+            keys=self._keys[held],
+            pages=self._pages[held],
+            ends={group: each.end for group, each in self._groups.items()},
+            num_offered=self._num_offered,
+        )
 
     # Saving.
 
     def state(self) -> State:
         """See ``SelectionPolicy.state``."""
-        classes = list(self._classes.values())
-        slots = np.array([slot for each in classes for slot in each.slots], dtype=np.int64)
+        groups = list(self._groups.values())
+        kinds, labels = np.array(list(self._groups), dtype=np.int64).reshape(-1, 2).T
+        slots = np.array([slot for each in groups for slot in each.slots], dtype=np.int64)
         state = {
             "offered": np.array([self._num_offered]),
-            "ends": np.array([each.end for each in classes], dtype=np.int64),
-            "counts": np.array([len(each.slots) for each in classes], dtype=np.int64),
+            "ends": np.array([each.end for each in groups], dtype=np.int64),
+            "counts": np.array([len(each.slots) for each in groups], dtype=np.int64),
             "slots": slots,
             "keys": self._keys[slots],
             "pages": self._pages[slots],
         }
         if self.needs_labels:
-            state["labels"] = np.array(list(self._classes), dtype=np.int64)
+            state["labels"] = labels.copy()
+        if (kinds != OFFERED).any():
+            state["kinds"] = kinds.copy()
         return state
 
     def restore(self, state: State, size: int) -> None:
@@ -247,18 +313,20 @@ class WithinBytes(SelectionPolicy):
     ) -> tuple[Ints, Ints]:
         """See ``SelectionPolicy.adopt``.
 
-        Each class goes to the ranks in turn, its longest first, and of the ranks whose turn it is
-        to the one with the fewest pages. Where a rank's do not fit, the law says who gives way. A
-        class may come back up to the lowest end that it had on any rank.
+        Each group goes to the ranks in turn, its longest first, and of the ranks whose turn it is
+        to the one with the fewest pages. Where a rank's do not fit, the law says who gives way:
+        what is protected only where nothing else is left. A class may come back up to the lowest
+        end that it had on any rank.
         """
         shards = [_Saved.of(*each) for each in zip(saved.states, saved.sizes.tolist(), strict=True)]
         joined = _Saved(
+            kinds=np.concatenate([each.kinds for each in shards]),
             labels=np.concatenate([each.labels for each in shards]),
             keys=np.concatenate([each.keys for each in shards]),
             pages=np.concatenate([each.pages for each in shards]),
             ends={
-                label: min(each.ends.get(label, NO_END) for each in shards)
-                for label in sorted({label for each in shards for label in each.ends})
+                group: min(each.ends.get(group, NO_END) for each in shards)
+                for group in sorted({group for each in shards for group in each.ends})
             },
             num_offered=max(each.num_offered for each in shards),
         )
@@ -279,31 +347,38 @@ class WithinBytes(SelectionPolicy):
         return policy.state(), kept
 
     def _hold(self, saved: _Saved) -> Ints:
-        """Takes over representatives, from slot 0 on, in place of nothing.
+        """Takes over representatives, from slot 0 on, in place of what it held.
 
         Returns:
             Which of them, ascending: the law says who gives way where they do not fit.
         """
         num = len(saved.keys)
         self._num_offered = saved.num_offered
-        self._keys, self._pages, self._label_of = np.zeros(
-            (3, max(num, self.num_slots) + 1), dtype=np.int64
+        self._num_held = self._num_pages_used = 0
+        self._groups, self._largest = {}, []
+        self._make_room(max(num, self.num_slots))
+        for group, end in saved.ends.items():
+            self._group(group).end = end
+        rows = zip(
+            saved.kinds.tolist(),
+            saved.labels.tolist(),
+            saved.keys.tolist(),
+            saved.pages.tolist(),
+            strict=True,
         )
-        for label, end in saved.ends.items():
-            self._class(label).end = end
-        for slot, (label, key, pages) in enumerate(
-            zip(saved.labels.tolist(), saved.keys.tolist(), saved.pages.tolist(), strict=True)
-        ):
-            self._put(slot, label, key, pages)
+        for slot, (kind, label, key, pages) in enumerate(rows):
+            self._put(slot, (kind, label), key, pages)
         stays = np.ones(num, dtype=np.bool_)
-        while self._num_held > self.num_slots or self._num_pages_used > self.num_pages:
-            stays[self._take_highest(self._most_held())] = False
+        while self._is_over_full:
+            stays[self._take_highest(self._gives_way())] = False
         slot_after = stays.cumsum() - 1
-        for each in self._classes.values():
+        for each in self._groups.values():
             each.slots = slot_after[each.slots].tolist()
         kept = np.flatnonzero(stays)
-        for values in (self._keys, self._pages, self._label_of):
+        for values in (self._keys, self._pages, self._label_of, self._kind_of):
             values[: len(kept)] = values[kept]
+        protected = self._kind_of[: len(kept)] == PROTECTED
+        self._num_pages_protected = int(self._pages[: len(kept)][protected].sum())
         return kept
 
 
@@ -311,11 +386,11 @@ class WithinBytes(SelectionPolicy):
 class _Saved:
     """What was saved of a shard, or of several: of each representative, in the order of slots."""
 
+    kinds: Ints
     labels: Ints
     keys: Ints
     pages: Ints
-    ends: dict[int, int]
-    """By label."""
+    ends: dict[Group, int]
     num_offered: int
 
     @classmethod
@@ -328,8 +403,12 @@ class _Saved:
         (num_offered,) = state["offered"].tolist()
         counts, ends, slots = state["counts"], state["ends"], state["slots"]
         labels = state.get("labels", np.zeros(len(counts), dtype=np.int64))
-        if not len(labels) == len(np.unique(labels)) == len(counts) == len(ends):
-            raise ValueError("counts and ends must be those of the labels, which must differ")
+        kinds = state.get("kinds", np.full(len(counts), OFFERED))
+        if not len(kinds) == len(labels) == len(counts) == len(ends):
+            raise ValueError("counts, ends, labels and kinds must be as many")
+        groups = list(zip(kinds.tolist(), labels.tolist(), strict=True))
+        if len(set(groups)) < len(groups) or not np.isin(kinds, (PROTECTED, OFFERED, LEFT)).all():
+            raise ValueError("labels of one kind must differ, and be of a kind that there is")
         if counts.min(initial=0) < 0 or counts.sum() != size:
             raise ValueError(f"counts must add up to the {size} representatives")
         if not np.array_equal(np.sort(slots), np.arange(size)):
@@ -343,24 +422,29 @@ class _Saved:
         if keys.max(initial=0) >= NO_END:
             raise ValueError(f"keys must be below {NO_END}")
         return cls(
+            kinds=np.repeat(kinds, counts)[order],
             labels=np.repeat(labels, counts)[order],
             keys=keys[order],
             pages=pages[order],
-            ends=dict(zip(labels.tolist(), ends.tolist(), strict=True)),
+            ends=dict(zip(groups, ends.tolist(), strict=True)),
             num_offered=int(num_offered),
         )
 
     def part(self, chosen: Ints) -> _Saved:
         """Some of them, in that order."""
-        return _Saved(
-            self.labels[chosen], self.keys[chosen], self.pages[chosen], self.ends, self.num_offered
+        return replace(
+            self,
+            kinds=self.kinds[chosen],
+            labels=self.labels[chosen],
+            keys=self.keys[chosen],
+            pages=self.pages[chosen],
         )
 
     def dealt_to(self, num_ranks: int) -> Ints:
         """The rank of each, int64."""
         ranks, num_pages = np.zeros(len(self.keys), dtype=np.int64), [0] * num_ranks
         waiting: list[int] = []
-        for each in np.lexsort((self.keys, -self.pages, self.labels)).tolist():
+        for each in np.lexsort((self.keys, -self.pages, self.labels, self.kinds)).tolist():
             waiting = waiting or list(range(num_ranks))
             rank = min(waiting, key=lambda rank: num_pages[rank])
             waiting.remove(rank)

@@ -33,7 +33,7 @@ from ritornello.records.nesting import (
     template_of,
 )
 from ritornello.records.pages import LENGTH_BYTES, START_BYTES, Paging, aligned
-from ritornello.records.ragged import Ragged, ragged_paths
+from ritornello.records.ragged import BYTES, BYTES_FORMS, Ragged, ragged_paths
 
 ROW_ALIGNMENT = 16
 
@@ -158,10 +158,15 @@ class Layout:
             tuple(position for position, field in enumerate(fields) if field.form),
         )
 
+    @property
+    def ragged_paths(self) -> frozenset[Path]:
+        """Where samples differ in length."""
+        return frozenset(self.fields[position].path for position in self.ragged)
+
     def nested_as(self, batch: Batch) -> Layout:
         """The same fields in the containers of a mini-batch that ``leaves`` has accepted."""
         positions = {field.path: position for position, field in enumerate(self.fields)}
-        whole = {self.fields[position].path for position in self.ragged}
+        whole = self.ragged_paths
         fields, forms = list(self.fields), dict(leaves_of(batch, whole=whole)) if whole else {}
         for position in self.ragged:
             leaf = Ragged.of(forms[fields[position].path])
@@ -401,6 +406,8 @@ def _ragged_like(field: Field, leaf: Any) -> Ragged:
             "tensor (or bytes) for each sample, or torch.nested.nested_tensor(samples, "
             "layout=torch.jagged)"
         )
+    if field.form in BYTES_FORMS and not len(ragged) and ragged.form in ("list", "tuple"):
+        ragged.form += f" of {BYTES}"  # a list of nothing does not say what past ones come as
     for number, sample in enumerate(ragged.samples):
         dtype, shape = torch.uint8, tuple[int, ...]()
         if isinstance(sample, Tensor):

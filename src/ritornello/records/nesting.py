@@ -185,13 +185,20 @@ def rebuild(template: Template, leaves: Sequence[Any]) -> Batch:
     return kind(*inside) if hasattr(template, "_fields") else tuple(inside)
 
 
-def mapped(batch: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
-    """A batch nested alike, with other tensors; what is no tensor stays as it is."""
+def mapped(batch: Batch, change: Callable[[Any], Any], whole: Collection[Path] = ()) -> Batch:
+    """A batch nested alike, with other tensors; what is no tensor stays as it is.
+
+    Args:
+        batch: nested.
+        change: gives another tensor, or, in place of a list that is a leaf itself, another list.
+        whole: where such lists are; see ``leaves_of``.
+    """
     leaves = {
-        path: change(leaf) if isinstance(leaf, Tensor) else leaf for path, leaf in leaves_of(batch)
+        path: change(leaf) if isinstance(leaf, Tensor) or path in whole else leaf
+        for path, leaf in leaves_of(batch, whole=whole)
     }
     positions = {path: position for position, path in enumerate(leaves)}
-    return rebuild(template_of(batch, positions.__getitem__), list(leaves.values()))
+    return rebuild(template_of(batch, positions.__getitem__, whole), list(leaves.values()))
 
 
 def leaves_like(template: Template, batch: Batch, found: list[Any], path: Path = ()) -> None:

@@ -13,7 +13,13 @@ from torch import Tensor
 from ritornello.arrays import Ints
 from ritornello.records.layout import Layout
 from ritornello.records.pages import TABLE_BYTES, Pages
-from ritornello.records.paging import leaves_of, pages_of_records, starts_of
+from ritornello.records.paging import (
+    Records,
+    leaves_of,
+    pages_of_records,
+    repaged,
+    starts_of,
+)
 from ritornello.records.shard import Shard
 
 
@@ -67,15 +73,16 @@ class PagedShard:
         """Frees the pages of all slots."""
         self.pages = Pages(self.pages.shard, self.pages.table, len(self.pages.counts))
 
-    def write(self, slots: Ints, rows: Tensor, pages: Tensor, num_held: int) -> None:
+    def write(self, slots: Ints, records: Records, num_held: int) -> None:
         """Writes records to slots that have no pages.
 
         Args:
             slots: int64 ``[n]``, none twice.
-            rows: uint8 ``[n, record_bytes]``.
-            pages: those that go with them.
+            records: as many, with pages of any size.
             num_held: representatives in the shard then.
         """
+        rows, pages = repaged(self._layout, records, self.page_bytes)
+        assert pages is not None
         counts, num_moves = self.pages_of(rows), self.pages.num_moves
         taken = self.pages.take(slots, counts)
         if self.before_write is not None:

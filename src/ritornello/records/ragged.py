@@ -19,7 +19,9 @@ from ritornello.records.nesting import Batch, Path, children_of
 
 BYTES = "bytes"
 
-FORMS = ("list", "tuple", "jagged", f"list of {BYTES}", f"tuple of {BYTES}")
+BYTES_FORMS = (f"list of {BYTES}", f"tuple of {BYTES}")
+
+FORMS = ("list", "tuple", "jagged", *BYTES_FORMS)
 """How a leaf can come, and come back."""
 
 
@@ -129,6 +131,28 @@ def _jagged(samples: Sequence[Tensor]) -> Tensor:
     return torch.nested.nested_tensor_from_jagged(
         values, torch.from_numpy(offsets).to(values.device)
     )
+
+
+def pattern_of(leaf: Any) -> Any:
+    """What a leaf is like, without its samples: dense, none; ragged, a single one of no length."""
+    ragged = Ragged.of(leaf)
+    if ragged is not None and len(ragged):
+        (dtype, *_), (shape, *_) = ragged.dtypes, ragged.shapes
+        return Ragged.like(ragged.form, dtype, shape).given
+    if isinstance(leaf, Tensor) and leaf.dim():
+        return emptied(leaf)
+    return leaf
+
+
+def emptied(leaf: Any) -> Any:
+    """A leaf without samples, that keeps nothing of the other one alive."""
+    if not isinstance(leaf, Tensor):
+        return type(leaf)()
+    if is_jagged(leaf):
+        values = emptied(leaf.values())
+        offsets = torch.zeros(1, dtype=torch.int64, device=leaf.device)
+        return torch.nested.nested_tensor_from_jagged(values, offsets)
+    return leaf.new_empty((0, *leaf.shape[1:])) if leaf.dim() else leaf
 
 
 def ragged_paths(batch: Batch) -> frozenset[Path]:

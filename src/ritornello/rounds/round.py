@@ -20,7 +20,7 @@ from ritornello.arrays import Bytes, Ints
 from ritornello.errors import CheckpointError
 from ritornello.policies.contents import Contents
 from ritornello.policies.names import SELECTION_POLICIES
-from ritornello.policies.protection import Protected, protectable, staying
+from ritornello.policies.protection import Protected, protectable
 from ritornello.policies.sampling import SamplingPolicy
 from ritornello.policies.selection import (
     Assignment,
@@ -33,16 +33,15 @@ from ritornello.records.identities import Identities
 from ritornello.records.layout import Layout
 from ritornello.records.paged import PagedShard
 from ritornello.records.pages import TABLE_BYTES, Pages, Paging
-from ritornello.records.paging import Records, repaged, starts_of
+from ritornello.records.paging import Records, starts_of
 from ritornello.records.shard import Shard, rows_per_rank
 from ritornello.records.storage import Storage
-from ritornello.rounds.arguments import plain
 from ritornello.rounds.distances import cosine_distances
 from ritornello.rounds.first_round import OpenBuffer
 from ritornello.rounds.planner import Planner
 from ritornello.rounds.random_streams import Purpose, Streams
 from ritornello.rounds.staging import Staging
-from ritornello.transports.agreement import gather_counts, gather_padded, together
+from ritornello.transports.agreement import check_same, gather_counts, gather_padded, together
 from ritornello.transports.base import Transport
 from ritornello.transports.pages import plan_of_pages
 from ritornello.transports.plan import Plan
@@ -195,7 +194,7 @@ class Rounds:
                 self.sampling.overwritten(self._learn_labels(admitted))
             if self._rate_may_change:
                 # A rank that drew another number would take what is not its own.
-                self._check_alike("num_representatives", self.rate)
+                check_same(self.transport, "num_representatives", self.rate)
                 self._planner.change_rate(self.rate)
             plan = self._planner.plan(self.num_rounds, self.contents, self._full)
             if plan.num_drawn:
@@ -347,9 +346,7 @@ class Rounds:
                         rows = found.rows.to(shard.rows.device)
                         shard.write(slots, rows, np.arange(len(rows)))
                         continue
-                    rows, pages = repaged(self._layout, found, self.paged.page_bytes)
-                    assert pages is not None
-                    self.paged.write(slots, rows, pages, num_held=0)
+                    self.paged.write(slots, found, num_held=0)
 
         try:
             together(self.transport, write, "load")
@@ -402,23 +399,22 @@ class Rounds:
         Raises:
             ValueError: on every rank, if the shares differ.
         """
-        self._check_alike("protect: the share", share)
+        check_same(self.transport, "protect: the share", share)
         rank, num_ranks = self.transport.rank, self.transport.num_ranks
-        held, before = np.arange(self.num_held), np.zeros(0, dtype=np.int64)
-        if isinstance(self.selection, Protected):
-            before = self.selection.protected
-        labels = self.labels() if self.selection.needs_labels else np.zeros_like(held)
-        others = np.setdiff1d(held, before)
-        room = protectable(self.capacity, share, rank, num_ranks) - len(before)
         generator = self._protection_streams.at(self.num_rounds)
-        key = self._unused_selection.buffer_seed
-        stay = staying(labels[others], max(0, room), key, rank, num_ranks, generator)
-        protected = np.concatenate([before, others[stay]])
-        selection = self.new_selection(protects=True)
-        assert isinstance(selection, Protected)
-        selection.begin(protected, labels[protected], generator.permutation(others[~stay]))
-        self.selection = selection
-        return int(gather_counts(self.transport, len(protected)).sum())
+        num_slots = protectable(self.capacity, share, rank, num_ranks)
+        if isinstance(self.selection, WithinBytes):
+            assert self.paged_as is not None
+            num_pages = protectable(self.paged_as.num_pages, share, rank, num_ranks)
+            num_protected = self.selection.protect(num_slots, num_pages, generator)
+        else:
+            selection = self.new_selection(protects=True)
+            assert isinstance(selection, Protected)
+            labels = np.zeros(self.num_held, dtype=np.int64)
+            labels = self.labels() if selection.needs_labels else labels
+            num_protected = selection.protect(self.selection, labels, num_slots, generator)
+            self.selection = selection
+        return int(gather_counts(self.transport, num_protected).sum())
 
     def new_selection(self, protects: bool = False) -> SelectionPolicy:
         """This rank's policy as it was before the first candidate.
@@ -481,16 +477,15 @@ class Rounds:
         Returns:
             The shard's new size.
         """
-        records, pages = candidates
-        assert pages is not None
+        records = candidates.rows
         turnover = self._decide(records, labels, paged.pages_of(records))
         moved_from, moved_to, slots = turnover.moved_from, turnover.moved_to, turnover.slots
         self.transport.await_readers()
         if self.before_write is not None:
             self.before_write(np.concatenate([moved_to, slots]))
         paged.make_room(turnover.removed, moved_from, moved_to)
-        came = records[torch.from_numpy(turnover.rows)]
-        paged.write(slots, came, pages, turnover.size)
+        came = Records(records[torch.from_numpy(turnover.rows)], candidates.pages)
+        paged.write(slots, came, turnover.size)
         self.admitted_in[moved_to] = self.admitted_in[moved_from]
         self.admitted_in[slots] = self.num_rounds
         return turnover.size
@@ -576,26 +571,6 @@ class Rounds:
             self.contents.resize(gather_counts(self.transport, size))
             # Where bytes are bounded, a full shard may hold fewer in the next round.
             self._full = self.paged is None and np.array_equal(self.contents.sizes, self.limits)
-
-    def _check_alike(self, name: str, number: float) -> None:
-        """All-gathers what ranks have given, from 0 on.
-
-        Raises:
-            ValueError: on every rank, if they differ.
-        """
-        # The bits of a number from 0 on are those of an integer from 0 on: what is gathered in a
-        # round must not be negative.
-        bits = int(np.float64(number).view(np.int64))
-        given = gather_counts(self.transport, bits).view(np.float64)
-        if (given != number).any():
-            found = [
-                f"{plain(each)} on rank(s) {np.flatnonzero(given == each).tolist()}"
-                for each in np.unique(given)
-            ]
-            raise ValueError(
-                f"{name} is {', '.join(found)}: all ranks must set the same, between the same two "
-                "steps"
-            )
 
     def _learn_labels(self, admitted: Ints) -> Ints:
         """All-gathers what was admitted where, for policies that look at labels.

@@ -76,6 +76,7 @@ class Steps:
         asynchronous: whether the trainer goes on while a round runs.
 
     Attributes:
+        arguments: of the buffer.
         failure: what ended it; raised again by every later step.
         begun: what the first mini-batch has fixed; None before it.
         rate: ``r`` of the rounds to come.
@@ -95,7 +96,7 @@ class Steps:
     ) -> None:
         self.rounds, self._worker, self._storage, self._watch = rounds, worker, storage, watch
         self._run = rounds.run if watch is None else watch.run
-        self._arguments = arguments
+        self.arguments = arguments
         self._transport = rounds.transport
         self._timeout_seconds, self._asynchronous = timeout_seconds, asynchronous
         self._candidate_streams = Streams(arguments.seed, Purpose.CANDIDATES, rounds.transport.rank)
@@ -161,7 +162,7 @@ class Steps:
         drawn = None
         if staged is not None:
             began, begun = time.perf_counter(), self._known
-            drawn = copies(begun.layout, staged, self._arguments.num_draws, begun.staging.pages)
+            drawn = copies(begun.layout, staged, self.arguments.num_draws, begun.staging.pages)
             begun.staging.release()
             self.seconds_joining += time.perf_counter() - began
         self._num_new_joined = 0
@@ -254,8 +255,8 @@ class Steps:
         try:
             begun = self.begun
             if begun is None:
-                layout, leaves = understood(batch, self._arguments, self._transport.num_ranks)
-                label = layout.label_position(self._arguments.label_path, self.rounds.needs_labels)
+                layout, leaves = understood(batch, self.arguments, self._transport.num_ranks)
+                label = layout.label_position(self.arguments.label_path, self.rounds.needs_labels)
                 begun = self._begin(device_of(leaves), layout, label)
                 if self.rounds.among_others is not None:
                     self.rounds.among_others.note(leaves)
@@ -285,9 +286,7 @@ class Steps:
     def _begin(
         self, device: torch.device, layout: Layout, label: int | None, staged: Records | None = None
     ) -> Begun:
-        begun = Begun.on(
-            device, layout, label, self._arguments, self._storage, self._worker_streams
-        )
+        begun = Begun.on(device, layout, label, self.arguments, self._storage, self._worker_streams)
         if self.rounds.among_others is not None:
             self.rounds.among_others.begin()
         if staged is not None:
@@ -394,7 +393,7 @@ class Steps:
             ValueError, TypeError: they cannot be.
         """
         try:
-            self.rate = self._arguments.changed_rate(rate)
+            self.rate = self.arguments.changed_rate(rate)
             self.training.is_rate_set = True
         except (TypeError, ValueError) as error:
             raise self._with_rank(error) from None
@@ -520,7 +519,7 @@ class Steps:
         return self._known.staging.staged(self.num_staged)
 
     def begin_restored(self, layout: Layout, label: int | None, on_gpu: bool) -> None:
-        """Begins with a saved buffer's layout, before any mini-batch.
+        """Begins with a layout that is known from elsewhere, before any mini-batch.
 
         Raises:
             MemoryError: its records do not fit.

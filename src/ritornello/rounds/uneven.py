@@ -6,18 +6,31 @@ import pickle
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor
 
 from ritornello.arrays import Ints
-from ritornello.records.nesting import Batch, mapped
+from ritornello.records.layout import Layout
+from ritornello.records.nesting import Batch, Path, mapped
+from ritornello.records.ragged import emptied, pattern_of, ragged_paths
+from ritornello.rounds.first_batch import bounded
 from ritornello.rounds.steps import Steps
 from ritornello.transports.agreement import gather_counts, gather_padded
 
 ENDED_WITHOUT, ENDED, FAILED, HAS = range(4)
 """What a rank tells the others of its loader: it has ended, and never gave anything; it has ended;
 it failed; it has given a mini-batch, and so many samples more than this number says."""
+
+
+class _Pattern(NamedTuple):
+    """What mini-batches are like."""
+
+    batch: Batch
+    """One without samples; but of ragged leaves a single one, of no length."""
+    ragged: frozenset[Path]
+    """Where these are."""
 
 
 class Together:
@@ -31,7 +44,7 @@ class Together:
 
     def __init__(self, steps: Steps, call: str, like: Batch | None = None) -> None:
         self._steps, self._call = steps, call
-        self._empty: Batch | None = None if like is None else _emptied(like)
+        self._pattern: _Pattern | None = None if like is None else self._pattern_of(like)
 
     def tell(self, batch: Batch | None, num_samples: int = 0, has_failed: bool = False) -> Ints:
         """Tells the other ranks what this one's loader has given; blocks until all have.
@@ -47,11 +60,11 @@ class Together:
         Raises:
             CheckpointError, PeerLostError: see ``Steps.with_peers``.
         """
-        if batch is not None and self._empty is None and not has_failed:
-            self._empty = _emptied(batch)
+        if batch is not None and self._pattern is None and not has_failed:
+            self._pattern = self._pattern_of(batch)
         own = HAS + num_samples
         if batch is None:
-            own = ENDED_WITHOUT if self._empty is None else ENDED
+            own = ENDED_WITHOUT if self._pattern is None else ENDED
         told: Ints = self._steps.with_peers(
             self._call, partial(self._exchange, FAILED if has_failed else own)
         )
@@ -63,7 +76,7 @@ class Together:
         Raises:
             TypeError: nobody could say what it is like.
         """
-        if self._empty is None:
+        if self._pattern is None:
             raise TypeError(
                 self._steps.here(
                     f"{self._call}: the loader has given nothing, and what the mini-batches of the "
@@ -71,7 +84,22 @@ class Together:
                     "be pickled: let this loader give an empty one first (or evenly, with like=)"
                 )
             )
-        return self._empty
+        if self._pattern.ragged and self._steps.begun is None:
+            self._begin(self._pattern)
+        return mapped(self._pattern.batch, emptied, self._pattern.ragged)
+
+    def _begin(self, pattern: _Pattern) -> None:
+        """Tells the steps what an empty mini-batch does not: what ragged samples are like."""
+        arguments, rounds = self._steps.arguments, self._steps.rounds
+        layout = Layout.of_leaves(pattern.batch, pattern.ragged)
+        layout = bounded(layout, arguments, rounds.transport.num_ranks)
+        label = layout.label_position(arguments.label_path, rounds.needs_labels)
+        self._steps.begin_restored(layout, label, on_gpu=False)
+
+    def _pattern_of(self, batch: Batch) -> _Pattern:
+        begun = self._steps.begun
+        ragged = ragged_paths(batch) if begun is None else begun.layout.ragged_paths
+        return _Pattern(mapped(batch, pattern_of, ragged), ragged)
 
     def _exchange(self, own: int) -> Ints:
         """On the worker's thread."""
@@ -84,13 +112,14 @@ class Together:
             if own == ENDED_WITHOUT:
                 with suppress(Exception):  # what is not known here, or could not be sent
                     # Of a rank of our own job, which could do as much without.
-                    empty, kinds = pickle.loads(bytes(sent[sender].astype(np.uint8)))
+                    pattern, kinds = pickle.loads(bytes(sent[sender].astype(np.uint8)))
                     places = iter(kinds)
-                    self._empty = mapped(empty, lambda leaf: leaf.to(next(places)))
+                    batch = mapped(pattern.batch, lambda leaf: leaf.to(next(places)))
+                    self._pattern = pattern._replace(batch=batch)
         return told
 
     def _as_bytes(self) -> bytes:
-        """The empty mini-batch, in CPU memory, and where its tensors are; nothing if it cannot be.
+        """The pattern, in CPU memory, and where its tensors are; nothing if it cannot be.
 
         A kind of device, such as "cuda", is another rank's own.
         """
@@ -100,8 +129,10 @@ class Together:
             kinds.append(leaf.device.type)
             return leaf.cpu()
 
+        assert self._pattern is not None
         try:
-            return pickle.dumps((mapped(self._empty, noted), kinds))
+            batch = mapped(self._pattern.batch, noted)
+            return pickle.dumps((self._pattern._replace(batch=batch), kinds))
         except Exception:  # containers may raise anything
             return b""
 
@@ -138,8 +169,3 @@ def fill(steps: Steps, loader: Iterable[Batch], progress: Callable[[int], None] 
         num_offered += int((told - HAS).clip(min=0).sum())
         if progress is not None:
             progress(num_offered)
-
-
-def _emptied(batch: Batch) -> Batch:
-    """A mini-batch without a sample, that keeps nothing of another one alive."""
-    return mapped(batch, lambda leaf: leaf.new_empty((0, *leaf.shape[1:])) if leaf.dim() else leaf)

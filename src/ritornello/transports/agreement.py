@@ -131,6 +131,27 @@ def check_agreement(transport: Transport, arguments: Mapping[str, str]) -> None:
         )
 
 
+def check_same(transport: Transport, name: str, number: float) -> None:
+    """Checks that all ranks have set the same number, from 0 on; all call it.
+
+    Raises:
+        ValueError: on every rank, if they differ.
+    """
+    # The bits of a number from 0 on are those of an integer from 0 on: what is gathered in a
+    # round must not be negative.
+    bits = int(np.float64(number).view(np.int64))
+    given = gather_counts(transport, bits).view(np.float64)
+    if (given != number).any():
+        found = [
+            f"{int(each) if each.is_integer() else each} on rank(s) "
+            f"{np.flatnonzero(given == each).tolist()}"
+            for each in np.unique(given)
+        ]
+        raise ValueError(
+            f"{name} is {', '.join(found)}: all ranks must set the same, between the same two steps"
+        )
+
+
 def check_in_step(transport: Transport, call: str, num_offers: int, is_offered: bool) -> None:
     """Checks that all ranks are in the same call after as many offers; all call it.
 
