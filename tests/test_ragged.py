@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -352,19 +353,19 @@ def test_ranks_with_unequally_many_mini_batches_end_together(how: str) -> None:
             assert type(batch["bag"]) is type(mini_batch(0, form=form)["bag"])
             check(buffer.update(batch), form)
 
-    def rank_main(end: Transport) -> None:
-        for form in FORMS:
-            loader = [mini_batch(step, end.rank, form) for step in range((4, 0, 2)[end.rank])]
-            with make_buffer(end) as buffer:
-                go_through(buffer, loader, form)
-                assert buffer.stats().held_per_rank[1] == 0 < buffer.stats().held_per_rank[2]
-                for step in range(9, 12):
-                    batch = buffer.update(mini_batch(step, end.rank, form))
-                    assert buffer.num_past == 4
-                    check(batch, form)
-                check_consistent(buffer)
+    def rank_main(end: Transport, form: str) -> None:
+        loader = [mini_batch(step, end.rank, form) for step in range((4, 0, 2)[end.rank])]
+        with make_buffer(end) as buffer:
+            go_through(buffer, loader, form)
+            assert buffer.stats().held_per_rank[1] == 0 < buffer.stats().held_per_rank[2]
+            for step in range(9, 12):
+                batch = buffer.update(mini_batch(step, end.rank, form))
+                assert buffer.num_past == 4
+                check(batch, form)
+            check_consistent(buffer)
 
-    run_ranks(connect_collective(3), rank_main)
+    for form in FORMS:
+        run_ranks(LocalTransport.connect(3), partial(rank_main, form=form))
 
 
 def test_evenly_is_told_by_an_example() -> None:

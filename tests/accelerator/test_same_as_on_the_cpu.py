@@ -241,6 +241,21 @@ def test_labels_on_the_device_are_checked_by_the_worker(accelerator: str) -> Non
             buffer.update((images, labels))
 
 
+def test_samples_of_unequal_length_stay_in_cpu_memory(accelerator: str) -> None:
+    """What cannot be on a device is refused by name, and from the CPU the buffer goes on."""
+    samples = [torch.zeros(2), torch.zeros(3)]
+    arguments = {"num_representatives": 2, "selection": "fifo", "label": None}
+    with RehearsalBuffer(20, capacity_bytes=9000, **arguments) as buffer:
+        with pytest.raises(ValueError, match=rf"the mini-batch is on {accelerator}.*: offer such"):
+            buffer.update([each.to(accelerator) for each in samples])
+        buffer.update(samples)
+        assert len(buffer.update(samples)) == 4
+    for storage in (accelerator, "pinned"):
+        with RehearsalBuffer(20, capacity_bytes=9000, storage=storage, **arguments) as buffer:
+            with pytest.raises(ValueError, match=rf"storage='{storage}.*stored in CPU memory or"):
+                buffer.update(samples)
+
+
 def test_leaves_on_different_devices_come_back_where_they_were(accelerator: str) -> None:
     with RehearsalBuffer(20, num_representatives=4) as buffer:
         for images, labels in batches(accelerator, 5):

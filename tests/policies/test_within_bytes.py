@@ -9,7 +9,7 @@ from ritornello.policies.class_shares import ClassBalanced
 from ritornello.policies.names import SELECTION_POLICIES
 from ritornello.policies.reservoir import Reservoir
 from ritornello.policies.selection import SavedShards
-from ritornello.policies.within_bytes import PROTECTED, WithinBytes, within_bytes
+from ritornello.policies.within_bytes import NO_END, PROTECTED, WithinBytes, within_bytes
 from ritornello.testing import chi_square_p_value
 
 
@@ -133,6 +133,22 @@ def test_that_the_test_of_lengths_can_fail() -> None:
         long += sum(each > 1 for each in held)
         short += sum(each == 1 for each in held)
     assert abs(long / (long + short) - 0.5) > 0.1
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_as_many_are_held_as_fit(seed: int) -> None:
+    """The lowest keys of the whole past, up to the first one that does not fit beside them."""
+    dice, again = np.random.default_rng(100 + seed), np.random.default_rng(seed)
+    shard = Played(WithinBytes(300, by_class=False), 10_000, seed)
+    keys, pages = list[int](), list[int]()
+    for _ in range(60):
+        lengths = 1 + (19 * dice.beta(1, 1.6, 4)).astype(np.int64)
+        shard.offer(np.zeros(4, np.int64), lengths)
+        keys += again.integers(0, NO_END, 4).tolist()
+        pages += lengths.tolist()
+        order = np.argsort(keys)
+        num_fit = int((np.array(pages)[order].cumsum() <= 300).sum())
+        assert ids(shard.content) == set(order[:num_fit].tolist())
 
 
 def test_what_comes_later_and_is_short_fills_the_pages_again() -> None:

@@ -20,6 +20,7 @@ from ritornello.testing import TransportConformance
 from ritornello.transports.mpi import MpiTransport
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # started as a script
+import test_ragged
 from test_distributed_buffer import augmented_batches
 
 WORLD = MPI.COMM_WORLD
@@ -54,6 +55,8 @@ def buffer(folder: str) -> None:
         transport = MpiTransport(WORLD, 30.0)
         batches = augmented_batches(transport, asynchronous=asynchronous)
         torch.save(batches, Path(folder) / f"{WORLD.rank}-{asynchronous}.pt")
+    seen = test_ragged.play(MpiTransport(WORLD, 30.0), True)
+    torch.save(seen, Path(folder) / f"{WORLD.rank}-ragged.pt")
 
 
 def silence() -> None:

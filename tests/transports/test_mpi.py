@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import test_ragged
 import torch
 
 from ritornello.testing import run_ranks
@@ -104,6 +105,9 @@ def test_a_buffer_gives_the_same_as_over_threads(num_ranks: int, tmp_path: Path)
             got = torch.load(tmp_path / f"{rank}-{asynchronous}.pt")
             assert len(got) == len(batches) > 100
             assert all(torch.equal(a, b) for a, b in zip(got, batches, strict=True))
+    ragged = run_ranks(LocalTransport.connect(num_ranks), lambda end: test_ragged.play(end, True))
+    for rank, seen in enumerate(ragged):
+        assert torch.load(tmp_path / f"{rank}-ragged.pt") == seen
 
 
 @needs_mpi
