@@ -251,9 +251,11 @@ def test_samples_of_unequal_length_stay_in_cpu_memory(accelerator: str) -> None:
         buffer.update(samples)
         assert len(buffer.update(samples)) == 4
     for storage in (accelerator, "pinned"):
-        with RehearsalBuffer(20, capacity_bytes=9000, storage=storage, **arguments) as buffer:
-            with pytest.raises(ValueError, match=rf"storage='{storage}.*stored in CPU memory or"):
-                buffer.update(samples)
+        with (
+            RehearsalBuffer(20, capacity_bytes=9000, storage=storage, **arguments) as buffer,
+            pytest.raises(ValueError, match=rf"storage='{storage}.*stored in CPU memory or"),
+        ):
+            buffer.update(samples)
 
 
 def test_leaves_on_different_devices_come_back_where_they_were(accelerator: str) -> None:

@@ -12,9 +12,9 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-import test_ragged
 import torch
 
+import test_ragged
 from ritornello.testing import run_ranks
 from ritornello.transports import LocalTransport
 from ritornello.transports.mpi import MpiTransport
