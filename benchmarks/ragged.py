@@ -7,11 +7,11 @@
     python benchmarks/ragged.py --pages         # by the size of pages
 
 Bags of 371 to 6,275 rows, as slides cut into patches give, in a buffer that holds as many as fit:
-with room for 64 of the mean size some 62 (what is at the edge does not fit as a whole), give or take
-4 by chance. A second buffer in the same process holds 64 fixed records of the mean size, and the
-two take turns, so that they meet the same weather. Times are medians of a round, worker's side: once
-with all of its stages, and once without the planning. For fixed records 16 rounds are planned at
-once; where lengths differ, sizes may change in any round, so that each one is planned by itself.
+with room for 64 of the mean size some 62 (what is at the edge does not fit as a whole), give or
+take 4 by chance. A second buffer in the same process holds 64 fixed records of the mean size, and
+the two take turns, so that they meet the same weather. Times are medians of a round, worker's side:
+once with all of its stages, and once without the planning. For fixed records 16 rounds are planned
+at once; where lengths differ sizes may change in any round, so that each is planned by itself.
 """
 
 from __future__ import annotations
