@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from ritornello import RehearsalBuffer, evenly, rehearse
+from ritornello.rounds import planner
 from ritornello.testing import (
     check_consistent,
     chi_square_p_value,
@@ -177,6 +178,32 @@ def test_every_storage_gives_the_same(storage: str, tmp_path: Any) -> None:
 )
 def test_policies(selection: str) -> None:
     play("local", True, selection=selection)
+
+
+def test_rounds_are_planned_ahead_as_long_as_sizes_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    num_planned = list[int]()
+    plans_of_draws = planner.plans_of_draws
+
+    def counted(draws: np.ndarray, *others: Any) -> Any:
+        num_planned.append(len(draws))
+        return plans_of_draws(draws, *others)
+
+    def played() -> list[Any]:
+        with make_buffer(asynchronous=False) as buffer:
+            seen = []
+            for step in range(60):
+                buffer.num_candidates = 0 if 8 <= step < 40 else None
+                seen.append(buffer.update(mini_batch(step))["number"].tolist())
+            return seen
+
+    monkeypatch.setattr(planner, "plans_of_draws", counted)
+    ahead = played()
+    assert num_planned[:3] == [1, 1, 1]
+    assert max(num_planned) == 16
+    monkeypatch.setattr(planner, "ROUNDS_AHEAD", 1)
+    num_planned.clear()
+    assert played() == ahead
+    assert num_planned == [1] * 60
 
 
 def test_samples_cost_what_they_have() -> None:

@@ -55,6 +55,10 @@ class PagedShard:
         """How many pages some records have, int64 ``[n]``."""
         return pages_of_records(self._layout, rows.numpy(), self.page_bytes)
 
+    def starts_of(self, rows: Tensor) -> Ints:
+        """Where the pages of some records begin, int64 ``[n]``: a view, to be written, too."""
+        return starts_of(self._layout, rows.numpy())
+
     def make_room(self, removed: Ints, moved_from: Ints, moved_to: Ints) -> None:
         """Some representatives leave, then some move: all int64, slots.
 
@@ -63,7 +67,10 @@ class PagedShard:
             moved_from: of those that move.
             moved_to: where to.
         """
-        self.pages.give_back(removed)
+        if len(removed):
+            self.pages.give_back(removed)
+        if not len(moved_from):
+            return
         self.pages.move(moved_from, moved_to)
         moved = torch.empty((len(moved_from), self._layout.record_bytes), dtype=torch.uint8)
         self.shard.gather(moved_from, moved)

@@ -93,7 +93,7 @@ class Paging:
 
 def aligned(num_bytes: Ints) -> Ints:
     """With what is needed for the next one to be aligned."""
-    rounded: Ints = -(-num_bytes // ALIGNMENT) * ALIGNMENT
+    rounded: Ints = num_bytes + ALIGNMENT - 1 & -ALIGNMENT
     return rounded
 
 

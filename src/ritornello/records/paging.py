@@ -33,10 +33,11 @@ class Records(NamedTuple):
 
 def bytes_of_records(layout: Layout, rows: Bytes) -> Ints:
     """How many bytes in pages records have, int64 ``[n]``."""
-    num_bytes = np.zeros(len(rows), dtype=np.int64)
+    num_bytes: Ints | int = 0
     for position in layout.ragged:
         each = layout.fields[position].bytes_per_length
-        num_bytes += aligned(lengths_of(layout, rows, position) * each)
+        num_bytes = num_bytes + aligned(lengths_of(layout, rows, position) * each)
+    assert not isinstance(num_bytes, int)
     return num_bytes
 
 

@@ -29,8 +29,9 @@ class Planner:
     the plans are the same either way. Policies that look at labels see other ones each round, and
     may remember what they drew: theirs are always planned one by one.
 
-    A rate that changes drops what was planned ahead. Then one round is planned, then two, and so
-    on: as many as the rate has lasted, so that no more is dropped than was of use.
+    A rate that changes drops what was planned ahead, and so do sizes, where bytes are bounded. Then
+    one round is planned, then two, and so on: as many as it has lasted, so that no more is dropped
+    than was of use.
 
     Args:
         rank: whose plans.
@@ -67,8 +68,12 @@ class Planner:
         """Goes on with a rate, perhaps another one."""
         if rate != self._rate:
             self._rate = rate
-            self._ahead.clear()
-            self._most_ahead = 1
+            self.drop()
+
+    def drop(self) -> None:
+        """Drops what was planned ahead, as it was for other rates or sizes."""
+        self._ahead.clear()
+        self._most_ahead = 1
 
     def plan(self, step: int, contents: Contents, sizes_are_final: bool) -> Plan:
         """Plans one round.
@@ -76,7 +81,7 @@ class Planner:
         Args:
             step: the round's number.
             contents: the whole buffer.
-            sizes_are_final: whether later rounds will find the same sizes.
+            sizes_are_final: whether later rounds will find the same sizes, or ``drop`` is called.
 
         Raises:
             ValueError: the policy breaks its contract.

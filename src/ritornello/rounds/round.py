@@ -33,7 +33,7 @@ from ritornello.records.identities import Identities
 from ritornello.records.layout import Layout
 from ritornello.records.paged import PagedShard
 from ritornello.records.pages import TABLE_BYTES, Pages, Paging
-from ritornello.records.paging import Records, starts_of
+from ritornello.records.paging import Records
 from ritornello.records.shard import Shard, rows_per_rank
 from ritornello.records.storage import Storage
 from ritornello.rounds.distances import cosine_distances
@@ -43,7 +43,7 @@ from ritornello.rounds.random_streams import Purpose, Streams
 from ritornello.rounds.staging import Staging
 from ritornello.transports.agreement import check_same, gather_counts, gather_padded, together
 from ritornello.transports.base import Transport
-from ritornello.transports.pages import plan_of_pages
+from ritornello.transports.pages import exchange_pages
 from ritornello.transports.plan import Plan
 
 STAGES = ("admit", "plan", "exchange", "stage")
@@ -196,13 +196,16 @@ class Rounds:
                 # A rank that drew another number would take what is not its own.
                 check_same(self.transport, "num_representatives", self.rate)
                 self._planner.change_rate(self.rate)
-            plan = self._planner.plan(self.num_rounds, self.contents, self._full)
+            may_last = self._full or self.paged is not None
+            plan = self._planner.plan(self.num_rounds, self.contents, may_last)
             if plan.num_drawn:
                 self._enter("exchange")
                 received = self._staging.receive(plan.num_drawn)
                 self.transport.exchange(shard, plan, received)
                 if self.paged is not None:
-                    self._exchange_pages(self.paged, plan, received)
+                    room = self._staging.receive_pages
+                    of_pages = exchange_pages(self.transport, self.paged, plan, received, room)
+                    self._count_bytes(of_pages, self.paged.page_bytes)
                 self._enter("stage")
                 self._staging.deliver(plan.num_drawn, plan.order)
         self._enter(None)
@@ -481,6 +484,8 @@ class Rounds:
         turnover = self._decide(records, labels, paged.pages_of(records))
         moved_from, moved_to, slots = turnover.moved_from, turnover.moved_to, turnover.slots
         self.transport.await_readers()
+        if not len(turnover.removed) and not len(slots):
+            return turnover.size
         if self.before_write is not None:
             self.before_write(np.concatenate([moved_to, slots]))
         paged.make_room(turnover.removed, moved_from, moved_to)
@@ -503,15 +508,6 @@ class Rounds:
         held.move(turnover.moved_from, turnover.moved_to, turnover.removed)
         held.put(turnover.slots, identities[new[turnover.rows]])
         return replace(turnover, rows=new[turnover.rows])
-
-    def _exchange_pages(self, paged: PagedShard, plan: Plan, received: torch.Tensor) -> None:
-        """Fetches what of the received records lies in pages, and serves what this rank owes."""
-        counts, starts = paged.pages_of(received), starts_of(self._layout, received.numpy())
-        of_pages = plan_of_pages(self.transport, paged.pages, plan, starts, counts)
-        out = self._staging.receive_pages(of_pages.num_drawn)
-        self.transport.exchange(paged.pages.shard, of_pages, out)
-        starts[:] = counts.cumsum() - counts
-        self._count_bytes(of_pages, paged.page_bytes)
 
     def _count_bytes(self, plan: Plan, num_bytes: int) -> None:
         kept = int(plan.send_counts[self.transport.rank])
@@ -568,7 +564,10 @@ class Rounds:
     def _learn_sizes(self, size: int) -> None:
         """All-gathers the shards' sizes, as long as some shard is still filling."""
         if not self._full:
-            self.contents.resize(gather_counts(self.transport, size))
+            sizes = gather_counts(self.transport, size)
+            if self.paged is not None and not np.array_equal(sizes, self.contents.sizes):
+                self._planner.drop()
+            self.contents.resize(sizes)
             # Where bytes are bounded, a full shard may hold fewer in the next round.
             self._full = self.paged is None and np.array_equal(self.contents.sizes, self.limits)
 

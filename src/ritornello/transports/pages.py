@@ -2,12 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
+from torch import Tensor
 
 from ritornello.arrays import Ints
+from ritornello.records.paged import PagedShard
 from ritornello.records.pages import Pages, expanded
 from ritornello.transports.base import Transport
 from ritornello.transports.plan import Plan
+
+
+def exchange_pages(
+    transport: Transport,
+    paged: PagedShard,
+    plan: Plan,
+    received: Tensor,
+    room: Callable[[int], Tensor],
+) -> Plan:
+    """Fetches what of received records lies in pages, and serves what this rank owes.
+
+    Args:
+        transport: to the other ranks.
+        paged: this rank's shard.
+        plan: of the records.
+        received: their rows; now they say where in the room their pages begin.
+        room: gives the memory for some pages.
+
+    Returns:
+        The plan of the pages.
+    """
+    starts, counts = paged.starts_of(received), paged.pages_of(received)
+    of_pages = plan_of_pages(transport, paged.pages, plan, starts, counts)
+    transport.exchange(paged.pages.shard, of_pages, room(of_pages.num_drawn))
+    starts[:] = counts.cumsum() - counts
+    return of_pages
 
 
 def plan_of_pages(
