@@ -25,7 +25,6 @@ import torch
 from ritornello import RehearsalBuffer
 from ritornello.records import pages
 from ritornello.testing import spawn_ranks
-from ritornello.transports import Transport
 
 LEAST, MOST = 371, 6275
 
@@ -44,13 +43,8 @@ def lengths(num: int, generator: np.random.Generator) -> np.ndarray:
     return drawn.astype(np.int64)
 
 
-def measure(
-    transport: Transport | str, args: argparse.Namespace, page_bytes: int | None = None
-) -> dict[str, Any]:
+def measure(rank: int, args: argparse.Namespace, page_bytes: int | None = None) -> dict[str, Any]:
     """Plays both buffers in turns."""
-    rank, num_ranks = 0, 1
-    if isinstance(transport, Transport):
-        rank, num_ranks = transport.rank, transport.num_ranks
     generator = np.random.default_rng(rank)
     data_bytes = args.bags * MEAN * args.columns * 4
     if page_bytes is not None:
@@ -87,7 +81,7 @@ def measure(
     }
     layout = ragged._steps.begun.layout  # type: ignore[union-attr]
     return {
-        "ranks": num_ranks,
+        "ranks": args.ranks,
         "page_bytes": layout.paging.page_bytes,  # type: ignore[union-attr]
         "held": len(held),
         "used": stats.used_bytes / data,
@@ -120,20 +114,20 @@ def main() -> None:
     parser.add_argument("--columns", type=int, default=64)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--representatives", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--pages", action="store_true", help="try several sizes of pages")
     args = parser.parse_args()
     sizes = [256, 1024, 4096, 16_384, 65_536] if args.pages else [None]
     for page_bytes in sizes:
         if args.ranks == 1:
-            report(measure("local", args, page_bytes))
+            report(measure(0, args, page_bytes))
         else:
             report(spawn_ranks(args.ranks, _on_rank, args, page_bytes, seconds=300)[0])
 
 
 def _on_rank(rank: int, args: argparse.Namespace, page_bytes: int | None) -> dict[str, Any]:
     torch.set_num_threads(1)
-    return measure("auto", args, page_bytes)
+    return measure(rank, args, page_bytes)
 
 
 if __name__ == "__main__":

@@ -56,14 +56,17 @@ def plan_of_pages(
             begin.
         counts: int64 ``[plan.num_drawn]``, how many they are.
     """
-    nobody = np.zeros((transport.num_ranks, 0), dtype=np.int64)
+    nobody, places = np.zeros((transport.num_ranks, 0), dtype=np.int64), expanded(starts, counts)
+    if transport.num_ranks == 1:
+        all_of_them = np.array([len(places)])
+        return Plan(pages.at(places), all_of_them, all_of_them, nobody, nobody > 0)
     receive_counts = _sums(counts, plan.receive_counts)
     of_pages = Plan(
-        receive_slots=transport.look_up(pages, expanded(starts, counts), receive_counts),
+        receive_slots=transport.look_up(pages, places, receive_counts),
         receive_counts=receive_counts,
         send_counts=_sums(pages.counts[plan.send_slots], plan.send_counts),
         drawn_slots=nobody,
-        is_asked=nobody.astype(np.bool_),
+        is_asked=nobody > 0,
     )
     of_pages.send_slots = pages.of_slots(plan.send_slots)
     return of_pages
