@@ -169,9 +169,11 @@ MUTANTS = (
         "overwrite: writes on the caller's stream",
         "rounds/round.py",
         """            with self._staging.worker_stream():
-                for slots""",
+                if self.paged is not None:
+                    self.paged.clear()""",
         """            if True:
-                for slots""",
+                if self.paged is not None:
+                    self.paged.clear()""",
     ),
     Mutant(
         "make_shard: zeroed on the caller's stream",
