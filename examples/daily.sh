@@ -9,7 +9,7 @@ python "$(dirname "$0")/make_days.py" history incoming
 ritornello run arrivals --data history --output living \
     --model mlp --image-size 8 --crop-size 8 --augmentation none --workers 0 \
     --epochs 12 --batch-size 16 --learning-rate 0.05 \
-    --capacity 200 --representatives 16 --candidates 8
+    --capacity 200 --representatives 16
 
 # Each day that comes, on as many ranks as are free. With --resume the same line can be run again.
 for day in incoming/*; do

@@ -26,7 +26,6 @@ SCRIPT = """
 import sys, threading, time
 import torch
 from ritornello import RehearsalBuffer
-from ritornello.rounds.worker import Worker
 from ritornello.saving import writing
 from ritornello.saving.shard_file import NewShardFile
 

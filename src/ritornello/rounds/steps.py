@@ -38,7 +38,7 @@ from ritornello.rounds.round import Rounds
 from ritornello.rounds.staging import Staging, WorkerStreams
 from ritornello.rounds.stats import BufferStats
 from ritornello.rounds.watching import Training
-from ritornello.rounds.worker import Errand, Worker
+from ritornello.rounds.worker import Errand, Pace, Worker
 from ritornello.transports.watch import Watch, meet
 
 logger = logging.getLogger(__name__)
@@ -102,7 +102,7 @@ class Steps:
         self._candidate_streams = Streams(arguments.seed, Purpose.CANDIDATES, rounds.transport.rank)
         self._worker_streams: WorkerStreams = {}
         self.begun: Begun | None = None
-        self._joiner = Joiner()
+        self._joiner, self._pace = Joiner(), Pace(asynchronous)
         self._place = Place(0, False, 0, 0, Errand.ended(0))
         self._call: Errand[Any] | None = None  # between two rounds, if it has not ended
         self._num_new_joined = self._num_joined = 0
@@ -198,7 +198,8 @@ class Steps:
     def _start(self, rate: float, num_new: int, num_past: int) -> Errand[int]:
         """From one store on the step has happened, and the round will run."""
         self.rounds.rate = rate
-        next_round = Errand(partial(self._run, self._known.staging.candidates()))
+        pause = self._pace.pause(time.perf_counter(), self._place.last_round.seconds)
+        next_round = Errand(partial(self._run, self._known.staging.candidates()), pause)
         self._place = Place(self._place.num_offers + 1, True, num_new, num_past, next_round)
         self._worker.start(next_round)
         return next_round

@@ -13,6 +13,7 @@ import os
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -29,6 +30,9 @@ IdleWork = Callable[[], float | None]
 POLL_SECONDS = 1.0
 """How often an idle worker looks whether it should end, and who waits for it whether it has."""
 
+LONGEST_PAUSE_SECONDS = 0.05
+"""Of a round that waits for the middle of a step: where steps are longer, nobody would notice."""
+
 EXIT_SECONDS = 5.0
 """How long a buffer that was never closed waits for its round when it is collected."""
 
@@ -41,19 +45,24 @@ class Errand(Generic[Result]):
 
     Args:
         act: is called once.
+        pause: how many seconds the worker waits before it, unless something else comes, such as
+            the same errand again.
 
     Attributes:
         error: what it raised.
         has_begun: whether the worker is at it, or was.
         has_ended: whether nothing is left to do.
+        seconds: that it took.
     """
 
     _result: Result
 
-    def __init__(self, act: Callable[[], Result]) -> None:
+    def __init__(self, act: Callable[[], Result], pause: float = 0.0) -> None:
         self._act: Callable[[], Result] | None = act
+        self.pause = pause
         self.error: BaseException | None = None
         self.has_begun = self.has_ended = False
+        self.seconds = 0.0
         self._running = threading.Lock()
         self._running.acquire()
 
@@ -70,11 +79,13 @@ class Errand(Generic[Result]):
         if act is None:
             return
         self.has_begun = True
+        began = time.perf_counter()
         try:
             self._result = act()
         except BaseException as error:
             logger.debug("an errand failed", exc_info=True)
             self.error = error
+        self.seconds = time.perf_counter() - began
         self.has_ended = True
         self._running.release()
 
@@ -100,6 +111,47 @@ class Errand(Generic[Result]):
         if self.error is not None:
             raise self.error
         return self._result
+
+
+class Pace:
+    """When a round begins: in the middle of the trainer's step, where it is short beside the step.
+
+    What a round does is mostly the interpreter's work, and the trainer's next operation waits for
+    the interpreter meanwhile. A forward pass issues one operation after another; a backward pass,
+    in the second half of a step, needs the interpreter hardly at all. A trainer that wants the
+    round earlier does not wait: see ``Worker.finish``.
+
+    Args:
+        asynchronous: whether the trainer goes on meanwhile; else no round waits.
+    """
+
+    def __init__(self, asynchronous: bool = True) -> None:
+        self._asynchronous = asynchronous
+        self._began = -math.inf
+        self._steps: deque[float] = deque(maxlen=8)
+        self._rounds: deque[float] = deque(maxlen=8)
+
+    def pause(self, now: float, last_round: float) -> float:
+        """How long the next round waits.
+
+        The shortest of the last steps counts, as between some the model is evaluated, and the
+        longest of the last rounds: it shall end in the third quarter of the step.
+
+        Args:
+            now: when the trainer hands it over, in seconds.
+            last_round: how long the one before took, in seconds.
+
+        Returns:
+            Seconds; 0 in the first steps.
+        """
+        self._steps.append(now - self._began)
+        self._rounds.append(last_round)
+        self._began = now
+        if not self._asynchronous or len(self._steps) < 8:
+            return 0.0
+        step = min(self._steps)
+        pause = min(step / 2, step * 3 / 4 - 2 * max(self._rounds), LONGEST_PAUSE_SECONDS)
+        return max(0.0, pause)
 
 
 @dataclass
@@ -159,12 +211,12 @@ def _serve(state: _State) -> None:
     """The thread's whole life."""
     idle_work: IdleWork | None = None
     pause: float | None = POLL_SECONDS
+    following: Errand[Any] | IdleWork | None = None
     while not state.is_stopping:
-        try:
-            started = state.starts.get(timeout=pause)
-        except queue.Empty:
-            started = None
+        started, following = following or _next(state, pause), None
         if isinstance(started, Errand):
+            if started.pause and not idle_work:
+                following = _next(state, started.pause)
             started.run()
             pause = 0.0 if idle_work else POLL_SECONDS
         else:
@@ -177,6 +229,14 @@ def _serve(state: _State) -> None:
     state.life.run()
     if state.at_end is not None:
         state.at_end()
+
+
+def _next(state: _State, seconds: float | None) -> Errand[Any] | IdleWork | None:
+    """What is to be started; None: nothing within so many seconds, or no more at all."""
+    try:
+        return state.starts.get(timeout=seconds)
+    except queue.Empty:
+        return None
 
 
 class Saving(Protocol):

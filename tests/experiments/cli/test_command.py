@@ -220,7 +220,7 @@ def test_one_recipe(capsys: pytest.CaptureFixture[str]) -> None:
             "--epochs and --iterations: a task has one of the two; leave one out",
         ),
         (("run", "digits", "--capacity", "1.5"), "capacity=1.5: it must be at least 1, or a"),
-        (("run", "digits", "--remembers", "x"), "remembers='x': there are stream, random"),
+        (("run", "digits", "--remembers", "x"), "remembers='x': there are stream, last-epoch"),
         (("results",), "results: give output folders of 'run' or 'compare', or an archive"),
         (("results", "nowhere"), "nowhere: neither a file, nor a folder with a results.json"),
         (("run", "digits", "--resume"), "--resume: say with --output which run goes on"),

@@ -164,14 +164,22 @@ def folder() -> Recipe:
 
 
 def arrivals() -> Recipe:
-    """Your own stream: a folder of folders, one for each day on which data arrived."""
-    return replace(
+    """Your own stream: a folder of folders, one for each day on which data arrived.
+
+    The least share of the new day in a step was found with CIFAR-10's images in 20 days.
+    """
+    recipe = replace(
         folder(),
         name="arrivals",
         description="your own stream (--data FOLDER with DAY/CLASS/*.jpg)",
         data="arrivals",
         scenario="arrivals",
+        first_share=0.6,
+        share_floor=0.25,
+        global_num_candidates=None,
+        remembers="last-epoch",
     )
+    return with_changes(recipe, composition="proportional")
 
 
 RECIPES: dict[str, Callable[[], Recipe]] = {
