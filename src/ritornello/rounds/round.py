@@ -150,7 +150,7 @@ class Rounds:
             self._enter("plan")
             self._learn_sizes(size)
             if admitted is not None:
-                self.sampling.overwritten(self._learn_labels(admitted))
+                self.sampling.overwritten(self._learn_contents(admitted))
             if self._rate_may_change:
                 self._agree_on_rate()
                 self._planner.change_rate(self.rate)
@@ -319,15 +319,16 @@ class Rounds:
         self._full = np.array_equal(contents.sizes, self.limits)
         self._planner.go_on(sampling)
 
-    def tell_labels(self) -> None:
-        """Tells all ranks which labels this one holds."""
-        labels = self.labels()
-        self._learn_labels(np.stack([np.arange(len(labels)), labels], axis=1))
+    def tell_contents(self) -> None:
+        """Tells all ranks where this one holds something, and of which labels."""
+        labels = self.labels() if self.needs_labels else np.zeros(self.num_held, dtype=np.int64)
+        self._learn_contents(np.stack([np.arange(len(labels)), labels], axis=1))
 
     def no_contents(self) -> Contents:
         """The contents of an empty buffer."""
         nothing = np.zeros(self.transport.num_ranks, dtype=np.int64)
-        return Contents(nothing, self.limits if self.sampling.needs_labels else None)
+        rows_per_rank = self.limits if self.sampling.knows_places else None
+        return Contents(nothing, rows_per_rank, with_labels=self.needs_labels)
 
     def new_selection(self) -> SelectionPolicy:
         """This rank's policy as it was before the first candidate."""
@@ -348,7 +349,7 @@ class Rounds:
 
         Returns:
             The shard's new size; and int64 ``[n, 2]``, slot and label of what was admitted, if
-            the sampling policy looks at labels.
+            the sampling policy is to know.
         """
         records = self._staging.arrive(candidates)
         if self.needs_labels:
@@ -368,7 +369,7 @@ class Rounds:
             self.before_write(assignment.slots)
         self.admitted_in[assignment.slots] = self.num_rounds
         shard.write(assignment.slots, records, assignment.rows)
-        if not self.sampling.needs_labels:
+        if not self.sampling.knows_places:
             return new_size, None
         return new_size, np.stack([assignment.slots, labels[assignment.rows]], axis=1)
 
@@ -439,8 +440,8 @@ class Rounds:
                 "the same two steps"
             )
 
-    def _learn_labels(self, admitted: Ints) -> Ints:
-        """All-gathers what was admitted where, for policies that look at labels.
+    def _learn_contents(self, admitted: Ints) -> Ints:
+        """All-gathers what was admitted where, for sampling policies that want to know.
 
         Returns:
             The places that hold others now.
