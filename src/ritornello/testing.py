@@ -169,7 +169,7 @@ def check_consistent(buffer: RehearsalBuffer) -> None:
 
     Compares what the selection policy knows (which slots each class has), the records of the shard
     (their labels, their rounds), and the contents that all ranks know (sizes, and for a sampling
-    policy that looks at labels who lies where). Waits for the running round; involves no other
+    policy that wants to know it who lies where). Waits for the running round; involves no other
     rank, and changes nothing.
 
     Raises:
@@ -220,13 +220,14 @@ def _labels_known(rounds: Rounds) -> Iterator[tuple[str, np.ndarray]]:
             known = np.zeros(rounds.num_held, dtype=np.int64)
             known[state["slots"]] = np.repeat(state["labels"], state["counts"])
             yield "the selection policy", known
-    if rounds.contents.knows_labels:
+    if rounds.contents.knows_places:
         again = rounds.no_contents()
         again.resize(rounds.contents.sizes)
         with _contradicts_nothing("the contents"):
             again.restore(rounds.contents.state())
-        yield "the contents", _of_rank(rounds, rounds.contents.labels)
-        yield "the classes of the contents", _of_rank(rounds, again.labels)
+        if rounds.contents.knows_labels:
+            yield "the contents", _of_rank(rounds, rounds.contents.labels)
+            yield "the classes of the contents", _of_rank(rounds, again.labels)
         if remembered := rounds.sampling.state():
             with _contradicts_nothing("the sampling policy"):
                 rounds.new_sampling().restore(remembered)

@@ -56,6 +56,21 @@ def test_places_that_are_in_use() -> None:
 
 
 def test_places_of_contents_without_labels() -> None:
+    contents = Contents(np.array([2, 1]), np.array([3, 3]), with_labels=False)
+    contents.admit(1, np.arange(1), np.zeros(1, dtype=np.int64))
+    assert contents.places_of_slots(1, np.arange(1)).tolist() == [3]
+    assert np.arange(6)[contents.used_places].tolist() == [0, 1, 3]
+    for ask in (lambda: contents.labels, lambda: contents.class_labels):
+        with pytest.raises(TypeError, match="give the class needs_labels = True"):
+            ask()
+
+
+def test_places_of_contents_that_know_sizes_alone() -> None:
     contents = Contents(np.array([2, 1]))
-    with pytest.raises(TypeError, match="give the class needs_labels = True"):
-        contents.places_of_slots(0, np.arange(2))
+    for ask, needed in (
+        (lambda: contents.used_places, "needs_places"),
+        (lambda: contents.places_of_slots(0, np.arange(2)), "needs_places"),
+        (lambda: contents.labels, "needs_labels"),
+    ):
+        with pytest.raises(TypeError, match=f"give the class {needed} = True"):
+            ask()

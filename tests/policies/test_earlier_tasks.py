@@ -17,7 +17,7 @@ from labelled_contents import LABELS, ROWS, labelled_contents
 from ritornello import CheckpointError, EarlierTasks, RehearsalBuffer, rehearse
 from ritornello.rounds.planner import draw_all
 from ritornello.rounds.random_streams import Purpose, Streams
-from ritornello.testing import chi_square_p_value, run_ranks
+from ritornello.testing import check_consistent, chi_square_p_value, run_ranks
 from ritornello.transports import LocalTransport, Transport
 
 PLACES = np.arange(sum(ROWS))[labelled_contents().used_places]
@@ -163,6 +163,37 @@ def test_what_is_drawn_is_of_earlier_tasks(num_ranks: int) -> None:
     last = [each // 20 for found in everyone for offered_in in found[61:] for each in offered_in]
     assert set(last) == {0, 1, 2}
     assert everyone == run_ranks(LocalTransport.connect(num_ranks, 30.0), drawn_by)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 3])
+def test_samples_need_no_label(num_ranks: int) -> None:
+    """Only when they were admitted counts: with labels and without, the same is drawn."""
+
+    def drawn_with(label: int | None, sign: int) -> list[Any]:
+        def rank_main(end: Transport) -> list[Any]:
+            found = []
+            with RehearsalBuffer(
+                60 * num_ranks,
+                num_representatives=6,
+                selection="reservoir",
+                label=label,
+                sampling="earlier-tasks",
+                transport=end,
+            ) as buffer:
+                for step in range(60):
+                    if step % 20 == 0:
+                        buffer.begin_task(str(step // 20))
+                    numbers, targets = batch_of(step, end.rank)
+                    found.append(buffer.update((numbers, sign * targets))[0].tolist())
+                check_consistent(buffer)
+            return found
+
+        return run_ranks(LocalTransport.connect(num_ranks, 30.0), rank_main)
+
+    with_labels = drawn_with(label=1, sign=1)
+    assert all(len(numbers) == 8 + 6 for found in with_labels for numbers in found[21:])
+    assert drawn_with(label=None, sign=1) == with_labels
+    assert drawn_with(label=1, sign=-1) == with_labels  # targets that could be no classes
 
 
 @pytest.mark.parametrize("call", ["update", "draw", "rehearse"])

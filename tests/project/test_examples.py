@@ -12,11 +12,11 @@ import pytest
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
-def average_of(script: str) -> float:
-    """Runs an example under a real torchrun; the average accuracy that it prints, in percent."""
+def printed_by(script: str, *arguments: str) -> str:
+    """Runs an example on two ranks under a real torchrun; what it prints."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     ran = subprocess.run(
-        [*command, "--nproc-per-node", "2", str(EXAMPLES / script)],
+        [*command, "--nproc-per-node", "2", str(EXAMPLES / script), *arguments],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -24,8 +24,14 @@ def average_of(script: str) -> float:
         check=False,
     )
     assert ran.returncode == 0, ran.stderr
-    found = re.search(r"average: ([\d.]+) %", ran.stdout)
-    assert found, ran.stdout
+    return ran.stdout
+
+
+def average_of(script: str) -> float:
+    """The average accuracy that an example prints, in percent."""
+    printed = printed_by(script)
+    found = re.search(r"average: ([\d.]+) %", printed)
+    assert found, printed
     return float(found[1])
 
 
@@ -38,6 +44,21 @@ def test_rehearsal_undoes_forgetting_under_torchrun(loop: str) -> None:
 
 def test_composed_steps_do_so_with_no_sample_more_under_torchrun() -> None:
     assert average_of("train_ddp_composed.py") > 85.0
+
+
+def test_replay_undoes_forgetting_in_loss_under_torchrun() -> None:
+    printed = printed_by("train_text.py", "--kilobytes", "40", "--replay", "0", "0.25")
+    learnt = re.search(r"after prose +([\d.]+) +([\d.]+)$", printed, re.MULTILINE)
+    assert learnt, printed
+    found = re.findall(r"(\d+)% replay +([\d.]+) +([\d.]+) +(-?[\d.]+)$", printed, re.MULTILINE)
+    after = {int(share): tuple(map(float, losses)) for share, *losses in found}
+    assert set(after) == {0, 25}
+    prose, code = map(float, learnt.groups())
+    for prose_after, code_after, forgotten in after.values():
+        assert code_after < code - 0.3
+        assert forgotten == pytest.approx(prose_after - prose, abs=0.0011)
+    assert after[0][2] > 0.04
+    assert after[25][2] < after[0][2] - 0.1
 
 
 @pytest.mark.parametrize(

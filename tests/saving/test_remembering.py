@@ -19,7 +19,7 @@ from ritornello.transports import LocalTransport, Transport
 class LeastDrawn(SamplingPolicy):
     """Those that were drawn least often; chance decides between equals."""
 
-    needs_labels = True
+    needs_places = True
 
     def bind(self, capacity: int) -> None:
         self._times = np.zeros(capacity)

@@ -105,3 +105,29 @@ def test_what_another_policy_has_saved_is_of_the_running_task(
         assert num_drawable == 0
         assert not tasks_drawn(augmented[:16])
         assert set(tasks_drawn(augmented[16:])) == {0, 1, 2}
+
+
+def test_samples_without_labels_stay_of_their_tasks(tmp_path: Path) -> None:
+    unlabelled: dict[str, Any] = {"selection": "reservoir", "label": None}
+
+    def undisturbed(end: Transport) -> Augmented:
+        with make(end, sampling="earlier-tasks", **unlabelled) as buffer:
+            return run_on(buffer, end.rank, range(60))
+
+    save(tmp_path, 2, 45, **unlabelled)
+    found = loaded_on(tmp_path, 2, range(45, 60), **unlabelled)
+    for wanted, (_, augmented) in zip(on_ranks(2, undisturbed), found, strict=True):
+        assert_same(wanted[45:], augmented)
+    num_earlier = found[0][0]
+    assert 0 < num_earlier < 97
+    for num_drawable, augmented in loaded_on(tmp_path, 3, range(45, 60), **unlabelled):
+        assert num_drawable == num_earlier
+        assert set(tasks_drawn(augmented)) == {0, 1}
+    num_removed = forget(tmp_path, {"task": "task 0"}).num_removed
+    for num_drawable, augmented in loaded_on(tmp_path, 2, range(45, 60), **unlabelled):
+        assert num_drawable == num_earlier - num_removed
+        assert set(tasks_drawn(augmented)) == {1}
+    save(tmp_path / "uniform", 2, 45, sampling="uniform", **unlabelled)
+    for num_drawable, augmented in loaded_on(tmp_path / "uniform", 2, range(45, 65), **unlabelled):
+        assert num_drawable == 0
+        assert set(tasks_drawn(augmented[16:])) == {0, 1, 2}

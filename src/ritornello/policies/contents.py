@@ -1,8 +1,8 @@
 """What all ranks know of the whole buffer's representatives: how many, and of which classes.
 
-Uniform sampling needs the shards' sizes alone. Policies that look at labels need to know the
-label of every representative on every rank: a round then all-gathers what it has admitted, 16
-bytes for each, and every rank keeps the same list. No sample is among it.
+Uniform sampling needs the shards' sizes alone. Policies that look at labels, or go by what lies
+where, need to know it of every representative on every rank: a round then all-gathers what it has
+admitted, 16 bytes for each, and every rank keeps the same list. No sample is among it.
 """
 
 from __future__ import annotations
@@ -24,19 +24,27 @@ class Contents:
 
     Args:
         sizes: int64 ``[num_ranks]``, representatives in each shard.
-        rows_per_rank: int64 ``[num_ranks]``, room in each shard, if labels are to be known.
+        rows_per_rank: int64 ``[num_ranks]``, room in each shard, if it is to be known what lies
+            where.
+        with_labels: whether its labels are to be known, too; else all are as if of one class.
 
     Attributes:
         sizes: int64 ``[num_ranks]``, representatives in each shard.
         num_held: representatives in the whole buffer.
+        knows_places: whether it is known what lies where, not sizes alone.
+        knows_labels: whether labels are known.
     """
 
     SAVED = ("labels", "counts", "places")
     """What ``state`` consists of."""
 
-    def __init__(self, sizes: Ints, rows_per_rank: Ints | None = None) -> None:
+    def __init__(
+        self, sizes: Ints, rows_per_rank: Ints | None = None, *, with_labels: bool = True
+    ) -> None:
         self.sizes = sizes
         self.num_held = int(sizes.sum())
+        self.knows_places = rows_per_rank is not None
+        self.knows_labels = self.knows_places and with_labels
         if rows_per_rank is not None:
             num_places = int(rows_per_rank.sum())
             self._ends = rows_per_rank.cumsum()
@@ -55,17 +63,17 @@ class Contents:
         Raises:
             TypeError: the sampling policy has not said that it needs labels.
         """
-        used = self.used_places
-        return self._labels[used]
+        self._check_knows_labels()
+        return self._labels[self.used_places]
 
     @property
     def used_places(self) -> slice | Ints:
         """The place of each representative, by global index: what picks them out of all places.
 
         Raises:
-            TypeError: see ``labels``.
+            TypeError: the sampling policy has not said that it needs places.
         """
-        self._check_knows_labels()
+        self._check_knows_places()
         if self.num_held == len(self._labels):
             return slice(None)
         return np.concatenate(
@@ -77,7 +85,12 @@ class Contents:
 
     @property
     def class_labels(self) -> list[int]:
-        """The labels that some representative has, ascending."""
+        """The labels that some representative has, ascending.
+
+        Raises:
+            TypeError: see ``labels``.
+        """
+        self._check_knows_labels()
         if self._class_labels is None:
             self._class_labels = sorted(self._members)
         return self._class_labels
@@ -100,9 +113,9 @@ class Contents:
         """The places of some slots of a rank's shard.
 
         Raises:
-            TypeError: see ``labels``.
+            TypeError: see ``used_places``.
         """
-        self._check_knows_labels()
+        self._check_knows_places()
         places: Ints = slots + self._starts[rank]
         return places
 
@@ -140,11 +153,6 @@ class Contents:
             members.append(place)
             self._labels[place] = label
         return places
-
-    @property
-    def knows_labels(self) -> bool:
-        """Whether labels are known, not sizes alone."""
-        return hasattr(self, "_labels")
 
     def state(self) -> dict[str, Ints]:
         """All that it knows beside the sizes, to be saved: copies.
@@ -234,4 +242,11 @@ class Contents:
             raise TypeError(
                 "labels are only known to sampling policies that say so: give the class "
                 "needs_labels = True"
+            )
+
+    def _check_knows_places(self) -> None:
+        if not self.knows_places:
+            raise TypeError(
+                "what lies where is only known to sampling policies that say so: give the class "
+                "needs_places = True"
             )

@@ -20,7 +20,7 @@ class EarlierTasks(SamplingPolicy):
     ``UniformSampling``.
     """
 
-    needs_labels = True  # that is, to know what is admitted where
+    needs_places = True
     needs_tasks = True
 
     def bind(self, capacity: int) -> None:

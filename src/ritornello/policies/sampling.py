@@ -21,22 +21,29 @@ class SamplingPolicy(ABC):
 
     A global index counts the representatives of all shards, shard after shard. ``draw`` is all
     that a policy needs; the other methods, which do nothing, are for one that remembers something
-    from draw to draw. Such a policy must set ``needs_labels``: others are asked for many rounds
+    from draw to draw. Such a policy must set ``needs_places``: others are asked for many rounds
     ahead. Every buffer has a copy of the policy that it was given, and every rank must remember
     the same. What is remembered of a representative is best kept by its place, see ``Contents``.
 
     Attributes:
-        needs_labels: whether ``draw`` looks at more of the contents than how many there are, or
-            remembers anything. Rounds then tell every rank what was admitted on all.
+        needs_labels: whether ``draw`` looks at labels. It has all that ``needs_places`` gives, too.
+        needs_places: whether it wants to know what is admitted where, or remembers anything. Rounds
+            then tell every rank what was admitted on all. Samples need no label for it.
         needs_distances: whether it wants to be told what ``RehearsalBuffer.measure_distances``
             finds. Goes with ``needs_labels``.
         needs_tasks: whether it wants to be told when ``RehearsalBuffer.begin_task`` is called. Goes
-            with ``needs_labels``. While it draws nothing and no task has begun, ``update`` raises.
+            with ``needs_places``. While it draws nothing and no task has begun, ``update`` raises.
     """
 
     needs_labels = False
+    needs_places = False
     needs_distances = False
     needs_tasks = False
+
+    @property
+    def knows_places(self) -> bool:
+        """Whether rounds tell every rank what was admitted where on all."""
+        return self.needs_labels or self.needs_places
 
     def bind(self, capacity: int) -> None:
         """Ties the policy to one buffer, which is empty.

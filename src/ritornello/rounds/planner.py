@@ -26,8 +26,8 @@ class Planner:
 
     While shards fill, round by round; from then on several rounds with the same few calls, as
     calls, not numbers, are what a plan costs. Each round's draw has a stream of its own, so
-    the plans are the same either way. Policies that look at labels see other ones each round, and
-    may remember what they drew: theirs are always planned one by one.
+    the plans are the same either way. Policies that know what lies where see other contents each
+    round, and may remember what they drew: theirs are always planned one by one.
 
     A rate that changes drops what was planned ahead, and so do sizes, where bytes are bounded. Then
     one round is planned, then two, and so on: as many as it has lasted, so that no more is dropped
@@ -88,7 +88,7 @@ class Planner:
         """
         if step not in self._ahead:
             num_numbers = len(contents.sizes) * math.ceil(self._rate) * self._num_draws
-            ahead = sizes_are_final and not self._policy.needs_labels
+            ahead = sizes_are_final and not self._policy.knows_places
             num_rounds = min(self._most_ahead, NUMBERS_AHEAD // max(1, num_numbers)) if ahead else 1
             self._most_ahead = min(2 * self._most_ahead, ROUNDS_AHEAD)
             for count, steps in self._by_count(range(step, step + max(1, num_rounds))).items():

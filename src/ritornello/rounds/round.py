@@ -191,7 +191,7 @@ class Rounds:
             self._enter("plan")
             self._learn_sizes(size)
             if admitted is not None:
-                self.sampling.overwritten(self._learn_labels(admitted))
+                self.sampling.overwritten(self._learn_contents(admitted))
             if self._rate_may_change:
                 # A rank that drew another number would take what is not its own.
                 check_same(self.transport, "num_representatives", self.rate)
@@ -378,15 +378,16 @@ class Rounds:
         self._full = self.paged is None and np.array_equal(contents.sizes, self.limits)
         self._planner.go_on(sampling)
 
-    def tell_labels(self) -> None:
-        """Tells all ranks which labels this one holds."""
-        labels = self.labels()
-        self._learn_labels(np.stack([np.arange(len(labels)), labels], axis=1))
+    def tell_contents(self) -> None:
+        """Tells all ranks where this one holds something, and of which labels."""
+        labels = self.labels() if self.needs_labels else np.zeros(self.num_held, dtype=np.int64)
+        self._learn_contents(np.stack([np.arange(len(labels)), labels], axis=1))
 
     def no_contents(self) -> Contents:
         """The contents of an empty buffer."""
         nothing = np.zeros(self.transport.num_ranks, dtype=np.int64)
-        return Contents(nothing, self.limits if self.sampling.needs_labels else None)
+        rows_per_rank = self.limits if self.sampling.knows_places else None
+        return Contents(nothing, rows_per_rank, with_labels=self.needs_labels)
 
     def protect(self, share: float) -> int:
         """Protects what this rank holds; see ``RehearsalBuffer.protect``.
@@ -448,7 +449,7 @@ class Rounds:
 
         Returns:
             The shard's new size; and int64 ``[n, 2]``, slot and label of what was admitted, if
-            the sampling policy looks at labels.
+            the sampling policy is to know.
         """
         records = self._staging.arrive(candidates)
         if self.needs_labels:
@@ -470,7 +471,7 @@ class Rounds:
             self.before_write(assignment.slots)
         self.admitted_in[assignment.slots] = self.num_rounds
         shard.write(assignment.slots, records, assignment.rows)
-        if not self.sampling.needs_labels:
+        if not self.sampling.knows_places:
             return new_size, None
         return new_size, np.stack([assignment.slots, labels[assignment.rows]], axis=1)
 
@@ -571,8 +572,8 @@ class Rounds:
             # Where bytes are bounded, a full shard may hold fewer in the next round.
             self._full = self.paged is None and np.array_equal(self.contents.sizes, self.limits)
 
-    def _learn_labels(self, admitted: Ints) -> Ints:
-        """All-gathers what was admitted where, for policies that look at labels.
+    def _learn_contents(self, admitted: Ints) -> Ints:
+        """All-gathers what was admitted where, for sampling policies that want to know.
 
         Returns:
             The places that hold others now.

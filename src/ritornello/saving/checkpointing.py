@@ -179,7 +179,7 @@ class Checkpointing:
         rounds = self._rounds
         arrays: dict[str, Any] = {"admitted_in": rounds.admitted_in[: rounds.num_held].copy()}
         arrays |= selection_arrays(rounds.selection.state())
-        if rounds.contents.knows_labels:
+        if rounds.contents.knows_places:
             arrays |= contents_arrays(rounds.contents.state(), rounds.sampling.state())
         if self._steps.begun is not None:
             staged = self._steps.staged_records()
@@ -357,8 +357,8 @@ class Checkpointing:
             staged = together(self._transport, lambda: self._staged_in(saved), call)
         if has_same_shards:
             same_sampling = manifest.meant("sampling") == own.meant("sampling")
-            # Another policy may have known no labels, or may remember something else.
-            restore(self._rounds, saved, same_sampling and self._rounds.sampling.needs_labels)
+            # Another policy may have known no places, or may remember something else.
+            restore(self._rounds, saved, same_sampling and self._rounds.sampling.knows_places)
         else:
             adopt(self._rounds, saved)
         self.tasks, self._removals = manifest.tasks, manifest.removals

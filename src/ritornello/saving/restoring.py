@@ -36,7 +36,7 @@ def restore(rounds: Rounds, saved: SavedBuffer, knows_contents: bool) -> None:
     Args:
         rounds: of now.
         saved: that buffer.
-        knows_contents: whether its sampling policy is this one's, and looks at labels.
+        knows_contents: whether its sampling policy is this one's, and knows places.
 
     Raises:
         CheckpointError: on every rank, if what was saved on one cannot be used.
@@ -68,8 +68,8 @@ def restore(rounds: Rounds, saved: SavedBuffer, knows_contents: bool) -> None:
     own = together(rounds.transport, understand, "load")
     rounds.overwrite(lambda: _all_records(saved, rank))
     rounds.go_on(saved.manifest.num_rounds, *own)
-    if rounds.contents.knows_labels and not knows_contents:
-        rounds.tell_labels()
+    if rounds.contents.knows_places and not knows_contents:
+        rounds.tell_contents()
 
 
 def adopt(rounds: Rounds, saved: SavedBuffer) -> None:
@@ -114,7 +114,7 @@ def adopt(rounds: Rounds, saved: SavedBuffer) -> None:
     )
     contents, sampling = rounds.no_contents(), rounds.new_sampling()
     contents.resize(rounds.transport.all_gather(np.array([len(owners)]))[:, 0].copy())
-    if contents.knows_labels and remembered:  # which all ranks have read in the same shard
+    if contents.knows_places and remembered:  # which all ranks have read in the same shard
         places = (rooms.cumsum() - rooms)[owners] + slots
         before, after = _moved(places, contents, rounds.transport)
         together(rounds.transport, lambda: sampling.adopt(remembered, before, after), "load")
@@ -127,8 +127,8 @@ def adopt(rounds: Rounds, saved: SavedBuffer) -> None:
 
     rounds.overwrite(records)
     rounds.go_on(manifest.num_rounds, selection, sampling, contents, admitted_in)
-    if contents.knows_labels:
-        rounds.tell_labels()
+    if contents.knows_places:
+        rounds.tell_contents()
 
 
 def _moved(places: Ints, contents: Contents, transport: Transport) -> tuple[Ints, Ints]:

@@ -254,7 +254,7 @@ def selection_state(arrays: Arrays) -> State:
 
 
 def contents_state(arrays: Arrays) -> State:
-    """What was saved of the contents; nothing if they knew no labels.
+    """What was saved of the contents; nothing if they knew no places.
 
     Raises:
         ValueError: one is no list of integers.

@@ -529,6 +529,19 @@ def test_averaged_weights_stand_beside_the_raw_ones(tmp_path: Path) -> None:
     assert "95.0 %" in second
 
 
+def test_losses_stand_beside_accuracies(tmp_path: Path) -> None:
+    measured = {"average_loss": 0.25, "forgetting_in_loss": 0.125}
+    runs = [results_of("rehearsal", seed=seed, **measured) for seed in (0, 1)]
+    groups = groups_of([results_of("incremental"), *runs])  # of an earlier release; of now
+    page = page_of(groups, tmp_path)
+    assert "forgetting in loss</th>" in page
+    assert cells_of(page, "rehearsal")[-3:-1] == ["0.250 ± 0.000", "0.125 ± 0.000"]
+    assert cells_of(page, "incremental")[-3:-1] == ["-", "-"]
+    (one,) = groups_of([results_of("rehearsal", **measured)])
+    assert cells_of(page_of([one], tmp_path), "rehearsal")[-2:] == ["0.250", "0.125"]
+    assert "forgetting in loss" not in page_of(groups_of([results_of("incremental")]), tmp_path)
+
+
 def test_orders_of_classes_have_a_mean_and_a_worst(tmp_path: Path) -> None:
     groups = sweep("incremental", "rehearsal", class_orders=[0, 1, 2], seeds=[0, 1])
     page = page_of(groups, tmp_path)

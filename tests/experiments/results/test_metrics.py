@@ -24,6 +24,11 @@ def test_forgetting_counts_from_the_best_accuracy() -> None:
     assert metrics.backward_transfer(matrix) == pytest.approx((-0.1 + 0.0) / 2)
 
 
+def test_forgetting_in_loss_counts_from_the_lowest_loss() -> None:
+    loss = np.array([[0.5, 3.0, 4.0], [0.4, 0.2, 5.0], [0.9, 0.1, 0.3]])
+    assert metrics.forgetting(-loss) == pytest.approx(((0.9 - 0.4) + (0.1 - 0.2)) / 2)
+
+
 def test_a_single_task() -> None:
     single = np.array([[0.7]])
     assert metrics.average_accuracy(single) == 0.7

@@ -35,7 +35,7 @@ FEW_STEPS = {"num_tasks": 2, "epochs": 1, "global_batch_size": 128, "global_num_
 
 IF_MEASURED = ("averaged_sha256", "averaged_top1", "probes", "stability_gap")
 
-AS_UNDISTURBED = ("weights_sha256", "top1", "top5", "steps_per_task", "top1_at_start")
+AS_UNDISTURBED = ("weights_sha256", "top1", "top5", "loss", "steps_per_task", "top1_at_start")
 
 
 class CrashError(RuntimeError):

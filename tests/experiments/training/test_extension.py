@@ -155,6 +155,9 @@ def test_day_after_day(living: Path, arrived: Path, tmp_path: Path) -> None:
     assert matrix[4, 5] > 0.8
     assert results["average_top1"] == pytest.approx(matrix[-1].mean())
     assert results["average_top1"] > 0.85
+    loss = np.array(results["loss"], dtype=np.float64)
+    assert np.array_equal(np.isnan(loss), np.isnan(matrix))
+    assert loss[:3, :3].tolist() == before["loss"]
     assert results["class_names"] == [str(label) for label in range(10)]
     assert [each["name"] for each in results["tasks"][3:]] == ["second", "today", "more"]
     assert [each["classes"] for each in results["tasks"][3:]] == [[6, 7], [8, 9], [0, 1, 2]]
@@ -303,10 +306,15 @@ def test_averaged_weights_and_probes_go_on(arrived: Path, tmp_path: Path) -> Non
 
 
 def test_a_run_that_did_not_average_may_begin(living: Path, arrived: Path) -> None:
+    before = json.loads((living / "results.json").read_text())
+    del before["loss"]  # as in results of an earlier release
+    (living / "results.json").write_text(json.dumps(before))
     first = extend(living, arrived / "second.npz", changes={"averaged": 0.9, "probe_every": 9})
     # The average begins with the weights themselves; what it could do before is not known.
     assert first["averaged_top1"][:2] == [[None] * 4] * 2
     assert first["averaged_top1"][2] == first["top1"][2]
+    assert first["loss"][:2] == [[None] * 4] * 2
+    assert None not in first["loss"][2] + first["loss"][3]
     assert {each["task"] for each in first["probes"]} == {3}
     assert names_in(living) == LIVING | {"averaged.pt"}
     (living / "averaged.pt").unlink()

@@ -12,6 +12,7 @@ from torch import nn
 
 from ritornello.experiments.data.data_set import DataSet
 from ritornello.experiments.data.load import load
+from ritornello.experiments.models.build import build
 from ritornello.experiments.ranks.launch import launch
 from ritornello.experiments.recipes.named import recipe_named
 from ritornello.experiments.recipes.recipe import Recipe, with_changes
@@ -20,6 +21,17 @@ from ritornello.experiments.training import run as train
 
 def quick(**changes: Any) -> Recipe:
     return recipe_named("digits", **{"epochs": 3, **changes})
+
+
+def loss_with(weights: dict[str, torch.Tensor]) -> float:
+    """The mean loss of a trained model on all test samples of the digits."""
+    data = load("digits")
+    images, labels = data.test.__getitems__(range(len(data.test)))
+    mean, std = (torch.tensor(each).view(1, -1, 1, 1) for each in (data.mean, data.std))
+    model = build("mlp", 10, data.image_shape)
+    model.load_state_dict(weights)
+    logits = model((images / 255 - mean) / std)
+    return nn.functional.cross_entropy(logits, labels).item()
 
 
 def test_results_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -37,6 +49,10 @@ def test_results_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert np.array(results["top1"]).shape == np.array(results["top5"]).shape == (5, 5)
     assert results["world_size"] == 1
     assert results["average_top1"] == pytest.approx(np.mean(results["top1"][-1]))
+    loss = np.array(results["loss"])
+    assert results["average_loss"] == pytest.approx(np.mean(loss[-1]))
+    lowest = [loss[task:-1, task].min() for task in range(4)]
+    assert results["forgetting_in_loss"] == pytest.approx(np.mean(loss[-1, :-1] - lowest))
     assert results["buffer"]["num_held"] == 200
     assert results["buffer"]["shard_bytes"] == 200 * results["buffer"]["record_bytes"]
     assert results["steps_per_task"] == [
@@ -44,6 +60,8 @@ def test_results_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     ]
     assert results["step_seconds"]["wait"] > 0.0
     weights = torch.load(tmp_path / "out" / "model.pt", weights_only=True)
+    sizes = [task["test_samples"] for task in results["tasks"]]
+    assert np.average(loss[-1], weights=sizes) == pytest.approx(loss_with(weights), rel=1e-4)
     assert set(weights) == {"1.weight", "1.bias", "3.weight", "3.bias", "5.weight", "5.bias"}
 
 

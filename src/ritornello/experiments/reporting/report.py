@@ -87,6 +87,9 @@ class Row:
     worst: str
     """The lowest top-1 of an order of classes."""
     orders: str
+    loss: str
+    risen: str
+    """Forgetting in loss."""
     in_stream: dict[str, str]
     """Header to text: see ``stream.FIGURES``."""
 
@@ -206,6 +209,7 @@ def _contents(groups: Sequence[Group]) -> dict[str, Any]:
         "any_multiple": any(row.multiple != NOTHING for row in rows),
         "any_published": any(row.published for row in rows),
         "any_averaged": _says_anything(rows, "averaged"),
+        "any_loss": _says_anything(rows, "loss"),
         "any_worst": _says_anything(rows, "worst"),
         "tested_on": " and ".join(tested_on(groups)) or "the test samples",
         "stream_headers": list(stream.FIGURES),
@@ -387,6 +391,12 @@ def _rows(groups: Sequence[Group]) -> list[Row]:
                 averaged=_text_of(group.figure("average_averaged_top1")),
                 worst=_text_of(group.worst_top1),
                 orders=str(len(group.class_orders) or 1),
+                loss=_text_of(group.figure("average_loss"), in_nats=True),
+                risen=(
+                    _text_of(group.figure("forgetting_in_loss"), in_nats=True)
+                    if changes
+                    else NOTHING
+                ),
                 in_stream=stream.figures_of(group),
             )
         )
@@ -398,8 +408,10 @@ def _says_anything(rows: Sequence[Row], name: str) -> bool:
     return any(getattr(row, name) not in ("", NOTHING) for row in rows)
 
 
-def _text_of(figure: Statistic | None) -> str:
-    return NOTHING if figure is None else figure.in_percent()
+def _text_of(figure: Statistic | None, in_nats: bool = False) -> str:
+    if figure is None:
+        return NOTHING
+    return figure.in_nats() if in_nats else figure.in_percent()
 
 
 def _published_text(group: Group) -> str:

@@ -28,6 +28,10 @@ class Statistic:
         spread = "" if self.std is None else f" ± {100 * self.std:.1f}"
         return f"{100 * self.mean:{sign}.1f}{spread} %"
 
+    def in_nats(self) -> str:
+        """Such as "0.853 ± 0.009"."""
+        return f"{self.mean:.3f}" + ("" if self.std is None else f" ± {self.std:.3f}")
+
 
 @dataclass(frozen=True)
 class Group:

@@ -26,8 +26,10 @@ ARCHIVED = (
     "command",
     "top1",
     "top5",
+    "loss",
     "average_top1",
     "average_top5",
+    "average_loss",
     "averaged_top1",
     "averaged_top5",
     "average_averaged_top1",
@@ -39,6 +41,7 @@ ARCHIVED = (
     "min_accuracy",
     "worst_case_accuracy",
     "forgetting",
+    "forgetting_in_loss",
     "backward_transfer",
     "forward_transfer",
     "seconds",
@@ -152,7 +155,7 @@ def runs_in(path: Path) -> Iterator[Results]:
 
 def _compact(run: Results) -> dict[str, Any]:
     compact = {name: run[name] for name in ARCHIVED if name in run}
-    for name in {"top1", "top5", "averaged_top1", "averaged_top5"} & set(compact):
+    for name in {"top1", "top5", "loss", "averaged_top1", "averaged_top5"} & set(compact):
         compact[name] = [
             [None if each is None else round(each, 4) for each in row] for row in run[name]
         ]

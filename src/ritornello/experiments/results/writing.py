@@ -52,6 +52,8 @@ class TaskLog:
     """Top-1 and top-5 accuracies of the untrained model; None: not measured."""
     top1: list[list[float | None]] = field(default_factory=list)
     top5: list[list[float | None]] = field(default_factory=list)
+    loss: list[list[float | None]] = field(default_factory=list)
+    """Shorter than the others in a run that an earlier release has begun."""
     seconds: list[float] = field(default_factory=list)
     steps: list[int] = field(default_factory=list)
     averaged_top1: list[list[float | None]] = field(default_factory=list)
@@ -141,6 +143,7 @@ def outcome_of(log: TaskLog, seconds: StepSeconds) -> Results:
             metrics.average_incremental_accuracy(top1) if learns_in_time else None
         ),
         "plasticity": metrics.plasticity(top1) if learns_in_time else None,
+        **_of_loss(log, learns_in_time),
         **_of_average(log),
         **_of_probes(log, seconds, learns_in_time),
         "seconds": sum(log.seconds),
@@ -151,6 +154,18 @@ def outcome_of(log: TaskLog, seconds: StepSeconds) -> Results:
             "wait": seconds.in_buffer / steps,
             "train": (seconds.step - seconds.in_buffer) / steps,
         },
+    }
+
+
+def _of_loss(log: TaskLog, learns_in_time: bool) -> Results:
+    """The loss on all tasks, and how far it has risen again, if it was measured after each."""
+    if len(log.loss) < len(log.top1):
+        return {}
+    loss = metrics.matrix_of(log.loss)
+    return {
+        "loss": log.loss,
+        "average_loss": metrics.average_accuracy(loss),
+        "forgetting_in_loss": metrics.forgetting(-loss if learns_in_time else -loss[-1:]),
     }
 
 

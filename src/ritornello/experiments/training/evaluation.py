@@ -1,7 +1,8 @@
-"""Accuracies on every task, each sample counted once over all ranks."""
+"""Accuracies and losses on every task, each sample counted once over all ranks."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -24,10 +25,12 @@ BATCH_SIZE = 500
 
 @dataclass
 class Accuracies:
-    """Top-1 and top-5 accuracies on every task; None for a task without test samples."""
+    """Top-1 and top-5 accuracies on every task, and the mean loss; None where there is none."""
 
     top1: list[float | None] = field(default_factory=list)
     top5: list[float | None] = field(default_factory=list)
+    loss: list[float | None] = field(default_factory=list)
+    """Cross-entropy in nats; None also where it is not finite."""
 
 
 class Evaluation:
@@ -57,7 +60,7 @@ class Evaluation:
             num_tasks: the first ones alone; None: all.
         """
         tasks = self._tasks[:num_tasks]
-        correct = torch.zeros(len(tasks), 2, dtype=torch.int64)
+        sums = torch.zeros(len(tasks), 3, dtype=torch.float64)  # counts are exact, too
         network.eval()
         parts = self._positions(tasks)
         batches = load_batches(
@@ -67,14 +70,17 @@ class Evaluation:
             logits = network(images)
             if self.mask is not None:
                 logits = logits.masked_fill(~self.mask[labels], -torch.inf)
-            correct[number] += metrics.top_k_correct(logits, labels, (1, 5)).cpu()
+            sums[number, :2] += metrics.top_k_correct(logits, labels, (1, 5)).cpu()
+            losses = torch.nn.functional.cross_entropy(logits.float(), labels, reduction="none")
+            sums[number, 2] += losses.cpu().double().sum()
         if self._place.num_ranks > 1:
-            dist.all_reduce(correct)
+            dist.all_reduce(sums)
         accuracies = Accuracies()
-        for task, (top1, top5) in zip(tasks, correct.tolist(), strict=True):
+        for task, (top1, top5, loss) in zip(tasks, sums.tolist(), strict=True):
             size = len(task.test_indices)
             accuracies.top1.append(top1 / size if size else None)
             accuracies.top5.append(top5 / size if size else None)
+            accuracies.loss.append(loss / size if size and math.isfinite(loss) else None)
         return accuracies
 
     def _positions(self, tasks: Sequence[Task]) -> list[tuple[int, NDArray[np.int64]]]:

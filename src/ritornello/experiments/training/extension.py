@@ -199,7 +199,7 @@ def _follow(trainer: Trainer, extension: Extension, ranks: Ranks) -> None:
     buffer = part_of(extension.folder, "buffer")
     trainer.follow(log, weights, buffer, averaged)
     accuracies = trainer.evaluation.accuracies(trainer.network)
-    pairs_of = [(log.top1, accuracies.top1), (log.top5, accuracies.top5)]
+    pairs_of = [(getattr(log, name), measured) for name, measured in vars(accuracies).items()]
     if trainer.network.average is not None:
         with trainer.network.averaged():
             accuracies = trainer.evaluation.accuracies(trainer.network)
@@ -235,15 +235,15 @@ def _log_of(before: Results, recipe: Recipe) -> TaskLog:
     averaged = [before.get(name, unknown) for name in ("averaged_top1", "averaged_top5")]
     if not recipe.averaged:
         averaged = [[], []]
-    matrices = [
-        [[*row, None] for row in matrix] for matrix in (before["top1"], before["top5"], *averaged)
-    ]
+    known = (before["top1"], before["top5"], before.get("loss", unknown))
+    matrices = [[[*row, None] for row in matrix] for matrix in (*known, *averaged)]
     return TaskLog(
         at_start=([*before["top1_at_start"], None], [*before["top5_at_start"], None]),
         top1=matrices[0],
         top5=matrices[1],
-        averaged_top1=matrices[2],
-        averaged_top5=matrices[3],
+        loss=matrices[2],
+        averaged_top1=matrices[3],
+        averaged_top5=matrices[4],
         seconds=list(before["seconds_per_task"]),
         steps=list(before["steps_per_task"]),
         probes=list(before.get("probes", [])),

@@ -157,6 +157,7 @@ class Trainer:
         accuracies = self.evaluation.accuracies(self.network)
         self.log.top1.append(accuracies.top1)
         self.log.top5.append(accuracies.top5)
+        self.log.loss.append(accuracies.loss)
         if self.network.average is not None:
             with self.network.averaged():
                 accuracies = self.evaluation.accuracies(self.network)
