@@ -49,6 +49,7 @@ FAMILIES = {
     "Python Software Foundation License": {"PSF-based"},
     "Apache": {"Apache-2.0"},
     "Apache 2.0": {"Apache-2.0"},
+    "Apache Software License 2.0": {"Apache-2.0"},
     "BSD": {"BSD-2-Clause", "BSD-3-Clause"},
     "LicenseRef-MPICH": {"MPICH"},
 }
