@@ -68,7 +68,9 @@ def run(folder: Path, work: Any, num_workers: int) -> dict[str, Any]:
         work,
         train_loop_config={"folder": str(folder)},
         scaling_config=ScalingConfig(num_workers=num_workers),
-        run_config=RunConfig("run", str(folder), FailureConfig(max_failures=1)),
+        run_config=RunConfig(
+            name="run", storage_path=str(folder), failure_config=FailureConfig(max_failures=1)
+        ),
     )
     checkpoint = trainer.fit().checkpoint
     assert checkpoint
