@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node 2 examples/train_deepspeed_rehearsal.py
 
-or `deepspeed` in place of `torchrun`. Rehearsal makes this difference:
+Rehearsal makes this difference:
 `diff examples/train_deepspeed.py examples/train_deepspeed_rehearsal.py`.
 """
 
