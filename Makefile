@@ -17,12 +17,13 @@ OLDEST = .venv-oldest
 CORE_TESTS = $(wildcard tests/test_*.py) $(addprefix tests/,accelerator loaders simulated records policies transports rounds saving \
 	experiments/models experiments/strategies experiments/training/test_run.py)
 
-.PHONY: help demo test test-long lint docs coverage oldest gpu build
+.PHONY: help demo test test-long clusters lint docs coverage oldest gpu build
 
 help:
 	@echo "make demo      see forgetting happen, and rehearsal undo it (about a minute)"
 	@echo "make test      run all tests, but for the longest"
 	@echo "make test-long run the longest"
+	@echo "make clusters  install Ray and DeepSpeed, too, and run their tests"
 	@echo "make lint      check style and types"
 	@echo "make docs      build the documentation in docs/_build/html"
 	@echo "make coverage  run all tests, and show which lines and branches they reach"
@@ -38,6 +39,10 @@ test: $(STAMP)
 
 test-long: $(STAMP)
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses 2 -m long
+
+clusters: $(STAMP)
+	$(PIP) --editable '.[ray,deepspeed]'
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests/integrations/test_ray.py tests/integrations/test_deepspeed.py
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .

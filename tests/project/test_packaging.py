@@ -50,6 +50,7 @@ FAMILIES = {
     "Apache": {"Apache-2.0"},
     "Apache 2.0": {"Apache-2.0"},
     "Apache 2.0 License": {"Apache-2.0"},
+    "Apache Software License 2.0": {"Apache-2.0"},
     "BSD": {"BSD-2-Clause", "BSD-3-Clause"},
     "LicenseRef-MPICH": {"MPICH"},
 }
