@@ -22,12 +22,7 @@ from ritornello.policies.contents import Contents
 from ritornello.policies.names import SELECTION_POLICIES
 from ritornello.policies.protection import Protected, protectable
 from ritornello.policies.sampling import SamplingPolicy
-from ritornello.policies.selection import (
-    Assignment,
-    SelectionPolicy,
-    check_labels,
-    size_after,
-)
+from ritornello.policies.selection import Assignment, SelectionPolicy, check_labels, size_after
 from ritornello.policies.within_bytes import Turnover, WithinBytes, within_bytes
 from ritornello.records.identities import Identities
 from ritornello.records.layout import Layout
