@@ -34,6 +34,8 @@ def main() -> None:
     """Learns prose, then code with each share of replay; rank 0 prints the losses."""
     options = parsed()
     dist.init_process_group("gloo")
+    if BLOCKS_PER_STEP % dist.get_world_size():
+        raise SystemExit(f"the number of ranks must divide the {BLOCKS_PER_STEP} blocks of a step")
     torch.manual_seed(options.seed)
     sources = [Path(os.__file__).with_name(f"{name}.py").read_text() for name in MODULES.split()]
     prose, test_prose = blocks("\n".join(topics.values()), options.kilobytes)
@@ -100,6 +102,8 @@ def blocks(text: str, kilobytes: int) -> tuple[Tensor, Tensor]:
     """Text as blocks of bytes, uint8 [n, BLOCK_BYTES]: nine tenths to train on, one for tests."""
     num_blocks = kilobytes * 1000 // BLOCK_BYTES
     tokens = bytearray(text.encode())[: num_blocks * BLOCK_BYTES]
+    if len(tokens) < num_blocks * BLOCK_BYTES:
+        raise SystemExit(f"--kilobytes {kilobytes}: a text has only {len(tokens) // 1000}")
     found = torch.frombuffer(tokens, dtype=torch.uint8).view(num_blocks, BLOCK_BYTES)
     is_test = torch.arange(num_blocks) % 10 == 0
     return found[~is_test], found[is_test]

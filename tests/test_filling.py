@@ -36,6 +36,14 @@ def on_ranks(num_ranks: int, rank_main: Any) -> list[Any]:
     return run_ranks(connect_shared_memory(num_ranks, 20.0), rank_main)
 
 
+@pytest.mark.parametrize("loader", [torch.rand(50, 3), {"x": torch.rand(5, 3)}, None, 7])
+def test_what_gives_no_mini_batches_is_refused(loader: Any) -> None:
+    with make(selection="reservoir", label=None) as buffer:
+        with pytest.raises(TypeError, match=rf"fill: loader is a {type(loader).__name__}: .*list"):
+            buffer.fill(loader)
+        buffer.update(torch.rand(5, 3))  # of another form than anything above: nothing was stored
+
+
 @pytest.mark.parametrize("asynchronous", [True, False])
 def test_every_sample_is_offered_and_the_first_step_has_past_ones(asynchronous: bool) -> None:
     """As many updates would have stored the same, if all samples were candidates."""

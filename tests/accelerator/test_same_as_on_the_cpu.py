@@ -32,6 +32,20 @@ def test_update(accelerator: str, place: str, asynchronous: bool) -> None:
     assert same(augmented("cpu"), got)
 
 
+def test_training_on_the_device_after_a_fill_from_the_cpu(accelerator: str) -> None:
+    """As without: what a loader gives on the CPU does not decide where the trainer is."""
+    out = []
+    for device in ("cpu", accelerator):
+        with RehearsalBuffer(60, **ARGUMENTS) as buffer:
+            buffer.fill(batches("cpu", 3))
+            buffer.fill(batches("cpu", 3))
+            for batch in batches(device, 10):
+                out.append([leaf.clone() for leaf in buffer.update(batch)])
+                assert buffer.past_mask.device.type == torch.device(device).type
+                assert buffer.num_past == 7
+    assert same([leaf for step in out[:10] for leaf in step], [x for s in out[10:] for x in s])
+
+
 def test_mini_batches_on_the_cpu_and_a_shard_on_the_device(accelerator: str) -> None:
     assert same(augmented("cpu"), augmented("cpu", storage=accelerator))
 

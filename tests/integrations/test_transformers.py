@@ -149,10 +149,39 @@ def test_only_training_is_augmented(buffer: RehearsalBuffer, tmp_path: Path) -> 
 
 def test_each_mini_batch_of_a_step_has_its_mask(buffer: RehearsalBuffer, tmp_path: Path) -> None:
     training = trainer(tmp_path, buffer, num_train_epochs=1)
-    assert training.past_mask.tolist() == []
     training.train()
     masks = [mask.tolist() for mask in training.masks]
     assert masks == [[False] * 4, *[[False] * 4 + [True] * 4] * 10]
+
+
+def test_there_is_no_mask_but_in_training(buffer: RehearsalBuffer, tmp_path: Path) -> None:
+    """Of 8 samples to evaluate, as many as a step trains on, none is past."""
+    training = trainer(tmp_path, buffer, eval_dataset=sequences(8), num_train_epochs=1)
+    training.train()
+    with pytest.raises(RuntimeError, match=r"past_mask: no mini-batch is trained on.*training"):
+        training.past_mask  # noqa: B018
+    training.compute_loss = lambda *_, **__: training.past_mask
+    with pytest.raises(RuntimeError, match="past_mask"):
+        training.evaluate()
+
+
+@pytest.mark.parametrize("name", ["DPOTrainer", "RewardTrainer"])
+def test_trainers_of_pairs_are_refused(name: str, buffer: RehearsalBuffer) -> None:
+    of_pairs = type(name, (Trainer,), {})
+    rehearsing = type("Rehearsing", (Rehearsal, of_pairs), {})
+    with pytest.raises(TypeError, match=rf"a mini-batch of {name} holds pairs.*shift"):
+        rehearsing(None, None, buffer=buffer)
+
+
+def test_what_is_no_trainer_of_hugging_face_is_refused(buffer: RehearsalBuffer) -> None:
+    class Other:
+        def training_step(self) -> None: ...
+
+    class Rehearsing(Rehearsal, Other):
+        pass
+
+    with pytest.raises(TypeError, match=r"Rehearsing has no get_batch_samples, _save_optimizer"):
+        Rehearsing(buffer=buffer)
 
 
 @pytest.mark.parametrize("step", [3, 6, 8])

@@ -70,9 +70,13 @@ def test_where_all_is_protected_nothing_is_admitted(
 
 
 def test_a_share_of_the_capacity_is_divided_to_the_last_one() -> None:
-    for capacity, share, num_ranks in [(100, 0.5, 1), (97, 0.31, 5), (10, 1.0, 3), (7, 0.1, 3)]:
+    for capacity, percent, num_ranks in [
+        *[(100, percent, 1) for percent in range(101)],  # 0.29 * 100 is 28.999999999999996
+        *[(97, 31, 5), (10, 100, 3), (7, 10, 3), (10**9, 57, 2)],
+    ]:
+        share = percent / 100
         parts = [protectable(capacity, share, rank, num_ranks) for rank in range(num_ranks)]
-        assert sum(parts) == int(share * capacity)
+        assert sum(parts) == percent * capacity // 100
         assert max(parts) - min(parts) <= 1
 
 

@@ -37,6 +37,19 @@ logger = logging.getLogger(__name__)
 FOLDER = "buffer"
 """Where the buffer is in a checkpoint's folder."""
 
+HOOKS = (
+    *("get_batch_samples", "training_step"),
+    *("_save_optimizer_and_scheduler", "_load_optimizer_and_scheduler"),
+)
+"""What the trainer calls, and the mixin is called by."""
+
+OF_PAIRS = (
+    *("BCOTrainer", "CPOTrainer", "DPOTrainer", "KTOTrainer"),
+    *("ORPOTrainer", "PRMTrainer", "RewardTrainer"),
+)
+"""Trainers of TRL whose mini-batches are more than one sample after another, such as all chosen
+texts and then all rejected ones: samples behind them would shift the pairs."""
+
 
 class Rehearsal:
     """Adds representatives to every mini-batch that a Hugging Face ``Trainer`` trains on.
@@ -71,7 +84,8 @@ class Rehearsal:
         keywords: of the trainer.
 
     Raises:
-        TypeError: there is no ``buffer``.
+        TypeError: there is no ``buffer``; or the trainer trains on pairs, or is another one than
+            that of Hugging Face.
     """
 
     def __init__(
@@ -83,6 +97,18 @@ class Rehearsal:
     ) -> None:
         if not isinstance(buffer, RehearsalBuffer):
             raise TypeError(f"buffer={buffer!r}: give a RehearsalBuffer")
+        for each in type(self).__mro__:
+            if each.__name__ in OF_PAIRS:
+                raise TypeError(
+                    f"Rehearsal: a mini-batch of {each.__name__} holds pairs, such as all chosen "
+                    "texts and then all rejected ones, and past samples behind them would shift "
+                    "the pairs: call buffer.draw and buffer.offer in a loop of your own"
+                )
+        if lacking := [name for name in HOOKS if not hasattr(super(), name)]:
+            raise TypeError(
+                f"Rehearsal: {type(self).__name__} has no {', '.join(lacking)} behind it: name the "
+                "mixin in front of a Trainer of transformers 5"
+            )
         self.buffer, self._in_checkpoints = buffer, in_checkpoints
         self._masks: list[Tensor] = []  # of mini-batches that were taken and not trained on yet
         self._past_mask: Tensor | None = None
@@ -94,8 +120,16 @@ class Rehearsal:
 
         For ``compute_loss``, and for all else that ``training_step`` calls; ``buffer.past_mask`` is
         of the last mini-batch of the optimiser's step.
+
+        Raises:
+            RuntimeError: none is trained on, as in evaluation, where nothing is past.
         """
-        return self.buffer.past_mask if self._past_mask is None else self._past_mask
+        if self._past_mask is None:
+            raise RuntimeError(
+                "past_mask: no mini-batch is trained on. In evaluation, which calls compute_loss, "
+                "too, nothing is past: ask for it where model.training alone"
+            )
+        return self._past_mask
 
     # What the trainer calls.
 
@@ -120,7 +154,10 @@ class Rehearsal:
                 "buffer.update(batch) there, before their tokens are counted"
             )
         self._past_mask = self._masks.pop(0)
-        return super().training_step(*arguments, **keywords)  # type: ignore[misc]
+        try:
+            return super().training_step(*arguments, **keywords)  # type: ignore[misc]
+        finally:
+            self._past_mask = None
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]

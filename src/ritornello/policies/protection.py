@@ -21,7 +21,7 @@ REST = "rest."
 
 def protectable(capacity: int, share: float, rank: int, num_ranks: int) -> int:
     """How many slots of a rank's shard may be protected: of all ranks' the share, rounded down."""
-    rest = capacity - int(share * capacity)
+    rest = capacity - int(round(share * capacity, 6))  # 0.29 * 100 is a little below 29
     return _part(capacity, rank, num_ranks) - _part(rest, rank, num_ranks)
 
 

@@ -110,7 +110,9 @@ class Steps:
         self.num_candidates = arguments.num_candidates
         self.failure: RoundError | None = None
         self.training = Training(arguments, rounds, self.here)
-        self._is_restored = False  # and no mini-batch has come since
+        self._advice: str | None = (
+            None  # in errors; None: the trainer's first batch has come
+        )
         self.seconds_waited = self.seconds_joining = self.seconds_offering = 0.0
 
     @property
@@ -179,7 +181,7 @@ class Steps:
         if self._place.is_offered:
             raise RuntimeError(
                 "offer: the last offer's representatives have not been drawn yet; draw and "
-                "offer alternate (to fill the buffer alone, call update, and leave what it gives)"
+                "offer alternate (to store samples without training, call fill)"
             )
         begun, leaves = self._checked(batch)
         self._copy_candidates(begun.staging, leaves)
@@ -263,7 +265,7 @@ class Steps:
                     self.rounds.among_others.note(leaves)
             else:
                 leaves = begun.layout.leaves(batch)
-                if self._is_restored:
+                if self._advice is not None:
                     begun = self._meet(batch, begun, leaves)
             if self.rounds.needs_labels and begun.label is not None:
                 labels = leaves[begun.label]
@@ -271,7 +273,7 @@ class Steps:
                 if labels.device.type == "cpu" or not begun.staging.on_gpu:
                     check_labels(labels.cpu().numpy(), self.rounds.selection.num_classes)
         except (TypeError, ValueError) as error:
-            raise self._with_rank(error, AFTER_LOAD if self._is_restored else "") from None
+            raise self._with_rank(error, self._advice or "") from None
         return begun, leaves
 
     @property
@@ -304,7 +306,7 @@ class Steps:
         else:
             self.settle()
             begun = self._begin(device, layout, begun.label, self.staged_records())
-        self._is_restored = False
+        self._advice = None
         return begun
 
     # Waiting for the worker.
@@ -501,7 +503,9 @@ class Steps:
             TypeError, ValueError: it is not like the first one.
         """
         self.settle()
+        advice = "" if self.begun is None else self._advice
         begun, leaves = self._checked(batch)
+        self._advice = advice  # the trainer's own may be on a device
         begun.staging.collect(leaves, None)
         return leaves[0].shape[0]
 
@@ -531,11 +535,11 @@ class Steps:
         if on_gpu and accelerators.is_available():  # the first draw may come before any mini-batch
             device = accelerators.current_device()
         self._begin(device, layout, label)
-        self._is_restored = True
+        self._advice = AFTER_LOAD
 
     def forget_restored(self) -> None:
         """As before ``begin_restored``."""
-        self.begun, self.rounds.shard, self._is_restored = None, None, False
+        self.begun, self.rounds.shard, self._advice = None, None, None
 
     def go_on(self, num_rounds: int, is_offered: bool, staged: Records, rate: float) -> None:
         """Takes the place of a buffer after some rounds, with what it had staged, and its rate."""

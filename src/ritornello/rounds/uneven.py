@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from functools import partial
 from typing import NamedTuple
@@ -137,6 +137,20 @@ class Together:
             return b""
 
 
+def _batches_of(loader: Iterable[Batch]) -> Iterator[Batch]:
+    """What a loader gives.
+
+    Raises:
+        TypeError: it is none, but such as a mini-batch.
+    """
+    if isinstance(loader, (Tensor, Mapping)) or not isinstance(loader, Iterable):
+        raise TypeError(
+            f"fill: loader is a {type(loader).__name__}: it must give mini-batches, such as a "
+            "DataLoader or a list of mini-batches"
+        )
+    return iter(loader)
+
+
 def fill(steps: Steps, loader: Iterable[Batch], progress: Callable[[int], None] | None) -> int:
     """Offers all samples of a loader; see ``RehearsalBuffer.fill``."""
     ranks, num_offered = Together(steps, "fill"), 0
@@ -144,7 +158,7 @@ def fill(steps: Steps, loader: Iterable[Batch], progress: Callable[[int], None] 
     while True:
         batch, num_samples, failure = None, 0, None
         try:
-            batches = iter(loader) if batches is None else batches
+            batches = _batches_of(loader) if batches is None else batches
             batch = next(batches, None)
             if batch is not None:
                 num_samples = steps.collect(batch)

@@ -161,7 +161,9 @@ def _of_loss(log: TaskLog, learns_in_time: bool) -> Results:
     """The loss on all tasks, and how far it has risen again, if it was measured after each."""
     if len(log.loss) < len(log.top1):
         return {}
-    loss = metrics.matrix_of(log.loss)
+    loss, top1 = metrics.matrix_of(log.loss), metrics.matrix_of(log.top1)
+    if (np.isnan(loss[-1]) & ~np.isnan(top1[-1])).any():  # it has diverged: no mean is without it
+        return {"loss": log.loss, "average_loss": None, "forgetting_in_loss": None}
     return {
         "loss": log.loss,
         "average_loss": metrics.average_accuracy(loss),
