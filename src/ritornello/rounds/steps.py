@@ -110,9 +110,7 @@ class Steps:
         self.num_candidates = arguments.num_candidates
         self.failure: RoundError | None = None
         self.training = Training(arguments, rounds, self.here)
-        self._advice: str | None = (
-            None  # in errors; None: the trainer's first batch has come
-        )
+        self._advice: str | None = None  # in errors; None: the trainer's first batch has come
         self.seconds_waited = self.seconds_joining = self.seconds_offering = 0.0
 
     @property
