@@ -2,14 +2,15 @@
 
     torchrun --nproc-per-node 1 examples/train_text.py
 
-A causal transformer over bytes learns English prose, the texts of Python's `help`, and then code,
-sources of Python's library: all of it comes with Python. Code is learnt once for each share of
-replay, always from the model that has learnt prose: so many of the blocks of a step are past ones,
-and the fewer are new. Rank 0 prints the losses. It takes two minutes or so on one core; several
-ranks share the blocks of a step.
+A causal transformer over bytes learns English prose, the texts of Python's `help`, and then code in
+another language: sources of Python's library, each letter moved on by 13. All of it comes with
+Python. Code is learnt once for each share of replay, always from the model that has learnt prose:
+so many of the blocks of a step are past ones, and the fewer are new. Rank 0 prints the losses. It
+takes two minutes or so on one core; several ranks share the blocks of a step.
 """
 
 import argparse
+import codecs
 import copy
 import os
 from pathlib import Path
@@ -39,7 +40,7 @@ def main() -> None:
     torch.manual_seed(options.seed)
     sources = [Path(os.__file__).with_name(f"{name}.py").read_text() for name in MODULES.split()]
     prose, test_prose = blocks("\n".join(topics.values()), options.kilobytes)
-    code, test_code = blocks("\n".join(sources), options.kilobytes)
+    code, test_code = blocks(codecs.encode("\n".join(sources), "rot13"), options.kilobytes)
     model = DistributedDataParallel(ByteTransformer())
     blocks_per_rank = BLOCKS_PER_STEP // dist.get_world_size()
     buffer = RehearsalBuffer(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import multiprocessing
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -13,6 +14,9 @@ import pytest
 import torch.distributed as dist
 
 import simulated
+
+for offline in ("HF_HUB_OFFLINE", "HF_HUB_DISABLE_TELEMETRY"):  # read when it is imported
+    os.environ[offline] = "1"
 
 
 @pytest.fixture(scope="session")

@@ -95,9 +95,10 @@ class Recorder:
         self.trained[-1].append({name: each.clone() for name, each in inputs.items()})
         return super().training_step(model, inputs, *rest)  # type: ignore[misc]
 
-    def compute_loss(self, *arguments: Any, **keywords: Any) -> Any:
-        self.masks.append(self.past_mask)  # type: ignore[attr-defined]
-        return super().compute_loss(*arguments, **keywords)  # type: ignore[misc]
+    def compute_loss(self, model: nn.Module, *arguments: Any, **keywords: Any) -> Any:
+        if model.training:
+            self.masks.append(self.past_mask)  # type: ignore[attr-defined]
+        return super().compute_loss(model, *arguments, **keywords)  # type: ignore[misc]
 
 
 class Gradients(TrainerCallback):

@@ -104,7 +104,8 @@ class Rehearsal:
                     "texts and then all rejected ones, and past samples behind them would shift "
                     "the pairs: call buffer.draw and buffer.offer in a loop of your own"
                 )
-        if lacking := [name for name in HOOKS if not hasattr(super(), name)]:
+        trainer = super()
+        if lacking := [name for name in HOOKS if not hasattr(trainer, name)]:
             raise TypeError(
                 f"Rehearsal: {type(self).__name__} has no {', '.join(lacking)} behind it: name the "
                 "mixin in front of a Trainer of transformers 5"
