@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from synthetic_results import results_of, results_of_variant
 
-from ritornello.experiments.recipes.named import RECIPES
+from ritornello.experiments.recipes.named import RECIPES, recipe_named
 from ritornello.experiments.recipes.recipe import Published, Recipe, with_changes
 from ritornello.experiments.results import groups as sweep
 from ritornello.experiments.results.groups import Statistic, groups_of
@@ -218,6 +218,19 @@ def test_labels_of_several_recipes_and_of_all_kinds_of_values() -> None:
         "mnist: rehearsal",
     ]
     assert sweep.labels_of(runs, ignored=["compile", "lr"])[0] == "digits: rehearsal, c all"
+
+
+def test_a_schedule_that_is_stretched_is_named_by_its_epochs() -> None:
+    short, long = (recipe_named("cifar10-frontier", epochs=epochs) for epochs in (6, 20))
+    assert sweep.labels_of([results_of_variant(recipe) for recipe in (short, long)]) == [
+        "rehearsal, epochs 6",
+        "rehearsal, epochs 20",
+    ]
+    longer_warm_up = dataclasses.replace(long, warmup_epochs=9.0)
+    assert sweep.labels_of([results_of_variant(recipe) for recipe in (long, longer_warm_up)]) == [
+        "rehearsal, warmup epochs 3.33333",
+        "rehearsal, warmup epochs 9",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,9 @@ def labels_of(runs: Sequence[Results], ignored: Collection[str] = ()) -> list[st
     for run in runs:
         groups.setdefault((run["recipe"], run["strategy"]), []).append(run)
     varying = {
-        key: varying_settings(group, ignored) - _implied_settings(group)
+        key: varying_settings(group, ignored)
+        - _settings_of_composition(group)
+        - _settings_of_length(group)
         for key, group in groups.items()
     }
     several_recipes = len({recipe for recipe, _ in groups}) > 1
@@ -96,7 +98,22 @@ def labels_of(runs: Sequence[Results], ignored: Collection[str] = ()) -> list[st
     return labels
 
 
-def _implied_settings(runs: Sequence[Results]) -> set[str]:
+def _settings_of_length(runs: Sequence[Results]) -> set[str]:
+    """Settings in epochs that are the same in every run, if measured by its own length."""
+    configs = [run["config"] for run in runs]
+    if not all(config.get("stretches_schedule") for config in configs):
+        return set()
+    schedules = {
+        (
+            round(config["warmup_epochs"] / config["epochs"], 6),
+            *((round(epoch / config["epochs"], 6), rate) for epoch, rate in config["milestones"]),
+        )
+        for config in configs
+    }
+    return {"warmup_epochs", "milestones"} if len(schedules) == 1 else set()
+
+
+def _settings_of_composition(runs: Sequence[Results]) -> set[str]:
     """Settings that every run has as its composition brings them with it."""
     configs = [run["config"] for run in runs]
     if any("composition" not in config for config in configs):
