@@ -11,8 +11,9 @@ import pytest
 from ritornello.policies.class_shares import ClassBalanced
 from ritornello.policies.names import SELECTION_POLICIES
 from ritornello.policies.reservoir import Reservoir
+from ritornello.policies.saved_within_bytes import NO_END, PROTECTED
 from ritornello.policies.selection import SavedShards
-from ritornello.policies.within_bytes import NO_END, PROTECTED, WithinBytes, within_bytes
+from ritornello.policies.within_bytes import WithinBytes, within_bytes
 from ritornello.records.shard import rows_per_rank
 from ritornello.testing import chi_square_p_value
 
