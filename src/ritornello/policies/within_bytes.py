@@ -336,10 +336,10 @@ class WithinBytes(SelectionPolicy):
     ) -> tuple[Ints, Ints]:
         """See ``SelectionPolicy.adopt``.
 
-        Each group goes to the ranks in turn, its longest first; see ``SavedWithinBytes.dealt_to``. Where a
-        rank's do not fit, the law says who gives way: what is protected only where nothing else is
-        left. A class may come back up to the lowest end that it had on any rank. Where the newest
-        stay, the oldest of each rank are as old as those of the others.
+        Each group goes to the ranks in turn, its longest first (``SavedWithinBytes.dealt_to``).
+        Where a rank's do not fit, the law says who gives way: what is protected only where nothing
+        else is left. A class may come back up to the lowest end that it had on any rank. Where the
+        newest stay, the oldest of each rank are as old as those of the others.
         """
         shards = [
             SavedWithinBytes.of(*each)
