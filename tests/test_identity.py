@@ -197,3 +197,41 @@ def test_identities_are_those_of_the_slots(rounds: list[list[tuple[int, int]]]) 
         slots, values = np.array(put, dtype=np.int64).reshape(-1, 2).T
         identities.put(slots, values)
         assert identities.num_distinct == len(set(held.values()))
+
+
+def test_identities_are_told_apart_in_whatever_order_slots_fill() -> None:
+    """As where bytes are bounded: some leave, some move, some come, and the last slot first."""
+    for seed in range(30):
+        dice, identities = np.random.default_rng(seed), Identities(12)
+        held: list[int] = []
+        for number in range(12):
+            removed = dice.permutation(len(held))[: dice.integers(0, len(held) + 1)]
+            left = sorted(set(range(len(held))) - set(removed.tolist()))
+            came = 100 * number + np.arange(int(dice.integers(0, 13 - len(left))))
+            size = len(left) + len(came)
+            beyond = [slot for slot in left if slot >= size]
+            gaps = sorted(set(range(size)) - set(left))
+            moved = dict(zip(beyond, gaps, strict=False))
+            after = {moved.get(slot, slot): held[slot] for slot in left}
+            slots = dice.permutation(gaps[len(beyond) :])
+            identities.move(np.array(beyond, int), np.array(gaps[: len(beyond)], int), removed)
+            identities.put(slots, came)
+            after |= dict(zip(slots.tolist(), came.tolist(), strict=True))
+            held = [after[slot] for slot in range(size)]
+            assert identities.num_distinct == len(held)
+            both = np.array([*held, -1])
+            assert identities.new_rows(both).tolist() == [len(held)]
+
+
+def test_samples_of_unequal_length_are_held_once_and_counted() -> None:
+    with buffer_of(capacity=100, capacity_bytes=6000, identity=2) as buffer:
+        for step in range(60):
+            dice = np.random.default_rng(step)
+            index = torch.from_numpy(dice.integers(0, 40, 6))
+            lists = [
+                torch.full((int(n),), int(i))
+                for n, i in zip(dice.integers(1, 200, 6), index, strict=True)
+            ]
+            buffer.update((lists, index % 3, index))
+            found = indices(buffer)
+            assert len(set(found)) == len(found) == buffer.stats().num_distinct, step

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 import pytest
 
 from ritornello.policies.class_shares import ClassBalanced
 from ritornello.policies.names import SELECTION_POLICIES
 from ritornello.policies.reservoir import Reservoir
+from ritornello.policies.saved_within_bytes import NO_END, PROTECTED
 from ritornello.policies.selection import SavedShards
-from ritornello.policies.within_bytes import NO_END, PROTECTED, WithinBytes, within_bytes
+from ritornello.policies.within_bytes import WithinBytes, within_bytes
+from ritornello.records.shard import rows_per_rank
 from ritornello.testing import chi_square_p_value
+
+Stream = Sequence[tuple[int, int]]
 
 
 class Played:
@@ -21,6 +28,14 @@ class Played:
         self.policy, self.generator = policy, np.random.default_rng(seed)
         self.content: list[tuple[int, int, int]] = []
         self.num_offered = 0
+
+    @classmethod
+    def of(cls, policy: WithinBytes, content: list[tuple[int, int, int]]) -> Played:
+        """One that holds something already."""
+        played = cls.__new__(cls)
+        played.policy, played.generator = policy, np.random.default_rng(0)
+        played.content, played.num_offered = content, 1000
+        return played
 
     def offer(self, labels: np.ndarray, pages: np.ndarray) -> None:
         turnover = self.policy.turn_over(labels, pages, self.generator)
@@ -202,6 +217,165 @@ def test_dealt_out_anew_nothing_is_lost_where_there_is_room(num_ranks: int) -> N
     assert len(found) == sizes.sum()
 
 
+def played(num_slots: int, num_pages: int, stream: Stream, **arguments: Any) -> Played:
+    """A shard that was offered some (label, pages), five at a time."""
+    shard = Played(WithinBytes(num_pages, **{"by_class": False, **arguments}), num_slots)
+    labels, pages = np.array(stream, dtype=np.int64).reshape(-1, 2).T
+    for first in range(0, len(stream), 5):
+        shard.offer(labels[first : first + 5], pages[first : first + 5])
+    return shard
+
+
+def dealt_out(
+    shards: list[Played], capacity: int, num_pages: int, num_ranks: int, **arguments: Any
+) -> list[Played]:
+    """The same on other ranks, which have their parts of both."""
+    sizes = np.array([len(each.content) for each in shards])
+    saved = SavedShards([each.policy.state() for each in shards], sizes, int(sizes.sum()))
+    pages_per_rank = rows_per_rank(num_pages, num_ranks).tolist()
+    found = []
+    for rank in range(num_ranks):
+        policy = WithinBytes(
+            pages_per_rank[rank],
+            **{"by_class": False, **arguments},
+            pages_per_rank=pages_per_rank,
+        )
+        policy.bind(int(rows_per_rank(capacity, num_ranks)[rank]), rank, num_ranks)
+        owners, slots = policy.adopt(saved, capacity, np.random.default_rng(0))
+        shard = Played.of(
+            policy, [shards[o].content[s] for o, s in zip(owners, slots, strict=True)]
+        )
+        shard.check()
+        found.append(shard)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("capacity", "num_pages", "num_ranks", "stream"),
+    [
+        (5, 300, 2, [(0, 140), (0, 1), (0, 1), (0, 1), (0, 1)]),  # to the last slot of each rank
+        (7, 600, 4, [(0, 140), (1, 100), (1, 1), (2, 1), (2, 1), (2, 1), (2, 1)]),
+        (40, 301, 2, [(0, 151), *((0, 5),) * 20]),  # a rank is full of one
+        (199, 200, 2, [*((0, 1),) * 80, (1, 90), (1, 30)]),  # the last class is long
+    ],
+)
+def test_dealt_to_more_ranks_all_stay_that_fit(
+    capacity: int, num_pages: int, num_ranks: int, stream: Stream
+) -> None:
+    shard = played(capacity, num_pages, stream, by_class=True)
+    assert len(shard.content) == len(stream)
+    found = dealt_out([shard], capacity, num_pages, num_ranks, by_class=True)
+    assert sum(len(each.content) for each in found) == len(stream)
+
+
+def test_one_that_fits_into_no_shard_moves_nobody() -> None:
+    shard = played(20, 100, [(0, 60), *((0, 2),) * 8])
+    assert len(shard.content) == 9
+    for _ in range(2):
+        found = dealt_out([shard], 20, 100, 2)
+        assert sorted(each[2] for of_rank in found for each in of_rank.content) == [2] * 8
+        # Nor is it protected where the part for these has no room for it.
+        assert shard.policy.protect(20, 16, np.random.default_rng(0)) == 8
+
+
+def test_joined_from_ranks_that_were_offered_few_each_it_is_saved_again() -> None:
+    for newest in (False, True):
+        shards = [played(10, 100, [(0, 1)] * 10, newest=newest) for _ in range(4)]
+        (joined,) = dealt_out(shards, 40, 400, 1, newest=newest)
+        assert len(joined.content) == 40
+        again = WithinBytes(400, by_class=False, newest=newest)
+        again.bind(40, 0, 1)
+        again.restore(joined.policy.state(), 40)
+        _, kept = again.forget(again.state(), 40, np.array([3]))
+        assert len(kept) == 39
+
+
+def test_dealt_out_anew_no_class_comes_back_farther_than_it_may() -> None:
+    """Beside ranks that have lost much, others hold what is above that: with more of the past."""
+    num_new = num_old = 0
+    for seed in range(60):
+        shards = [Played(WithinBytes(20, False), 20, 10 * seed + rank) for rank in range(2)]
+        for shard, num_offered in zip(shards, (400, 40), strict=True):
+            for _ in range(num_offered // 20):
+                shard.offer(np.zeros(20, np.int64), np.ones(20, np.int64))
+        (joined,) = dealt_out(shards, 40, 40, 1)
+        joined.generator = np.random.default_rng(seed)
+        end = joined.policy.state()["ends"][0]
+        for _ in range(5):
+            joined.offer(np.zeros(20, np.int64), np.ones(20, np.int64))
+            assert joined.policy.state()["ends"][0] <= end
+        num_new += sum(number >= 400 for _, number, _ in joined.content)
+        num_old += 40
+    assert 0.09 * num_old < num_new < 0.17 * num_old  # 5 of 40; it was 13
+
+
+@pytest.mark.parametrize("num_ranks", [1, 3])
+def test_of_the_newest_of_several_ranks_the_oldest_go_first_of_all_alike(num_ranks: int) -> None:
+    for both in ((40, 5), (20, 20), (4, 9)):
+        shards = [Played(WithinBytes(60, False, True), 12) for _ in range(2)]
+        for shard, num_rounds in zip(shards, both, strict=True):
+            for _ in range(num_rounds):
+                shard.offer(np.zeros(3, np.int64), np.ones(3, np.int64))
+        for each in dealt_out(shards, 24, 120, num_ranks, newest=True):
+            assert len(set(each.policy.state()["keys"].tolist())) == len(each.content)
+            for step in range(6):
+                again = Played(
+                    WithinBytes(each.policy.num_pages, False, True), each.policy.num_slots
+                )
+                again.policy.restore(each.policy.state(), len(each.content))
+                again.content = list(each.content)
+                labels, pages = np.zeros(2, np.int64), np.array([2, 1 + step])
+                for shard in (each, again):
+                    shard.num_offered, shard.generator = 1000 + step, np.random.default_rng(0)
+                    shard.offer(labels, pages)
+                assert again.content == each.content
+            if num_ranks == 1:  # as many of both ranks, the newest of either
+                left = sorted(number for _, number, _ in each.content if number < 1000)
+                newest = [3 * num - 1 - age for age in range(len(left) // 2) for num in both]
+                oldest = 3 * both[1] - 1 - len(left) // 2  # of the second, if they are odd
+                assert left == sorted(newest + [oldest] * (len(left) % 2))
+
+
+@pytest.mark.parametrize("num_ranks", [1, 4])
+def test_more_labels_than_slots_are_told_of(num_ranks: int) -> None:
+    def shard_of(labels: np.ndarray, num_slots: int, pages: int, num_pages: int) -> WithinBytes:
+        policy = WithinBytes(num_pages, by_class=True)
+        policy.bind(num_slots, 0, num_ranks)
+        for first in range(0, len(labels), 10):
+            part = labels[first : first + 10]
+            policy.turn_over(part, np.full_like(part, pages), np.random.default_rng(first))
+        return policy
+
+    classes = np.tile(np.arange(20), 50)
+    assert shard_of(classes, 20, 1, 1000).excess_labels == 0
+    assert shard_of(np.zeros(900, np.int64), 1, 1, 1).excess_labels == 0
+    # Bytes do not suffice for each class, but there are slots.
+    assert shard_of(classes, 20, 9, 100).excess_labels == 0
+    few = 21 if num_ranks == 1 else 160
+    assert shard_of(np.arange(900), 20, 1, 1000).excess_labels >= few
+    assert 50 < shard_of(np.arange(2000), 20, 9, 100).excess_labels < 4000
+    assert shard_of(np.arange(20), 20, 1, 1000).excess_labels == 0
+
+
+def test_of_classes_that_are_refused_nothing_is_remembered() -> None:
+    for protects in (False, True):
+        shard = played(10, 100, [(0, 9)] * 11, by_class=True)
+        if protects:
+            assert shard.policy.protect(10, 90, shard.generator) == 10
+        for first in range(0, 1000, 50):
+            shard.offer(np.arange(first, first + 50), np.full(50, 11 if protects else 101))
+            assert shard.policy.excess_labels == 0
+        assert len(shard.policy.state()["counts"]) <= 2
+
+
+def test_joined_from_many_ranks_no_more_is_remembered_than_there_are_slots() -> None:
+    streams = [[(1000 * rank + label, 1) for label in range(300)] for rank in range(3)]
+    shards = [played(10, 100, stream, by_class=True) for stream in streams]
+    assert [len(each.policy.state()["counts"]) for each in shards] == [10] * 3
+    for shard in dealt_out(shards, 30, 300, 3, by_class=True):
+        assert len(shard.policy.state()["counts"]) == 10
+
+
 def ids(content: list[tuple[int, int, int]]) -> set[int]:
     return {number for _, number, _ in content}
 
@@ -352,7 +526,7 @@ def test_a_state_that_contradicts_itself_is_refused(name: str, value: np.ndarray
     shard.offer(np.zeros(3, np.int64), np.array([1, 2, 3]))
     again = WithinBytes(60, by_class=False)
     again.bind(30, 0, 1)
-    with pytest.raises(ValueError, match="must|pages|representatives"):
+    with pytest.raises(ValueError, match="must|pages|offered=1, but 3 are stored"):
         again.restore(shard.policy.state() | {name: value}, 3)
 
 

@@ -569,3 +569,17 @@ def test_more_representatives_than_fit_into_memory() -> None:
             pytest.raises(MemoryError, match=message + r".* of 16 bytes need 3\d+.\d+ GB .* free$"),
         ):
             buffer.update((torch.zeros(4, 2), torch.arange(4)))
+
+
+@pytest.mark.parametrize("is_ragged", [False, True])
+def test_one_element_out_of_a_tensor_has_any_stride(is_ragged: bool) -> None:
+    """Such as the last mini-batch of every eighth sample."""
+    labels, values = torch.arange(40)[::8], torch.arange(40.0).view(40, 1).expand(40, 3)[::8, ::3]
+    bound = {"capacity_bytes": 4000} if is_ragged else {}
+    with RehearsalBuffer(9, num_representatives=2, **bound) as buffer:
+        for part in (slice(0, 2), slice(2, 3), slice(3, 5), slice(4, 5)):
+            given = values[part]
+            lists = [each.expand(1 + int(each == 0)) for each in given]
+            found, found_labels = buffer.update((lists if is_ragged else given, labels[part]))
+            for value, label in zip(found, found_labels, strict=True):
+                assert set(value.tolist()) == {float(label)}

@@ -19,6 +19,30 @@ def indexed(step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return index[:, None].float(), index, index % 10
 
 
+@pytest.mark.parametrize(
+    ("capacity_bytes", "number"), [(100_000, "2[1-4]"), (1500, "about [1-9][0-9]")]
+)
+def test_also_where_samples_are_of_unequal_length(capacity_bytes: int, number: str) -> None:
+    """Also where so few fit into the bytes that no slot is short."""
+
+    def lists(step: int) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
+        _, index, label = indexed(step)
+        return [torch.full((1 + i % 7,), i) for i in index.tolist()], index, label
+
+    def play(label: int) -> int:
+        arguments = {"num_representatives": 2, "capacity_bytes": capacity_bytes, "label": label}
+        with RehearsalBuffer(20, **arguments) as buffer:
+            for step in range(40):
+                buffer.update(lists(step))
+            return len(buffer)
+
+    message = f"^label=1, which is .* has {number} distinct values so far, but the buffer has 20"
+    with pytest.warns(UserWarning, match=message):
+        num_held = play(label=1)
+    assert (num_held == 20) == (capacity_bytes == 100_000)
+    play(label=2)  # of ten classes nothing is said
+
+
 @pytest.mark.parametrize("selection", ["class-balanced", "class-balanced-reservoir", "grasp"])
 def test_a_label_with_more_values_than_slots_is_named_once(selection: str) -> None:
     with RehearsalBuffer(20, num_representatives=2, selection=selection) as buffer:

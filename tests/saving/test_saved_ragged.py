@@ -247,3 +247,54 @@ def test_samples_of_one_size_within_a_bound_of_bytes(tmp_path: Path) -> None:
             assert len(buffer) == num_held
             if size == 8:
                 assert torch.equal(buffer.update(batch)[0], expected[0])
+
+
+def test_a_whole_state_where_ranks_have_saved_different_arrays() -> None:
+    """One representative is protected, so on one rank alone; the other has forgotten all that."""
+
+    def rank_main(end: Transport) -> tuple[dict[str, Any], list[int]]:
+        with make(end, selection="reservoir") as buffer:
+            train(buffer, end.rank, range(9))
+            assert buffer.protect(0.02) == 1
+            train(buffer, end.rank, range(9, 60))
+            return buffer.state_dict(whole=True), numbers_in(buffer)
+
+    (state, first), (own, second) = run_ranks(LocalTransport.connect(2, 20.0), rank_main)
+    assert set(state) == {"rank_0", "rank_1"}
+    assert state["rank_0"][1].keys() != state["rank_1"][1].keys()
+    for name, tensor in own["rank_1"][1].items():
+        assert torch.equal(state["rank_1"][1][name], tensor), name
+    with make(capacity_bytes=40_000, selection="reservoir") as buffer:
+        buffer.load_state_dict(state)
+        assert sorted(numbers_in(buffer)) == sorted(first + second)
+
+
+@pytest.mark.parametrize("selection", ["reservoir", "fifo", "class-balanced"])
+def test_from_many_ranks_onto_one_and_back(selection: str, tmp_path: Path) -> None:
+    """Each rank was offered fewer than all of them hold."""
+
+    def rank_main(end: Transport, steps: range) -> list[int]:
+        with make(end, 40_000, selection=selection) as buffer:
+            if steps.start:
+                buffer.load(tmp_path)
+            held = numbers_in(buffer)
+            for step in steps:
+                buffer.update(mini_batch(step, end.rank))
+            buffer.save(tmp_path)
+            return held if steps.start else numbers_in(buffer)
+
+    before = list(
+        chain(*run_ranks(LocalTransport.connect(4), lambda end: rank_main(end, range(2))))
+    )
+    assert len(before) == 48
+    for num_ranks in (1, 3, 1):
+        found = run_ranks(
+            LocalTransport.connect(num_ranks), lambda end: rank_main(end, range(2, 2))
+        )
+        assert sorted(chain(*found)) == sorted(before)
+    gone = before[5]
+    assert forget(tmp_path, {"number": gone}).num_removed == 1
+    with make(capacity_bytes=40_000, selection=selection) as buffer:
+        buffer.load(tmp_path)
+        train(buffer, 0, range(20, 24))
+        check_consistent(buffer)

@@ -11,7 +11,7 @@ lengths: these decide how many fit, and not which.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from heapq import heapify, heappop, heappush
 
@@ -19,20 +19,24 @@ import numpy as np
 
 from ritornello.arrays import Ints
 from ritornello.policies.class_shares import ClassBalanced
-from ritornello.policies.classes.scores import precedence
+from ritornello.policies.classes.scores import num_labels_in_excess, precedence
 from ritornello.policies.largest_class import ClassBalancedReservoir
 from ritornello.policies.reservoir import Fifo, Reservoir
-from ritornello.policies.selection import Assignment, SavedShards, SelectionPolicy, State
-
-NO_END = 2**63 - 1
-"""All keys are below it."""
-
-PROTECTED, OFFERED, LEFT = range(3)
-"""What is held is protected, or was offered since something was, or was there before. Of these,
-the last ones give way first, and the first ones to nobody."""
-
-Group = tuple[int, int]
-"""One of these, and a label."""
+from ritornello.policies.saved_within_bytes import (
+    LEFT,
+    NO_END,
+    OFFERED,
+    PROTECTED,
+    Group,
+    SavedWithinBytes,
+)
+from ritornello.policies.selection import (
+    Assignment,
+    SavedShards,
+    SelectionPolicy,
+    State,
+    part_of_rank,
+)
 
 POLICIES = "'class-balanced' (adaptive), 'class-balanced-reservoir', 'reservoir' or 'fifo'"
 """Whose law ``WithinBytes`` keeps."""
@@ -83,15 +87,21 @@ class WithinBytes(SelectionPolicy):
         newest: whether keys fall from candidate to candidate, so that the newest stay; else they
             are random.
         num_classes: if given, labels must be below it.
+        pages_per_rank: of all shards; if not given, each has as many as this one.
     """
 
     def __init__(
-        self, num_pages: int, by_class: bool, newest: bool = False, num_classes: int | None = None
+        self,
+        num_pages: int,
+        by_class: bool,
+        newest: bool = False,
+        num_classes: int | None = None,
+        pages_per_rank: Sequence[int] | None = None,
     ) -> None:
         self.num_pages, self.needs_labels, self._newest = num_pages, by_class, newest
-        self.num_classes = num_classes
+        self.num_classes, self._pages_per_rank = num_classes, pages_per_rank
         self._num_offered = self._num_held = self._num_pages_used = 0
-        self._num_pages_protected = 0
+        self._num_protected = self._num_pages_protected = 0
         self._groups: dict[Group, _Held] = {}
         self._largest: list[tuple[int, int, int, int]] = []  # a heap; some of it is out of date
 
@@ -122,7 +132,8 @@ class WithinBytes(SelectionPolicy):
         for row, (label, key, pages) in enumerate(
             zip(labels.tolist(), keys.tolist(), num_pages.tolist(), strict=True)
         ):
-            if key >= self._group((OFFERED, label)).end or pages > most_pages:
+            # Pages first: of a class that is refused for these alone nothing is remembered.
+            if pages > most_pages or key >= self._group((OFFERED, label)).end:
                 continue
             if unused:
                 slot = unused.pop()
@@ -131,7 +142,9 @@ class WithinBytes(SelectionPolicy):
             came[slot] = row
             self._put(slot, (OFFERED, label), key, pages)
             while self._is_over_full:
-                slot = self._take_highest(self._gives_way())
+                group = self._gives_way()
+                self._note_excess(group)
+                slot = self._take_highest(group)
                 unused.append(slot)
                 if came.pop(slot, None) is None:
                     removed.append(slot)
@@ -199,7 +212,7 @@ class WithinBytes(SelectionPolicy):
     def _take_highest(self, group: Group) -> int:
         """Takes the highest key of a group out; its slot."""
         held = self._groups[group]
-        held.end = held.keys.pop()
+        held.end = min(held.end, held.keys.pop())
         slot = held.slots.pop()
         self._num_held -= 1
         self._num_pages_used -= int(self._pages[slot])
@@ -222,6 +235,16 @@ class WithinBytes(SelectionPolicy):
             self._largest = [self._rank(*each) for each in self._groups.items()]
             heapify(self._largest)
         heappush(self._largest, self._rank(group, held))
+
+    def _note_excess(self, group: Group) -> None:
+        """Says so if one gives way as there are more classes than slots."""
+        held, num_others = self._groups[group], self._num_held - self._num_protected - 1
+        if self.excess_labels or len(held.keys) > 1 or group[0] != OFFERED or not num_others:
+            return
+        num_slots = self.num_slots - self._num_protected
+        self.excess_labels = num_labels_in_excess(
+            num_others + 1, held.precedence, num_slots, self.num_ranks, num_others
+        )
 
     def _rank(self, group: Group, held: _Held) -> tuple[int, int, int, int]:
         """Who gives way before whom."""
@@ -268,9 +291,9 @@ class WithinBytes(SelectionPolicy):
         return int((kinds == PROTECTED).sum())
 
     @property
-    def _saved(self) -> _Saved:
+    def _saved(self) -> SavedWithinBytes:
         held = slice(self._num_held)
-        return _Saved(
+        return SavedWithinBytes(
             kinds=self._kind_of[held],
             labels=self._label_of[held],
             keys=self._keys[held],
@@ -302,7 +325,7 @@ class WithinBytes(SelectionPolicy):
 
     def restore(self, state: State, size: int) -> None:
         """See ``SelectionPolicy.restore``."""
-        saved = _Saved.of(state, size)
+        saved = SavedWithinBytes.of(state, size)
         num_pages = int(saved.pages.sum())
         if size > self.num_slots or num_pages > self.num_pages:
             raise ValueError(f"{size} representatives in {num_pages} pages do not fit")
@@ -313,32 +336,31 @@ class WithinBytes(SelectionPolicy):
     ) -> tuple[Ints, Ints]:
         """See ``SelectionPolicy.adopt``.
 
-        Each group goes to the ranks in turn, its longest first, and of the ranks whose turn it is
-        to the one with the fewest pages. Where a rank's do not fit, the law says who gives way:
-        what is protected only where nothing else is left. A class may come back up to the lowest
-        end that it had on any rank.
+        Each group goes to the ranks in turn, its longest first (``SavedWithinBytes.dealt_to``).
+        Where a rank's do not fit, the law says who gives way: what is protected only where nothing
+        else is left. A class may come back up to the lowest end that it had on any rank. Where the
+        newest stay, the oldest of each rank are as old as those of the others.
         """
-        shards = [_Saved.of(*each) for each in zip(saved.states, saved.sizes.tolist(), strict=True)]
-        joined = _Saved(
-            kinds=np.concatenate([each.kinds for each in shards]),
-            labels=np.concatenate([each.labels for each in shards]),
-            keys=np.concatenate([each.keys for each in shards]),
-            pages=np.concatenate([each.pages for each in shards]),
-            ends={
-                group: min(each.ends.get(group, NO_END) for each in shards)
-                for group in sorted({group for each in shards for group in each.ends})
-            },
-            num_offered=max(each.num_offered for each in shards),
-        )
+        shards = [
+            SavedWithinBytes.of(*each)
+            for each in zip(saved.states, saved.sizes.tolist(), strict=True)
+        ]
+        joined = SavedWithinBytes.joined(shards, self._newest)
         owners = np.repeat(np.arange(len(shards)), saved.sizes)
         slots = np.concatenate([np.arange(size) for size in saved.sizes.tolist()])
-        own = np.flatnonzero(joined.dealt_to(self.num_ranks) == self.rank)
+        parts = [part_of_rank(rank, self.num_ranks) for rank in range(self.num_ranks)]
+        slots_per_rank = [len(range(capacity)[part]) for part in parts]
+        pages_per_rank = self._pages_per_rank or [self.num_pages] * self.num_ranks
+        own = np.flatnonzero(joined.dealt_to(slots_per_rank, pages_per_rank) == self.rank)
         own = own[self._hold(joined.part(own))]
+        for group in [group for group, held in self._groups.items() if not held.keys]:
+            if len(self._groups) > self.num_slots:  # as where one gives way
+                del self._groups[group]
         return owners[own], slots[own]
 
     def forget(self, state: State, size: int, removed: Ints) -> tuple[State, Ints]:
         """See ``SelectionPolicy.forget``. New ones still come back as far only as before."""
-        saved = _Saved.of(state, size)
+        saved = SavedWithinBytes.of(state, size)
         kept = np.setdiff1d(np.arange(size), removed)
         left = saved.part(kept)
         policy = WithinBytes(int(left.pages.sum()), "labels" in state)
@@ -346,7 +368,7 @@ class WithinBytes(SelectionPolicy):
         policy._hold(left)
         return policy.state(), kept
 
-    def _hold(self, saved: _Saved) -> Ints:
+    def _hold(self, saved: SavedWithinBytes) -> Ints:
         """Takes over representatives, from slot 0 on, in place of what it held.
 
         Returns:
@@ -366,9 +388,14 @@ class WithinBytes(SelectionPolicy):
             saved.pages.tolist(),
             strict=True,
         )
+        # As of candidates: one that would not fit alone moves no other.
+        protected = saved.kinds == PROTECTED
+        num_protected = int(saved.pages[protected & (saved.pages <= self.num_pages)].sum())
+        most = np.where(protected, self.num_pages, max(0, self.num_pages - num_protected))
+        stays = saved.pages <= most
         for slot, (kind, label, key, pages) in enumerate(rows):
-            self._put(slot, (kind, label), key, pages)
-        stays = np.ones(num, dtype=np.bool_)
+            if stays[slot]:
+                self._put(slot, (kind, label), key, pages)
         while self._is_over_full:
             stays[self._take_highest(self._gives_way())] = False
         slot_after = stays.cumsum() - 1
@@ -378,93 +405,32 @@ class WithinBytes(SelectionPolicy):
         for values in (self._keys, self._pages, self._label_of, self._kind_of):
             values[: len(kept)] = values[kept]
         protected = self._kind_of[: len(kept)] == PROTECTED
+        self._num_protected = int(protected.sum())
         self._num_pages_protected = int(self._pages[: len(kept)][protected].sum())
         return kept
 
 
-@dataclass(frozen=True)
-class _Saved:
-    """What was saved of a shard, or of several: of each representative, in the order of slots."""
-
-    kinds: Ints
-    labels: Ints
-    keys: Ints
-    pages: Ints
-    ends: dict[Group, int]
-    num_offered: int
-
-    @classmethod
-    def of(cls, state: State, size: int) -> _Saved:
-        """A shard's.
-
-        Raises:
-            ValueError, KeyError: no ``WithinBytes`` can have given it.
-        """
-        (num_offered,) = state["offered"].tolist()
-        counts, ends, slots = state["counts"], state["ends"], state["slots"]
-        labels = state.get("labels", np.zeros(len(counts), dtype=np.int64))
-        kinds = state.get("kinds", np.full(len(counts), OFFERED))
-        if not len(kinds) == len(labels) == len(counts) == len(ends):
-            raise ValueError("counts, ends, labels and kinds must be as many")
-        groups = list(zip(kinds.tolist(), labels.tolist(), strict=True))
-        if len(set(groups)) < len(groups) or not np.isin(kinds, (PROTECTED, OFFERED, LEFT)).all():
-            raise ValueError("labels of one kind must differ, and be of a kind that there is")
-        if counts.min(initial=0) < 0 or counts.sum() != size:
-            raise ValueError(f"counts must add up to the {size} representatives")
-        if not np.array_equal(np.sort(slots), np.arange(size)):
-            raise ValueError("slots must be those of all representatives, once each")
-        keys, pages, order = state["keys"], state["pages"], np.argsort(slots)
-        if not len(keys) == len(pages) == size or num_offered < size:
-            raise ValueError(f"{len(keys)} keys, {len(pages)} pages for {size} representatives")
-        for name, numbers in (("labels", labels), ("keys", keys), ("pages", pages), ("ends", ends)):
-            if numbers.min(initial=0) < 0:
-                raise ValueError(f"{name} must be at least 0")
-        if keys.max(initial=0) >= NO_END:
-            raise ValueError(f"keys must be below {NO_END}")
-        return cls(
-            kinds=np.repeat(kinds, counts)[order],
-            labels=np.repeat(labels, counts)[order],
-            keys=keys[order],
-            pages=pages[order],
-            ends=dict(zip(groups, ends.tolist(), strict=True)),
-            num_offered=int(num_offered),
-        )
-
-    def part(self, chosen: Ints) -> _Saved:
-        """Some of them, in that order."""
-        return replace(
-            self,
-            kinds=self.kinds[chosen],
-            labels=self.labels[chosen],
-            keys=self.keys[chosen],
-            pages=self.pages[chosen],
-        )
-
-    def dealt_to(self, num_ranks: int) -> Ints:
-        """The rank of each, int64."""
-        ranks, num_pages = np.zeros(len(self.keys), dtype=np.int64), [0] * num_ranks
-        waiting: list[int] = []
-        for each in np.lexsort((self.keys, -self.pages, self.labels, self.kinds)).tolist():
-            waiting = waiting or list(range(num_ranks))
-            rank = min(waiting, key=lambda rank: num_pages[rank])
-            waiting.remove(rank)
-            ranks[each] = rank
-            num_pages[rank] += int(self.pages[each])
-        return ranks
-
-
-def within_bytes(policy: SelectionPolicy, num_pages: int) -> WithinBytes:
+def within_bytes(
+    policy: SelectionPolicy, num_pages: int, pages_per_rank: Sequence[int] | None = None
+) -> WithinBytes:
     """What keeps a policy's law where bytes are bounded, too.
+
+    Args:
+        policy: whose law.
+        num_pages: of the shard.
+        pages_per_rank: of all shards.
 
     Raises:
         ValueError: there is nothing for such a policy.
     """
     kind = type(policy)
     if kind in (Reservoir, Fifo):
-        return WithinBytes(num_pages, by_class=False, newest=kind is Fifo)
+        return WithinBytes(num_pages, False, kind is Fifo, pages_per_rank=pages_per_rank)
     has_adaptive_shares = getattr(policy, "shares", "adaptive") == "adaptive"
     if kind in (ClassBalanced, ClassBalancedReservoir) and has_adaptive_shares:
-        return WithinBytes(num_pages, by_class=True, num_classes=policy.num_classes)
+        return WithinBytes(
+            num_pages, True, num_classes=policy.num_classes, pages_per_rank=pages_per_rank
+        )
     raise ValueError(
         f"selection: {kind.__name__} does not say who gives way where bytes are bounded, as they "
         f"are for samples of unequal length: use {POLICIES}"

@@ -18,8 +18,7 @@ class Identities:
 
     def __init__(self, num_rows: int) -> None:
         self._of_slot = np.zeros(num_rows, dtype=np.int64)
-        self._num_used = 0
-        self._unused = set[int]()  # of those, where bytes are bounded
+        self._is_used = np.zeros(num_rows, dtype=np.bool_)
         self._times_held = Counter[int]()  # a load may bring one twice
 
     def new_rows(self, identities: Ints) -> Ints:
@@ -38,12 +37,9 @@ class Identities:
     def put(self, slots: Ints, identities: Ints) -> None:
         """Says what comes to some slots, in that order; both int64 ``[n]``."""
         for slot, identity in zip(slots.tolist(), identities.tolist(), strict=True):
-            if slot in self._unused:
-                self._unused.remove(slot)
-            elif slot < self._num_used:
+            if self._is_used[slot]:
                 self._take_out(int(self._of_slot[slot]))
-            self._num_used = max(self._num_used, slot + 1)
-            self._of_slot[slot] = identity
+            self._of_slot[slot], self._is_used[slot] = identity, True
             self._times_held[identity] += 1
 
     def move(self, slots: Ints, to: Ints, removed: Ints) -> None:
@@ -54,14 +50,13 @@ class Identities:
         for slot in removed.tolist():
             self._take_out(int(self._of_slot[slot]))
         self._of_slot[to] = self._of_slot[slots]
-        self._unused |= set(removed.tolist()) | set(slots.tolist())
-        self._unused -= set(to.tolist())
+        self._is_used[removed] = self._is_used[slots] = False
+        self._is_used[to] = True
 
     def restart(self, identities: Ints) -> None:
         """Says what the slots from 0 on hold, in place of all before."""
-        self._num_used = len(identities)
-        self._unused.clear()
         self._of_slot[: len(identities)] = identities
+        self._is_used[:] = np.arange(len(self._is_used)) < len(identities)
         self._times_held = Counter(identities.tolist())
 
     @property

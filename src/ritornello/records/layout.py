@@ -433,7 +433,10 @@ def bytes_of(leaf: Tensor) -> Bytes | None:
         return None
     if leaf.is_conj() or leaf.is_neg():  # the bytes are not yet the values
         return None
-    array: Bytes = leaf.detach().view(leaf.shape[0], -1).view(torch.uint8).numpy()
+    rows = leaf.detach().view(leaf.shape[0], -1)
+    if rows.stride(1) != 1:  # of one element torch takes any stride for contiguous
+        return None
+    array: Bytes = rows.view(torch.uint8).numpy()
     return array
 
 

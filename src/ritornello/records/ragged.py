@@ -97,7 +97,8 @@ class Ragged:
         plain = sample.detach().cpu().resolve_conj().resolve_neg().contiguous()
         if plain.numel() == 0:
             return np.zeros(0, dtype=np.uint8)
-        found: Bytes = plain.reshape(-1).view(torch.uint8).numpy()
+        # Of one element torch takes any stride for contiguous, but not to view it as bytes.
+        found: Bytes = plain.as_strided((plain.numel(),), (1,)).view(torch.uint8).numpy()
         return found
 
     def joined(self, past: Sequence[Any]) -> Any:

@@ -423,8 +423,8 @@ class Rounds:
         """
         policy = copy.deepcopy(self._unused_selection)
         if self.paged_as is not None:
-            num_pages = int(self.paged_as.pages_per_rank[self.transport.rank])
-            policy = within_bytes(policy, num_pages)
+            num_pages = self.paged_as.pages_per_rank.tolist()
+            policy = within_bytes(policy, num_pages[self.transport.rank], num_pages)
             policy.buffer_seed = self._unused_selection.buffer_seed
         elif protects:
             policy = Protected(policy)

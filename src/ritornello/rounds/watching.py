@@ -138,7 +138,8 @@ class Training:
             return
         self._has_many_labels = True
         rounds = self._rounds
-        about = "about " if rounds.transport.num_ranks > 1 else ""
+        is_counted = rounds.paged_as is None or rounds.num_held == rounds.num_rows
+        about = "" if is_counted and rounds.transport.num_ranks == 1 else "about "
         warnings.warn(
             self._here(
                 f"label={self._arguments.label!r}, which is {label}, has {about}"

@@ -24,6 +24,7 @@ from ritornello.saving.manifest import Manifest
 from ritornello.saving.saved_buffer import SavedBuffer, SavedShard
 from ritornello.saving.shard_file import PAGES, PIECE_BYTES, ROWS, bytes_of_array
 from ritornello.saving.writing import Snapshot
+from ritornello.transports.agreement import gather_counts
 from ritornello.transports.base import Transport
 
 PREFIX = "rank_"
@@ -59,7 +60,11 @@ def gathered(entry: Entry, transport: Transport) -> dict[str, Entry]:
         "tensors": {name: [t.numpy().dtype.name, list(t.shape)] for name, t in tensors.items()},
     }
     texts = _gather(np.frombuffer(json.dumps(about).encode(), np.uint8), transport)
-    contents = [_gather(bytes_of_array(each.numpy()), transport) for each in tensors.values()]
+    own = [bytes_of_array(each.numpy()) for each in tensors.values()]
+    # In turn, whatever they are called: ranks need not have the same ones, nor as many.
+    most = int(gather_counts(transport, len(own)).max())
+    own += [np.zeros(0, np.uint8)] * (most - len(own))
+    contents = [_gather(each, transport) for each in own]
     if transport.rank != 0:
         return {f"{PREFIX}{transport.rank}": entry}
     entries = {}
@@ -70,7 +75,7 @@ def gathered(entry: Entry, transport: Transport) -> dict[str, Entry]:
             {
                 name: torch.from_numpy(content[rank].view(dtype).reshape(shape))
                 for content, (name, (dtype, shape)) in zip(
-                    contents, about["tensors"].items(), strict=True
+                    contents, about["tensors"].items(), strict=False
                 )
             },
         )

@@ -150,7 +150,9 @@ def lowest(numbers: Ints, count: int) -> Bools:
     return chosen
 
 
-def num_labels_in_excess(num_seen: int, last: int, num_slots: int, num_ranks: int) -> int:
+def num_labels_in_excess(
+    num_seen: int, last: int, num_slots: int, num_ranks: int, num_held: int | None = None
+) -> int:
     """About how many distinct labels there are, if more than the ranks have slots.
 
     Args:
@@ -158,16 +160,19 @@ def num_labels_in_excess(num_seen: int, last: int, num_slots: int, num_ranks: in
         last: the highest precedence of those that hold a slot of this rank.
         num_slots: of this rank.
         num_ranks: how many there are.
+        num_held: of those slots, if bytes may not suffice for all.
 
     Returns:
         0 if the ranks may have a slot for each.
     """
-    if num_ranks == 1:
+    if num_held is None:
+        num_held = num_slots
+    if num_ranks == 1 and num_held == num_slots:
         return num_seen
-    # Labels are spread evenly over all numbers, and `num_slots` of them are up to the last one.
+    # Labels are spread evenly over all numbers, and `num_held` of them are up to the last one.
     # That so many are there by chance must be unlikely: a root is one standard deviation.
-    estimate = num_slots * (num_ranks << HASH_BITS) / max(1, last)
-    surely = num_slots * num_ranks * (1 + 6 / math.sqrt(num_slots))
+    estimate = num_held * (num_ranks << HASH_BITS) / max(1, last)
+    surely = num_slots * num_ranks * (1 + 6 / math.sqrt(num_held))
     return round(estimate) if estimate > surely else 0
 
 
