@@ -189,6 +189,35 @@ def test_what_is_written_in_the_background_is_what_was_there(tmp_path: Path) -> 
         assert numbers_in(buffer) == held
 
 
+def test_a_state_dict_that_was_loaded_stays_what_it_was() -> None:
+    with make() as buffer:
+        train(buffer, 0, range(9))
+        state = buffer.state_dict()
+        expected = train(buffer, 0, range(9, 11))
+    for _ in range(2):
+        with make() as buffer:
+            buffer.load_state_dict(state)
+            assert train(buffer, 0, range(9, 11)) == expected
+            train(buffer, 0, range(11, 20))
+
+
+@pytest.mark.parametrize("start", [10**9, -1, 1])
+def test_where_staged_pages_begin_is_not_believed(start: int) -> None:
+    with make() as buffer:
+        train(buffer, 0, range(9))
+        state = buffer.state_dict()
+        expected = train(buffer, 0, range(9, 11))
+    staged = state["rank_0"][1]["staged"]
+    before = staged.clone()
+    staged.view(torch.int64)[:, -1] = start
+    given = staged.clone()
+    with make() as buffer:
+        buffer.load_state_dict(state)
+        assert train(buffer, 0, range(9, 11)) == expected
+    assert torch.equal(staged, given)
+    assert not torch.equal(staged, before)
+
+
 def test_before_the_first_round_and_without_a_bound(tmp_path: Path) -> None:
     with make() as buffer:
         train(buffer, 0, range(3))
