@@ -292,7 +292,11 @@ class Steps:
             self.rounds.among_others.begin()
         if staged is not None:
             begun.staging.put_back(staged)
-        self.rounds.open(layout, label, begun.identity, begun.staging)
+        opened = partial(self.rounds.open, layout, label, begun.identity, begun.staging)
+        if self._worker.is_calling:
+            opened()
+        else:  # an interrupt shall not leave it half done
+            self.between_rounds(opened)
         self.begun = begun
         return begun
 
