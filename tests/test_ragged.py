@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from ritornello import RehearsalBuffer, evenly, rehearse
+from ritornello import RehearsalBuffer, RoundError, evenly, rehearse
 from ritornello.rounds import planner
 from ritornello.testing import (
     check_consistent,
@@ -342,6 +342,20 @@ def test_what_is_taken_for_samples(batch: Any) -> None:
         assert buffer._steps.begun is not None
         assert buffer._steps.begun.layout.ragged
         assert type(buffer.update(batch)) is type(batch)
+
+
+def test_ranks_of_which_one_has_samples_that_are_as_long_by_chance() -> None:
+    def rank_main(end: Transport) -> None:
+        lengths = [(3, 4), (7, 7)][end.rank]
+        arguments: dict[str, Any] = {"selection": "reservoir", "label": None}
+        with (
+            make_buffer(end, **arguments) as buffer,
+            pytest.raises(RoundError, match=r"another layout .* by chance .* give jagged"),
+        ):
+            for _ in range(2):
+                buffer.update([torch.zeros(length) for length in lengths])
+
+    run_ranks(LocalTransport.connect(2), rank_main)
 
 
 def test_rehearse_and_fields_made_anew() -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from ritornello import CheckpointError, RehearsalBuffer, forget
+from ritornello.records.paged import PagedShard
 from ritornello.saving.folder import SavedFolder
 from ritornello.saving.manifest import with_checksum
 from ritornello.testing import check_consistent, connect_shared_memory, run_ranks
@@ -216,6 +217,51 @@ def test_where_staged_pages_begin_is_not_believed(start: int) -> None:
         assert train(buffer, 0, range(9, 11)) == expected
     assert torch.equal(staged, given)
     assert not torch.equal(staged, before)
+
+
+@pytest.mark.parametrize("has_begun", [False, True], ids=["new", "begun"])
+def test_a_load_whose_pages_do_not_fit_leaves_no_shard(
+    has_begun: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with make() as buffer:
+        train(buffer, 0, range(9))
+        state = buffer.state_dict()
+    make_shard, num_left = LocalTransport.make_shard, 0
+
+    def without_memory(self: LocalTransport, *arguments: Any) -> Any:
+        nonlocal num_left
+        num_left -= 1
+        if num_left < 0:
+            raise MemoryError("so many pages do not fit")
+        return make_shard(self, *arguments)
+
+    for num_made in (1, 2):  # of rows, pages and their table
+        num_left = num_made
+        with make() as buffer:
+            if has_begun:
+                with pytest.raises(ValueError, match="at least 0"):
+                    buffer.update(mini_batch(0) | {"label": torch.full((6,), -1)})
+            monkeypatch.setattr(LocalTransport, "make_shard", without_memory)
+            with pytest.raises(CheckpointError, match="so many pages do not fit"):
+                buffer.load_state_dict(state)
+            monkeypatch.undo()
+            assert buffer.stats().shard_bytes == 0
+            train(buffer, 0, range(4))
+            check_consistent(buffer)
+
+
+def test_a_load_that_fails_keeps_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    with make() as buffer:
+        train(buffer, 0, range(9))
+        state = buffer.state_dict()
+    with make() as buffer:
+        monkeypatch.setattr(PagedShard, "write", lambda *_, **__: 1 / 0)
+        with pytest.raises(CheckpointError, match="division by zero"):
+            buffer.load_state_dict(state)
+        monkeypatch.undo()
+        assert buffer.stats().shard_bytes == 0
+        train(buffer, 0, range(4))
+        check_consistent(buffer)
 
 
 def test_before_the_first_round_and_without_a_bound(tmp_path: Path) -> None:

@@ -541,7 +541,7 @@ class Steps:
 
     def forget_restored(self) -> None:
         """As before ``begin_restored``."""
-        self.begun, self.rounds.shard, self._advice = None, None, None
+        self.begun = self._advice = self.rounds.shard = self.rounds.paged = None
 
     def go_on(self, num_rounds: int, is_offered: bool, staged: Records, rate: float) -> None:
         """Takes the place of a buffer after some rounds, with what it had staged, and its rate."""
