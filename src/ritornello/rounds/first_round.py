@@ -132,7 +132,8 @@ def _content_number(leaves: list[Any]) -> int:
     content, tells = hashlib.sha256(), False
     for leaf in leaves:
         if isinstance(leaf, Ragged):
-            data = np.concatenate([leaf.data(number) for number in range(len(leaf))])
+            parts = [leaf.data(number) for number in range(len(leaf))]
+            data = np.concatenate([np.zeros(0, dtype=np.uint8), *parts])
             elements = data[:, None]
             content.update(leaf.lengths.tobytes())
         else:
