@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import threading
 from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,9 @@ import pytest
 import torch
 
 from ritornello import CheckpointError, RehearsalBuffer, forget
+from ritornello.policies.within_bytes import WithinBytes
 from ritornello.records.paged import PagedShard
+from ritornello.saving import writing
 from ritornello.saving.folder import SavedFolder
 from ritornello.saving.manifest import with_checksum
 from ritornello.testing import check_consistent, connect_shared_memory, run_ranks
@@ -262,6 +266,56 @@ def test_a_load_that_fails_keeps_no_memory(monkeypatch: pytest.MonkeyPatch) -> N
         assert buffer.stats().shard_bytes == 0
         train(buffer, 0, range(4))
         check_consistent(buffer)
+
+
+def test_the_same_buffer_is_saved_as_the_same_bytes(tmp_path: Path) -> None:
+    """Whatever was there before, and so whichever pages hold it."""
+    with make() as buffer:
+        train(buffer, 0, range(30))
+        state = buffer.state_dict()
+        buffer.save(tmp_path / "first")
+    with make() as buffer:
+        buffer.load(tmp_path / "first")
+        buffer.save(tmp_path / "again")
+        again = buffer.state_dict()
+    files = [
+        json.loads((tmp_path / name / "manifest.json").read_text())["files"]
+        for name in ("first", "again")
+    ]
+    assert [each["sha256"] for each in files[0]] == [each["sha256"] for each in files[1]]
+    assert state["rank_0"][0] == again["rank_0"][0]
+    for name, tensor in state["rank_0"][1].items():
+        assert torch.equal(tensor, again["rank_0"][1][name]), name
+
+
+def test_what_is_needed_on_the_disk_is_what_all_ranks_hold(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    barrier = threading.Barrier(2)
+
+    def rank_main(end: Transport) -> None:
+        with make(end, capacity_bytes=400_000) as buffer:
+            buffer.fill([mini_batch(step, 0) for step in range(9)] * (1 - end.rank))
+            assert buffer.stats().held_per_rank == [25, 0]
+            for free, message in ((20_000, None), (4_000, "GB free, but the buffer needs")):
+                barrier.wait(30.0)
+                usage = SimpleNamespace(free=free)
+                monkeypatch.setattr(writing.shutil, "disk_usage", lambda folder, u=usage: u)
+                barrier.wait(30.0)
+                if message is None:
+                    buffer.save(tmp_path)
+                    continue
+                with pytest.raises(CheckpointError, match=message):
+                    buffer.save(tmp_path)
+
+    run_ranks(LocalTransport.connect(2), rank_main)
+
+
+def test_a_policy_of_the_library_s_own_is_not_tried_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    with make() as buffer:
+        train(buffer, 0, range(3))
+        monkeypatch.setattr(WithinBytes, "restore", lambda *_: 1 / 0)
+        buffer.state_dict()
 
 
 def test_before_the_first_round_and_without_a_bound(tmp_path: Path) -> None:

@@ -110,10 +110,15 @@ class PagedShard:
         """Copies of the pages of some slots, one slot after the other."""
         return self.pages.shard.rows[torch.from_numpy(self.pages.of_slots(slots))]
 
+    def without_starts(self, rows: Tensor) -> Tensor:
+        """Copies of rows that do not say where their pages begin."""
+        rows = rows.clone()
+        self.starts_of(rows)[:] = 0
+        return rows
+
     def num_distinct(self, num_held: int) -> int:
         """How many of the first representatives differ in a field."""
-        rows = self.shard.rows[:num_held].clone()
-        starts_of(self._layout, rows.numpy())[:] = 0
+        rows = self.without_starts(self.shard.rows[:num_held])
         found = set[bytes]()
         for slot in range(num_held):
             digest = hashlib.blake2b(rows[slot].numpy().tobytes(), digest_size=16)

@@ -291,7 +291,12 @@ class Rounds:
     # For who saves and restores it, between two rounds.
 
     def to_host(self, rows: torch.Tensor) -> Bytes:
-        """Rows of the shard in CPU memory, as they are after the last round."""
+        """Rows of the shard in CPU memory, as they are after the last round.
+
+        Where they have pages, copies that do not say where these are: it may change meanwhile.
+        """
+        if self.paged is not None:
+            return self.paged.without_starts(rows).numpy()
         if rows.device.type == "cpu":
             return rows.numpy()
         with self._staging.worker_stream():

@@ -18,6 +18,7 @@ from ritornello.arrays import Arrays
 from ritornello.errors import CheckpointError, RoundError
 from ritornello.policies.names import SAMPLING_POLICIES, SELECTION_POLICIES
 from ritornello.policies.protection import is_protected
+from ritornello.policies.within_bytes import WithinBytes
 from ritornello.records.digest import digest
 from ritornello.records.layout import Layout
 from ritornello.records.paging import Records, bytes_of_records, pages_of_records, starts_of
@@ -209,7 +210,7 @@ class Checkpointing:
         """
         rounds = self._rounds
         copies = {name: array.copy() for name, array in arrays.items()}
-        if type(rounds.selection) not in SELECTION_POLICIES.values():
+        if type(rounds.selection) not in (*SELECTION_POLICIES.values(), WithinBytes):
             state = selection_state(copies)
             rounds.new_selection(is_protected(state)).restore(state, rounds.num_held)
         remembered = sampling_state(copies)
