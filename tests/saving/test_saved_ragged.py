@@ -152,6 +152,9 @@ def test_a_form_that_was_not_saved_is_learnt_from_the_next_mini_batch(tmp_path: 
         drawn = buffer.draw()
         assert drawn is not None
         assert isinstance(drawn["bag"], list)
+        assert isinstance(next(buffer.representatives())["bag"], list)
+        buffer.rewrite(lambda batch: torch.tensor(list(map(len, batch["bag"]))), fields="length")
+        assert numbers_in(buffer)
 
 
 def test_what_is_saved_can_be_read_and_forgotten(tmp_path: Path) -> None:

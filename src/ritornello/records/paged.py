@@ -126,9 +126,9 @@ class PagedShard:
             found.add(digest.digest())
         return len(found)
 
-    def leaves(self, first: int, num_rows: int) -> list[Any]:
-        """Copies of the representatives from a slot on, field by field."""
+    def leaves(self, layout: Layout, first: int, num_rows: int) -> list[Any]:
+        """Copies of the representatives from a slot on, field by field, for a layout."""
         slots = np.arange(first, first + num_rows)
         rows, counts = self.shard.rows[first : first + num_rows].clone(), self.pages.counts[slots]
         starts_of(self._layout, rows.numpy())[:] = counts.cumsum() - counts
-        return leaves_of(self._layout, rows, self.pages_in(slots))
+        return leaves_of(layout, rows, self.pages_in(slots))

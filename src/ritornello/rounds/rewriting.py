@@ -43,7 +43,7 @@ def _read(
         assert layout is not None
         num_rows = min(batch_size, rounds.num_held - first)
         with outside_inference():
-            batch = layout.rebuild(rounds.representatives(first, num_rows))
+            batch = layout.rebuild(rounds.representatives(layout, first, num_rows))
         yield batch
 
 

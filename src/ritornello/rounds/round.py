@@ -232,13 +232,13 @@ class Rounds:
             return self.paged.num_distinct(self.num_held)
         return self._layout.num_distinct(self.to_host(self.shard.rows[: self.num_held]))
 
-    def representatives(self, first: int, num_rows: int) -> list[Any]:
-        """Copies of this rank's representatives from a slot on, field by field."""
+    def representatives(self, layout: Layout, first: int, num_rows: int) -> list[Any]:
+        """Copies of this rank's representatives from a slot on, field by field, for a layout."""
         assert self.shard is not None
         if self.paged is not None:
-            return self.paged.leaves(first, num_rows)
+            return self.paged.leaves(layout, first, num_rows)
         rows = self._staging.copy_for_trainer(self.shard.rows[first : first + num_rows])
-        return self._layout.views(rows)
+        return layout.views(rows)
 
     def placed(self, values: Mapping[int, torch.Tensor]) -> dict[int, torch.Tensor]:
         """The trainer's values for ``rewrite``; on the trainer's thread."""

@@ -462,7 +462,7 @@ class Steps:
         for first in range(0, rounds.num_held, batch_size):
             num_rows = min(batch_size, rounds.num_held - first)
             with outside_inference():
-                batch = layout.rebuild(rounds.representatives(first, num_rows))
+                batch = layout.rebuild(rounds.representatives(layout, first, num_rows))
             result = function(batch)
             if self.num_offers != num_offers:
                 raise RuntimeError(
