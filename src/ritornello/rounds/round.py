@@ -547,15 +547,15 @@ class Rounds:
         compare_layouts(self._layout, self.transport)
         if self.among_others is not None:
             self.among_others.compare()
-        self.admitted_in = np.zeros(self.num_rows, dtype=np.int64)
         shard = self._in_memory(self.limits, self._layout.record_bytes)
-        self.paged = None
+        paged = None
         if self.paged_as is not None:
             num_pages = self.paged_as.pages_per_rank
             pages = self._in_memory(num_pages, self.paged_as.page_bytes)
             table = self._in_memory(num_pages, TABLE_BYTES)
-            self.paged = PagedShard(self._layout, shard, Pages(pages, table, self.num_rows))
-        self.shard = shard  # last: where something did not fit, there is none
+            paged = PagedShard(self._layout, shard, Pages(pages, table, self.num_rows))
+        self.admitted_in = np.zeros(self.num_rows, dtype=np.int64)
+        self.paged, self.shard = paged, shard  # last: where something did not fit, there is none
         return shard
 
     def _in_memory(self, num_rows: Ints, row_bytes: int) -> Shard:
