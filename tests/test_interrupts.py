@@ -32,6 +32,7 @@ from torch import Tensor
 import ritornello
 from ritornello import RehearsalBuffer
 from ritornello.policies.names import SELECTION_POLICIES
+from ritornello.rounds.steps import Steps
 from ritornello.testing import check_consistent, spawn_ranks
 from ritornello.transports.base import Transport
 from ritornello.transports.local import LocalTransport
@@ -166,6 +167,48 @@ def test_the_first_update_can_be_interrupted() -> None:
             buffer.update(batch_of(1))
             assert len(buffer.update(batch_of(2))[0]) == 8
     assert number > 100
+
+
+def in_lists(step: int) -> tuple[list[Tensor], Tensor]:
+    values, labels = batch_of(step)
+    return [each.repeat(1 + number) for number, each in enumerate(values)], labels
+
+
+@pytest.mark.parametrize(
+    ("batches", "arguments"),
+    [
+        (batch_of, {"capacity": 1000, "capacity_bytes": 12 * 16}),
+        (in_lists, {"sampling": "uniform", "capacity_bytes": 4000}),
+    ],
+    ids=["of one size", "of unequal length"],
+)
+def test_bytes_are_bounded_as_a_whole(
+    batches: Callable[[int], Any], arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin, number = Steps._begin, 0
+
+    def interrupted_begin(*given: Any) -> None:
+        if interrupted(partial(begin, *given), number, Preempted(number)):
+            raise Preempted(number)
+        raise EOFError
+
+    is_whole = False
+    while not is_whole:
+        number += 1
+        with make(num_candidates=None, **arguments) as buffer:
+            monkeypatch.setattr(Steps, "_begin", interrupted_begin)
+            with pytest.raises((Preempted, EOFError)) as raised:
+                buffer.update(batches(0))
+            monkeypatch.undo()
+            buffer.wait_until_saved()  # what was begun has ended
+            check_consistent(buffer)
+            for step in range(1, 4):
+                augmented = buffer.update(batches(step))
+            assert len(augmented[1]) == 8
+            check_consistent(buffer)
+            assert buffer.stats().capacity == len(buffer) == 12
+            is_whole = raised.type is EOFError
+    assert number > 30
 
 
 def test_an_interrupted_draw_or_offer_has_happened_or_not() -> None:

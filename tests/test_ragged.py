@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from ritornello import RehearsalBuffer, evenly, rehearse
+from ritornello import RehearsalBuffer, RoundError, evenly, rehearse
 from ritornello.rounds import planner
 from ritornello.testing import (
     check_consistent,
@@ -342,6 +342,82 @@ def test_what_is_taken_for_samples(batch: Any) -> None:
         assert buffer._steps.begun is not None
         assert buffer._steps.begun.layout.ragged
         assert type(buffer.update(batch)) is type(batch)
+
+
+def test_ranks_of_which_one_has_samples_that_are_as_long_by_chance() -> None:
+    def rank_main(end: Transport) -> None:
+        lengths = [(3, 4), (7, 7)][end.rank]
+        arguments: dict[str, Any] = {"selection": "reservoir", "label": None}
+        with (
+            make_buffer(end, **arguments) as buffer,
+            pytest.raises(RoundError, match=r"another layout .* by chance .* give jagged"),
+        ):
+            for _ in range(2):
+                buffer.update([torch.zeros(length) for length in lengths])
+
+    run_ranks(LocalTransport.connect(2), rank_main)
+
+
+def test_a_first_mini_batch_of_no_jagged_samples_says_what_they_are() -> None:
+    def nothing(leaf: torch.Tensor) -> torch.Tensor:
+        if not leaf.is_nested:
+            return leaf[:0]
+        offsets = torch.zeros(1, dtype=torch.int64)
+        return torch.nested.nested_tensor_from_jagged(leaf.values()[:0], offsets)
+
+    def rank_main(end: Transport) -> None:
+        with make_buffer(end) as buffer:
+            for step in range(4):
+                batch = mini_batch(step, end.rank, "jagged")
+                batch["text"] = jagged(batch["text"])
+                if step == 0 and end.rank == 1:
+                    batch = {key: nothing(leaf) for key, leaf in batch.items()}
+                augmented = buffer.update(batch)
+                check(augmented | {"text": augmented["text"].unbind()}, "jagged")
+            check_consistent(buffer)
+
+    run_ranks(LocalTransport.connect(2), rank_main)
+    with (
+        make_buffer(capacity_bytes=None) as buffer,
+        pytest.raises(ValueError, match=r"Give capacity_bytes=, over all ranks$"),
+    ):
+        buffer.update({"bag": nothing(jagged([torch.zeros(2)])), "label": torch.arange(0)})
+
+
+@pytest.mark.parametrize("nothing", [[], ()])
+def test_a_first_mini_batch_of_no_samples_in_a_list(nothing: Any) -> None:
+    with RehearsalBuffer(60, num_representatives=4, capacity_bytes=9000) as buffer:
+        labels = torch.arange(3)
+        with pytest.raises(ValueError, match=rf"batch\[0\] is an empty {type(nothing).__name__}"):
+            buffer.update((nothing, labels[:0]))
+        samples = [torch.zeros(length) for length in (1, 2, 3)]
+        for _ in range(2):
+            buffer.update((samples, labels))
+        assert len(buffer.update((nothing, labels[:0]))[0]) == 4
+
+
+def test_an_empty_list_beside_samples_holds_no_fields() -> None:
+    """Also where `evenly` gives a rank without any mini-batches empty ones."""
+
+    def rank_main(end: Transport) -> None:
+        loader = [{"label": torch.arange(3), "more": []}] * (3 * end.rank)
+        with RehearsalBuffer(60, num_representatives=4, label="label", transport=end) as buffer:
+            for batch in evenly(loader, buffer):
+                assert buffer.update(batch)["more"] == []
+            assert len(buffer) == 9
+
+    run_ranks(LocalTransport.connect(2), rank_main)
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_jagged_in_another_dimension_is_refused(is_first: bool) -> None:
+    values, offsets = torch.zeros(2, 6), torch.tensor([0, 3, 6])
+    turned = torch.nested.nested_tensor_from_jagged(values.T, offsets).transpose(1, 2)
+    with make_buffer(label=None, selection="reservoir") as buffer:
+        if not is_first:
+            buffer.update(jagged([torch.zeros(3, 2), torch.zeros(3, 2)]))
+        with pytest.raises(TypeError, match="jagged in the first dimension of samples"):
+            buffer.update(turned)
 
 
 def test_rehearse_and_fields_made_anew() -> None:

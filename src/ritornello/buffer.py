@@ -306,8 +306,9 @@ class RehearsalBuffer:
             batch: tensors ``[b, ...]`` in any nesting of tuples, lists, dicts and containers that
                 are registered with PyTorch's pytree, as ``TensorDict`` is. ``b`` may vary, and be
                 0. A leaf whose samples differ in length is a list or tuple with a tensor (of one
-                dtype, shapes that differ in the first dimension alone) or bytes for each, or a
-                jagged nested tensor. What happens to it afterwards never changes what is stored.
+                dtype, shapes that differ in the first dimension alone) or bytes for each (of one
+                sample at least in the first mini-batch), or a jagged nested tensor. What happens to
+                it afterwards never changes what is stored.
 
         Returns:
             The augmented mini-batch: nested alike, ``b + r`` samples, representatives last (with

@@ -641,10 +641,11 @@ def test_a_load_waits_for_the_save(tmp_path: Path) -> None:
     run_ranks(LocalTransport.connect(2), rank_main)
 
 
+@pytest.mark.parametrize("has_begun", [False, True], ids=["new", "begun"])
 def test_a_shard_without_memory_on_one_rank_fails_on_all(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    has_begun: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And the buffer, which held nothing, is as new: it takes other samples."""
+    """And the buffer, which held nothing, is as new: it takes other samples, if it has met none."""
 
     def fill(end: Transport) -> None:
         with make(end) as buffer:
@@ -665,10 +666,16 @@ def test_a_shard_without_memory_on_one_rank_fails_on_all(
 
     def rank_main(end: Transport) -> str:
         with make(end) as buffer:
+            if has_begun:
+                with pytest.raises(ValueError, match="at least 0"):
+                    buffer.update((mini_batch(0, 0)[0], torch.full((4,), -1)))
             message = error_of(CheckpointError, lambda: buffer.load(tmp_path))
             together.wait(30.0)
             monkeypatch.setattr(LocalTransport, "make_shard", make_shard)
             together.wait(30.0)
+            if has_begun:
+                run_on(buffer, end.rank, 0, 3)
+                return message
             for _ in range(3):
                 buffer.update((torch.zeros(4), torch.arange(4)))
             return message

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import threading
 from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,9 @@ import pytest
 import torch
 
 from ritornello import CheckpointError, RehearsalBuffer, forget
+from ritornello.policies.within_bytes import WithinBytes
+from ritornello.records.paged import PagedShard
+from ritornello.saving import writing
 from ritornello.saving.folder import SavedFolder
 from ritornello.saving.manifest import with_checksum
 from ritornello.testing import check_consistent, connect_shared_memory, run_ranks
@@ -147,6 +152,9 @@ def test_a_form_that_was_not_saved_is_learnt_from_the_next_mini_batch(tmp_path: 
         drawn = buffer.draw()
         assert drawn is not None
         assert isinstance(drawn["bag"], list)
+        assert isinstance(next(buffer.representatives())["bag"], list)
+        buffer.rewrite(lambda batch: torch.tensor(list(map(len, batch["bag"]))), fields="length")
+        assert numbers_in(buffer)
 
 
 def test_what_is_saved_can_be_read_and_forgotten(tmp_path: Path) -> None:
@@ -187,6 +195,130 @@ def test_what_is_written_in_the_background_is_what_was_there(tmp_path: Path) -> 
     with make() as buffer:
         buffer.load(tmp_path)
         assert numbers_in(buffer) == held
+
+
+def test_a_state_dict_that_was_loaded_stays_what_it_was() -> None:
+    with make() as buffer:
+        train(buffer, 0, range(9))
+        state = buffer.state_dict()
+        expected = train(buffer, 0, range(9, 11))
+    for _ in range(2):
+        with make() as buffer:
+            buffer.load_state_dict(state)
+            assert train(buffer, 0, range(9, 11)) == expected
+            train(buffer, 0, range(11, 20))
+
+
+@pytest.mark.parametrize("start", [10**9, -1, 1])
+def test_where_staged_pages_begin_is_not_believed(start: int) -> None:
+    with make() as buffer:
+        train(buffer, 0, range(9))
+        state = buffer.state_dict()
+        expected = train(buffer, 0, range(9, 11))
+    staged = state["rank_0"][1]["staged"]
+    before = staged.clone()
+    staged.view(torch.int64)[:, -1] = start
+    given = staged.clone()
+    with make() as buffer:
+        buffer.load_state_dict(state)
+        assert train(buffer, 0, range(9, 11)) == expected
+    assert torch.equal(staged, given)
+    assert not torch.equal(staged, before)
+
+
+@pytest.mark.parametrize("has_begun", [False, True], ids=["new", "begun"])
+def test_a_load_whose_pages_do_not_fit_leaves_no_shard(
+    has_begun: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with make() as buffer:
+        train(buffer, 0, range(9))
+        state = buffer.state_dict()
+    make_shard, num_left = LocalTransport.make_shard, 0
+
+    def without_memory(self: LocalTransport, *arguments: Any) -> Any:
+        nonlocal num_left
+        num_left -= 1
+        if num_left < 0:
+            raise MemoryError("so many pages do not fit")
+        return make_shard(self, *arguments)
+
+    for num_made in (1, 2):  # of rows, pages and their table
+        num_left = num_made
+        with make() as buffer:
+            if has_begun:
+                with pytest.raises(ValueError, match="at least 0"):
+                    buffer.update(mini_batch(0) | {"label": torch.full((6,), -1)})
+            monkeypatch.setattr(LocalTransport, "make_shard", without_memory)
+            with pytest.raises(CheckpointError, match="so many pages do not fit"):
+                buffer.load_state_dict(state)
+            monkeypatch.undo()
+            assert buffer.stats().shard_bytes == 0
+            train(buffer, 0, range(4))
+            check_consistent(buffer)
+
+
+def test_a_load_that_fails_keeps_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    with make() as buffer:
+        train(buffer, 0, range(9))
+        state = buffer.state_dict()
+    with make() as buffer:
+        monkeypatch.setattr(PagedShard, "write", lambda *_, **__: 1 / 0)
+        with pytest.raises(CheckpointError, match="division by zero"):
+            buffer.load_state_dict(state)
+        monkeypatch.undo()
+        assert buffer.stats().shard_bytes == 0
+        train(buffer, 0, range(4))
+        check_consistent(buffer)
+
+
+def test_the_same_buffer_is_saved_as_the_same_bytes(tmp_path: Path) -> None:
+    """Whatever was there before, and so whichever pages hold it."""
+    with make() as buffer:
+        train(buffer, 0, range(30))
+        state = buffer.state_dict()
+        buffer.save(tmp_path / "first")
+    with make() as buffer:
+        buffer.load(tmp_path / "first")
+        buffer.save(tmp_path / "again")
+        again = buffer.state_dict()
+    files = [
+        json.loads((tmp_path / name / "manifest.json").read_text())["files"]
+        for name in ("first", "again")
+    ]
+    assert [each["sha256"] for each in files[0]] == [each["sha256"] for each in files[1]]
+    assert state["rank_0"][0] == again["rank_0"][0]
+    for name, tensor in state["rank_0"][1].items():
+        assert torch.equal(tensor, again["rank_0"][1][name]), name
+
+
+def test_what_is_needed_on_the_disk_is_what_all_ranks_hold(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    barrier = threading.Barrier(2)
+
+    def rank_main(end: Transport) -> None:
+        with make(end, capacity_bytes=400_000) as buffer:
+            buffer.fill([mini_batch(step, 0) for step in range(9)] * (1 - end.rank))
+            assert buffer.stats().held_per_rank == [25, 0]
+            for free, message in ((20_000, None), (4_000, "GB free, but the buffer needs")):
+                barrier.wait(30.0)
+                usage = SimpleNamespace(free=free)
+                monkeypatch.setattr(writing.shutil, "disk_usage", lambda folder, u=usage: u)
+                barrier.wait(30.0)
+                if message is None:
+                    buffer.save(tmp_path)
+                    continue
+                with pytest.raises(CheckpointError, match=message):
+                    buffer.save(tmp_path)
+
+    run_ranks(LocalTransport.connect(2), rank_main)
+
+
+def test_a_policy_of_the_library_s_own_is_not_tried_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    with make() as buffer:
+        train(buffer, 0, range(3))
+        monkeypatch.setattr(WithinBytes, "restore", lambda *_: 1 / 0)
+        buffer.state_dict()
 
 
 def test_before_the_first_round_and_without_a_bound(tmp_path: Path) -> None:

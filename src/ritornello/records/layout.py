@@ -404,7 +404,7 @@ def _ragged_like(field: Field, leaf: Any) -> Ragged:
             f"held samples of unequal length, {field.dtype} of the shape "
             f"{str(field).rpartition(str(field.dtype) + ' ')[2]}: give a list or tuple with a "
             "tensor (or bytes) for each sample, or torch.nested.nested_tensor(samples, "
-            "layout=torch.jagged)"
+            "layout=torch.jagged), jagged in the first dimension of samples"
         )
     if field.form in BYTES_FORMS and not len(ragged) and ragged.form in ("list", "tuple"):
         ragged.form += f" of {BYTES}"  # a list of nothing does not say what past ones come as

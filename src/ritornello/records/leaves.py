@@ -41,8 +41,8 @@ def _check_kind(path: Path, leaf: Tensor) -> None:
         (
             leaf.is_nested,
             "a nested tensor",
-            "with layout=torch.jagged it may be one whose samples differ in their first dimension "
-            "alone; torch.nested.to_padded_tensor pads it",
+            "with layout=torch.jagged it may be one, if it is jagged in the first dimension of "
+            "samples; torch.nested.to_padded_tensor pads it",
         ),
         (leaf.is_quantized, f"quantised, {leaf.dtype}", "offer its int_repr() or dequantize()"),
         ("FakeTensor" in classes or leaf.is_meta, "without values", "it only tells a shape"),

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ritornello.records.layout import INTEGERS
 from ritornello.records.nesting import MOST_LEVELS, Batch, Path, children_of, leaves_of, path_text
-from ritornello.records.ragged import ragged_paths
+from ritornello.records.ragged import empty_lists, ragged_paths
 
 PLACES = frozenset({"batch_idx", "batch_index", "batch_indices", "batch_ids", "edge_index"})
 """What detectors and graphs call a field that counts places in the mini-batch."""
@@ -33,7 +33,26 @@ def check_not_misread(batch: Batch) -> None:
     Raises:
         ValueError: a field counts places in the mini-batch, or a list may be one of samples.
     """
-    _check(batch, (), None, ragged_paths(batch))
+    ragged = ragged_paths(batch)
+    _check(batch, (), None, ragged)
+    _check_empty(batch, ragged)
+
+
+def _check_empty(batch: Batch, ragged: Collection[Path]) -> None:
+    """Checks that lists of nothing are beside samples: then they are known to hold no samples."""
+    leaves = [leaf for _, leaf in leaves_of(batch, whole=ragged)]
+    if not leaves or not all(isinstance(each, Tensor) and _is_empty(each) for each in leaves):
+        return
+    for path, kind in empty_lists(batch):
+        raise ValueError(
+            f"{path_text(path)} is an empty {kind}, and this first mini-batch has no samples: it "
+            "does not say what they are. Begin with one that has some, or give jagged nested "
+            "tensors, which say it also without"
+        )
+
+
+def _is_empty(leaf: Tensor) -> bool:
+    return leaf.dim() > 0 and leaf.size(0) == 0
 
 
 def _check(batch: Batch, path: Path, name: Any, ragged: Collection[Path]) -> None:

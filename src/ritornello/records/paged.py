@@ -110,10 +110,15 @@ class PagedShard:
         """Copies of the pages of some slots, one slot after the other."""
         return self.pages.shard.rows[torch.from_numpy(self.pages.of_slots(slots))]
 
+    def without_starts(self, rows: Tensor) -> Tensor:
+        """Copies of rows that do not say where their pages begin."""
+        rows = rows.clone()
+        self.starts_of(rows)[:] = 0
+        return rows
+
     def num_distinct(self, num_held: int) -> int:
         """How many of the first representatives differ in a field."""
-        rows = self.shard.rows[:num_held].clone()
-        starts_of(self._layout, rows.numpy())[:] = 0
+        rows = self.without_starts(self.shard.rows[:num_held])
         found = set[bytes]()
         for slot in range(num_held):
             digest = hashlib.blake2b(rows[slot].numpy().tobytes(), digest_size=16)
@@ -121,9 +126,9 @@ class PagedShard:
             found.add(digest.digest())
         return len(found)
 
-    def leaves(self, first: int, num_rows: int) -> list[Any]:
-        """Copies of the representatives from a slot on, field by field."""
+    def leaves(self, layout: Layout, first: int, num_rows: int) -> list[Any]:
+        """Copies of the representatives from a slot on, field by field, for a layout."""
         slots = np.arange(first, first + num_rows)
         rows, counts = self.shard.rows[first : first + num_rows].clone(), self.pages.counts[slots]
         starts_of(self._layout, rows.numpy())[:] = counts.cumsum() - counts
-        return leaves_of(self._layout, rows, self.pages_in(slots))
+        return leaves_of(layout, rows, self.pages_in(slots))

@@ -81,12 +81,16 @@ class Ragged:
 
     @property
     def dtypes(self) -> set[torch.dtype]:
-        """Of the samples: one, where they are alike."""
+        """Of the samples: one, where they are alike; none, where a list holds none."""
+        if isinstance(self.given, Tensor):
+            return {self.given.dtype}
         return {each.dtype if isinstance(each, Tensor) else torch.uint8 for each in self.samples}
 
     @property
     def shapes(self) -> set[tuple[int, ...]]:
-        """Of the samples, without the first dimension: one, where they are alike."""
+        """Of the samples, without the first dimension: as many as ``dtypes``, where alike."""
+        if isinstance(self.given, Tensor):
+            return {tuple(self.given.values().shape[1:])}
         return {tuple(each.shape[1:]) if isinstance(each, Tensor) else () for each in self.samples}
 
     def data(self, number: int) -> Bytes:
@@ -122,8 +126,10 @@ def in_form(form: str, samples: Sequence[Any]) -> Any:
 
 
 def is_jagged(leaf: Any) -> bool:
-    """Whether a leaf is a nested tensor with ``layout=torch.jagged``."""
-    return isinstance(leaf, Tensor) and leaf.is_nested and leaf.layout == torch.jagged
+    """Whether a leaf is a nested tensor with ``layout=torch.jagged``, jagged in dimension 1."""
+    if not isinstance(leaf, Tensor) or not leaf.is_nested or leaf.layout != torch.jagged:
+        return False
+    return getattr(leaf, "_ragged_idx", 1) == 1
 
 
 def _jagged(samples: Sequence[Tensor]) -> Tensor:
@@ -137,7 +143,7 @@ def _jagged(samples: Sequence[Tensor]) -> Tensor:
 def pattern_of(leaf: Any) -> Any:
     """What a leaf is like, without its samples: dense, none; ragged, a single one of no length."""
     ragged = Ragged.of(leaf)
-    if ragged is not None and len(ragged):
+    if ragged is not None and ragged.dtypes:
         (dtype, *_), (shape, *_) = ragged.dtypes, ragged.shapes
         return Ragged.like(ragged.form, dtype, shape).given
     if isinstance(leaf, Tensor) and leaf.dim():
@@ -167,7 +173,7 @@ def ragged_paths(batch: Batch) -> frozenset[Path]:
     certain, open_ones, counts = set[Path](), dict[Path, Ragged](), set[int]()
     for path, leaf in _candidates(batch, ()):
         ragged = Ragged.of(leaf)
-        if ragged is None or len(ragged) == 0:
+        if ragged is None or not ragged.dtypes:
             if isinstance(leaf, Tensor) and leaf.dim() and not leaf.is_nested:
                 counts.add(leaf.shape[0])
             continue
@@ -184,6 +190,16 @@ def ragged_paths(batch: Batch) -> frozenset[Path]:
         if counts == {len(ragged)} and int(ragged.lengths[0]) not in counts:
             certain.add(path)
     return frozenset(certain)
+
+
+def empty_lists(batch: Batch) -> list[tuple[Path, str]]:
+    """Where a mini-batch has lists or tuples of nothing, which tell of neither samples nor fields.
+
+    Returns:
+        Their paths, and "list" or "tuple".
+    """
+    found = ((path, Ragged.of(leaf)) for path, leaf in _candidates(batch, ()))
+    return [(path, each.form) for path, each in found if each is not None and not each.dtypes]
 
 
 def _candidates(batch: Batch, path: Path) -> Iterator[tuple[Path, Any]]:

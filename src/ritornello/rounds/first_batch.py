@@ -76,8 +76,8 @@ def understood(batch: Batch, arguments: Arguments, num_ranks: int) -> tuple[Layo
     layout = Layout.of(batch)
     mean_bytes = 0
     if layout.ragged:
-        leaves = layout.leaves(batch)
-        mean_bytes = int(layout.bytes_in_pages(leaves).mean()) + layout.record_bytes
+        num_bytes = layout.bytes_in_pages(layout.leaves(batch))
+        mean_bytes = int(num_bytes.mean()) + layout.record_bytes if len(num_bytes) else 0
     layout = bounded(layout, arguments, num_ranks, mean_bytes)
     return layout, layout.leaves(batch)
 

@@ -15,8 +15,9 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 import torch
 
+from ritornello.records.layout import Layout
 from ritornello.records.ragged import Ragged
-from ritornello.transports.agreement import gather_padded, random_number
+from ritornello.transports.agreement import gather_counts, gather_padded, random_number
 from ritornello.transports.base import Transport
 
 logger = logging.getLogger(__name__)
@@ -103,12 +104,36 @@ class OpenBuffer:
             )
 
 
+def compare_layouts(layout: Layout, transport: Transport) -> None:
+    """Compares it with those of the other ranks; all call it, in the first round.
+
+    Raises:
+        ValueError: on every rank: they are not the same.
+    """
+    digests = gather_counts(transport, layout.digest)
+    others = np.flatnonzero(digests != layout.digest).tolist()
+    if not others:
+        return
+    text = (
+        f"the samples of rank(s) {others} have another layout than this rank's "
+        f"({'; '.join(map(str, layout.fields))}): all ranks must give the same nesting, dtypes and "
+        "shapes"
+    )
+    if gather_counts(transport, len(layout.ragged)).any():
+        text += (
+            ". (A list whose tensors are by chance of one length may be taken for the fields of a "
+            "sample: give jagged nested tensors, which never are)"
+        )
+    raise ValueError(text)
+
+
 def _content_number(leaves: list[Any]) -> int:
     """A number that equal mini-batches share; 0 for one in which nothing differs from anything."""
     content, tells = hashlib.sha256(), False
     for leaf in leaves:
         if isinstance(leaf, Ragged):
-            data = np.concatenate([leaf.data(number) for number in range(len(leaf))])
+            parts = [leaf.data(number) for number in range(len(leaf))]
+            data = np.concatenate([np.zeros(0, dtype=np.uint8), *parts])
             elements = data[:, None]
             content.update(leaf.lengths.tobytes())
         else:

@@ -41,10 +41,46 @@ def _read(
                 "the next update, offer, load or rewrite"
             )
         assert layout is not None
+        yield _batch_at(rounds, layout, first, min(batch_size, rounds.num_held - first))
+
+
+def results_of(
+    function: Callable[[Batch], Any],
+    rounds: Rounds,
+    layout: Layout,
+    batch_size: int,
+    num_offers: Callable[[], int],
+) -> Iterator[tuple[int, int, Any]]:
+    """What a function makes of a rank's representatives; see ``RehearsalBuffer.rewrite``.
+
+    Args:
+        function: of a batch of them.
+        rounds: of the buffer.
+        layout: of the records.
+        batch_size: samples at a time.
+        num_offers: how many mini-batches have been offered so far.
+
+    Yields:
+        The slot of the first of them, how many they are, and what it has returned for them.
+
+    Raises:
+        RuntimeError: the function has offered something.
+    """
+    before = num_offers()
+    for first in range(0, rounds.num_held, batch_size):
         num_rows = min(batch_size, rounds.num_held - first)
-        with outside_inference():
-            batch = layout.rebuild(rounds.representatives(first, num_rows))
-        yield batch
+        result = function(_batch_at(rounds, layout, first, num_rows))
+        if num_offers() != before:
+            raise RuntimeError(
+                "rewrite: the function has called update, draw or offer: the buffer goes on "
+                "when rewrite has returned"
+            )
+        yield first, num_rows, result
+
+
+def _batch_at(rounds: Rounds, layout: Layout, first: int, num_rows: int) -> Batch:
+    with outside_inference():
+        return layout.rebuild(rounds.representatives(layout, first, num_rows))
 
 
 class FieldsMadeAnew:

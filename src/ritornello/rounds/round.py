@@ -32,7 +32,7 @@ from ritornello.records.paging import Records
 from ritornello.records.shard import Shard, rows_per_rank
 from ritornello.records.storage import Storage
 from ritornello.rounds.distances import cosine_distances
-from ritornello.rounds.first_round import OpenBuffer
+from ritornello.rounds.first_round import OpenBuffer, compare_layouts
 from ritornello.rounds.planner import Planner
 from ritornello.rounds.random_streams import Purpose, Streams
 from ritornello.rounds.staging import Staging
@@ -232,13 +232,13 @@ class Rounds:
             return self.paged.num_distinct(self.num_held)
         return self._layout.num_distinct(self.to_host(self.shard.rows[: self.num_held]))
 
-    def representatives(self, first: int, num_rows: int) -> list[Any]:
-        """Copies of this rank's representatives from a slot on, field by field."""
+    def representatives(self, layout: Layout, first: int, num_rows: int) -> list[Any]:
+        """Copies of this rank's representatives from a slot on, field by field, for a layout."""
         assert self.shard is not None
         if self.paged is not None:
-            return self.paged.leaves(first, num_rows)
+            return self.paged.leaves(layout, first, num_rows)
         rows = self._staging.copy_for_trainer(self.shard.rows[first : first + num_rows])
-        return self._layout.views(rows)
+        return layout.views(rows)
 
     def placed(self, values: Mapping[int, torch.Tensor]) -> dict[int, torch.Tensor]:
         """The trainer's values for ``rewrite``; on the trainer's thread."""
@@ -291,7 +291,12 @@ class Rounds:
     # For who saves and restores it, between two rounds.
 
     def to_host(self, rows: torch.Tensor) -> Bytes:
-        """Rows of the shard in CPU memory, as they are after the last round."""
+        """Rows of the shard in CPU memory, as they are after the last round.
+
+        Where they have pages, copies that do not say where these are: it may change meanwhile.
+        """
+        if self.paged is not None:
+            return self.paged.without_starts(rows).numpy()
         if rows.device.type == "cpu":
             return rows.numpy()
         with self._staging.worker_stream():
@@ -329,7 +334,11 @@ class Rounds:
             if failure is not None:
                 raise failure
 
-        together(self.transport, check, "load")
+        try:
+            together(self.transport, check, "load")
+        except CheckpointError:
+            self.shard = self.paged = None  # as where it did not fit: none was there before
+            raise
         self.transport.await_readers()
 
         def write() -> None:
@@ -535,27 +544,22 @@ class Rounds:
         """
         if self.shard is not None:
             return self.shard
-        digests = gather_counts(self.transport, self._layout.digest)
-        others = np.flatnonzero(digests != self._layout.digest).tolist()
-        if others:
-            raise ValueError(
-                f"the samples of rank(s) {others} have another layout than this rank's "
-                f"({'; '.join(map(str, self._layout.fields))}): all ranks must give the same "
-                "nesting, dtypes and shapes"
-            )
+        compare_layouts(self._layout, self.transport)
         if self.among_others is not None:
             self.among_others.compare()
-        self.shard = self.transport.make_shard(
-            self.limits, self._layout.record_bytes, self._storage
-        )
-        self.admitted_in = np.zeros(self.num_rows, dtype=np.int64)
-        self.paged = None
+        shard = self._in_memory(self.limits, self._layout.record_bytes)
+        paged = None
         if self.paged_as is not None:
-            num_pages, page_bytes = self.paged_as.pages_per_rank, self.paged_as.page_bytes
-            pages = self.transport.make_shard(num_pages, page_bytes, self._storage)
-            table = self.transport.make_shard(num_pages, TABLE_BYTES, self._storage)
-            self.paged = PagedShard(self._layout, self.shard, Pages(pages, table, self.num_rows))
-        return self.shard
+            num_pages = self.paged_as.pages_per_rank
+            pages = self._in_memory(num_pages, self.paged_as.page_bytes)
+            table = self._in_memory(num_pages, TABLE_BYTES)
+            paged = PagedShard(self._layout, shard, Pages(pages, table, self.num_rows))
+        self.admitted_in = np.zeros(self.num_rows, dtype=np.int64)
+        self.paged, self.shard = paged, shard  # last: where something did not fit, there is none
+        return shard
+
+    def _in_memory(self, num_rows: Ints, row_bytes: int) -> Shard:
+        return self.transport.make_shard(num_rows, row_bytes, self._storage)
 
     def _learn_sizes(self, size: int) -> None:
         """All-gathers the shards' sizes, as long as some shard is still filling."""

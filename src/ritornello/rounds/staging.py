@@ -184,10 +184,10 @@ class Staging:
         return Records(rows, pages)
 
     def put_back(self, records: Records) -> None:
-        """Places what ``staged`` gave where it was."""
+        """Places copies of what ``staged`` gave where it was."""
         staged = records.rows
         if records.pages is not None:
-            self.pages = records.pages
+            self.pages = records.pages.clone()
         if self._stream is not None:
             self._begin_turn()
         self._delivered[: len(staged)] = staged.to(self.trainer_device)

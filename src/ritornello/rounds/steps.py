@@ -25,7 +25,6 @@ from ritornello.errors import CheckpointError, PeerLostError, RoundError, round_
 from ritornello.policies.selection import check_labels
 from ritornello.records import accelerators
 from ritornello.records.layout import Layout
-from ritornello.records.modes import outside_inference
 from ritornello.records.nesting import Batch, leaves_of, path_text
 from ritornello.records.paging import Records
 from ritornello.records.storage import Storage
@@ -33,7 +32,7 @@ from ritornello.rounds.arguments import Arguments, plain
 from ritornello.rounds.first_batch import Begun, device_of, understood
 from ritornello.rounds.joining import Joiner, copies
 from ritornello.rounds.random_streams import Purpose, Streams
-from ritornello.rounds.rewriting import FieldsMadeAnew, read
+from ritornello.rounds.rewriting import FieldsMadeAnew, read, results_of
 from ritornello.rounds.round import Rounds
 from ritornello.rounds.staging import Staging, WorkerStreams
 from ritornello.rounds.stats import BufferStats
@@ -292,7 +291,11 @@ class Steps:
             self.rounds.among_others.begin()
         if staged is not None:
             begun.staging.put_back(staged)
-        self.rounds.open(layout, label, begun.identity, begun.staging)
+        opened = partial(self.rounds.open, layout, label, begun.identity, begun.staging)
+        if self._worker.is_calling:
+            opened()
+        else:  # an interrupt shall not leave it half done
+            self.between_rounds(opened)
         self.begun = begun
         return begun
 
@@ -450,26 +453,18 @@ class Steps:
         self.settle()
         if self.begun is None:
             return
-        rounds, layout, num_offers = self.rounds, self._known.layout, self.num_offers
+        layout = self._known.layout
         try:
             anew = FieldsMadeAnew(layout, self._known.label, self._known.identity, fields)
         except ValueError as error:
             raise self._with_rank(error) from None
-        for first in range(0, rounds.num_held, batch_size):
-            num_rows = min(batch_size, rounds.num_held - first)
-            with outside_inference():
-                batch = layout.rebuild(rounds.representatives(first, num_rows))
-            result = function(batch)
-            if self.num_offers != num_offers:
-                raise RuntimeError(
-                    "rewrite: the function has called update, draw or offer: the buffer goes on "
-                    "when rewrite has returned"
-                )
+        results = results_of(function, self.rounds, layout, batch_size, lambda: self.num_offers)
+        for first, num_rows, result in results:
             try:
                 values = anew.values(result, num_rows)
             except (TypeError, ValueError) as error:
                 raise self._with_rank(error) from None
-            placed = rounds.placed(values)
+            placed = self.rounds.placed(values)
             self.between_rounds(partial(self._write, first, num_rows, placed))
 
     def _write(self, first: int, num_rows: int, values: dict[int, Tensor]) -> None:
@@ -537,7 +532,7 @@ class Steps:
 
     def forget_restored(self) -> None:
         """As before ``begin_restored``."""
-        self.begun, self.rounds.shard, self._advice = None, None, None
+        self.begun = self._advice = self.rounds.shard = self.rounds.paged = None
 
     def go_on(self, num_rounds: int, is_offered: bool, staged: Records, rate: float) -> None:
         """Takes the place of a buffer after some rounds, with what it had staged, and its rate."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from ritornello.arrays import Ints
 from ritornello.records.layout import Layout
 from ritornello.records.nesting import Batch, Path, mapped
-from ritornello.records.ragged import emptied, pattern_of, ragged_paths
+from ritornello.records.ragged import emptied, empty_lists, pattern_of, ragged_paths
 from ritornello.rounds.first_batch import bounded
 from ritornello.rounds.steps import Steps
 from ritornello.transports.agreement import gather_counts, gather_padded
@@ -84,7 +84,8 @@ class Together:
                     "be pickled: let this loader give an empty one first (or evenly, with like=)"
                 )
             )
-        if self._pattern.ragged and self._steps.begun is None:
+        does_not_say = self._pattern.ragged or empty_lists(self._pattern.batch)
+        if does_not_say and self._steps.begun is None:
             self._begin(self._pattern)
         return mapped(self._pattern.batch, emptied, self._pattern.ragged)
 

@@ -18,9 +18,10 @@ from ritornello.arrays import Arrays
 from ritornello.errors import CheckpointError, RoundError
 from ritornello.policies.names import SAMPLING_POLICIES, SELECTION_POLICIES
 from ritornello.policies.protection import is_protected
+from ritornello.policies.within_bytes import WithinBytes
 from ritornello.records.digest import digest
 from ritornello.records.layout import Layout
-from ritornello.records.paging import Records, bytes_of_records
+from ritornello.records.paging import Records, bytes_of_records, pages_of_records, starts_of
 from ritornello.rounds.arguments import Arguments
 from ritornello.rounds.first_batch import bounded
 from ritornello.rounds.steps import Steps
@@ -209,7 +210,7 @@ class Checkpointing:
         """
         rounds = self._rounds
         copies = {name: array.copy() for name, array in arrays.items()}
-        if type(rounds.selection) not in SELECTION_POLICIES.values():
+        if type(rounds.selection) not in (*SELECTION_POLICIES.values(), WithinBytes):
             state = selection_state(copies)
             rounds.new_selection(is_protected(state)).restore(state, rounds.num_held)
         remembered = sampling_state(copies)
@@ -421,9 +422,11 @@ class Checkpointing:
         if manifest.layout is None or manifest.paging is None:
             return Records(staged)
         page_bytes = manifest.paging.page_bytes
-        pages = records_of(arrays, STAGED_PAGES, page_bytes)
-        check_lengths(manifest.layout, staged.numpy(), page_bytes, len(pages))
-        return Records(staged, torch.from_numpy(pages))
+        rows, pages = staged.numpy().copy(), records_of(arrays, STAGED_PAGES, page_bytes)
+        check_lengths(manifest.layout, rows, page_bytes, len(pages))
+        counts = pages_of_records(manifest.layout, rows, page_bytes)
+        starts_of(manifest.layout, rows)[:] = counts.cumsum() - counts
+        return Records(torch.from_numpy(rows), torch.from_numpy(pages))
 
 
 def _fields_text(layout: Layout) -> str:

@@ -31,7 +31,7 @@ from ritornello.saving.folder import (
 )
 from ritornello.saving.manifest import Manifest, SavedFile
 from ritornello.saving.shard_file import PIECE_BYTES, new_shard_file
-from ritornello.transports.agreement import together
+from ritornello.transports.agreement import gather_counts, together
 from ritornello.transports.base import Transport
 
 logger = logging.getLogger(__name__)
@@ -79,7 +79,7 @@ class _Part:
     Args:
         rows: uint8 ``[n, row_bytes]``.
         numbers: int64 ``[m]``, which of them, in that order; None: all.
-        to_host: gives them in CPU memory.
+        to_host: gives some of them in CPU memory.
     """
 
     def __init__(
@@ -156,7 +156,7 @@ class SaveUnderWay:
         self._rows = _Part(snapshot.rows, None, to_host)
         self._pages: _Part | None = None
         if snapshot.pages is not None:
-            self._pages = _Part(snapshot.pages, snapshot.page_numbers, to_host)
+            self._pages = _Part(snapshot.pages, snapshot.page_numbers, Tensor.numpy)
         self._rank, self._num_ranks = transport.rank, transport.num_ranks
         self._steps = self._run()
         self._lock: int | None = None
@@ -177,8 +177,10 @@ class SaveUnderWay:
             PeerLostError: another rank is gone.
         """
         try:
+            _, pages = self._snapshot.shapes
+            in_pages = int(gather_counts(self._transport, math.prod(pages or (0,))).sum())
             together(self._transport, self._take_folder, "save")
-            together(self._transport, self._check_folder, "save")
+            together(self._transport, lambda: self._check_folder(in_pages), "save")
         except BaseException:
             self.give_up()
             raise
@@ -197,16 +199,14 @@ class SaveUnderWay:
             remove_leftovers(self._folder)
             self._mark.touch()
 
-    def _check_folder(self) -> None:
+    def _check_folder(self, num_bytes_in_pages: int) -> None:
         if not self._mark.exists():
             raise CheckpointError(
                 f"{self._folder}: rank {self._rank} does not see what rank 0 has made there; all "
                 "ranks must save in one folder, on a file system that they share"
             )
         manifest = self._snapshot.manifest
-        needed = manifest.num_held * manifest.record_bytes
-        _, pages = self._snapshot.shapes
-        needed += self._num_ranks * math.prod(pages or (0,))  # about: as many as this rank has
+        needed = manifest.num_held * manifest.record_bytes + num_bytes_in_pages
         free = shutil.disk_usage(self._folder).free
         if needed > free:
             raise CheckpointError(
