@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from ritornello import PeerLostError, RehearsalBuffer, RoundError
+from ritornello import PeerLostError, RehearsalBuffer, RoundError, evenly
 from ritornello.testing import connect_collective, connect_shared_memory, run_ranks
 from ritornello.transports import LocalTransport, Transport, agreement, watch
 from ritornello.transports.board import Board
@@ -46,6 +46,9 @@ CALLS: dict[str, Callable[[RehearsalBuffer, Path], Any]] = {
         lambda batch: batch[0][:, None]
     ),
     "begin_task": lambda buffer, _: buffer.begin_task("new"),
+    "fill": lambda buffer, _: buffer.fill([mini_batch(0, 0)]),
+    "evenly": lambda buffer, _: next(iter(evenly([mini_batch(0, 0)], buffer))),
+    "protect": lambda buffer, _: buffer.protect(0.5),
 }
 
 

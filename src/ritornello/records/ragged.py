@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ritornello.arrays import Bytes, Ints
-from ritornello.records.nesting import Batch, Path, children_of
+from ritornello.records.nesting import MOST_LEVELS, Batch, Path, children_of
 
 BYTES = "bytes"
 
@@ -208,7 +208,7 @@ def _candidates(batch: Batch, path: Path) -> Iterator[tuple[Path, Any]]:
         yield path, batch
         return
     children = children_of(batch)
-    if children is None:
+    if children is None or len(path) > MOST_LEVELS:  # what is too deep is refused elsewhere
         return
     for step, value in zip(children.steps, children.values, strict=True):
         yield from _candidates(value, (*path, step))
