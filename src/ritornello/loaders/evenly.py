@@ -34,7 +34,7 @@ def evenly(
             one, or, if it never has any, another rank's, which must then be such that it can be
             pickled.
 
-    Raises, as it goes on:
+    Raises:
         TypeError: a rank never had a mini-batch, and what those of the others are like is not
             known.
         PeerLostError: also where ranks do not call ``update`` equally often.
