@@ -39,7 +39,7 @@ def engine_of(model: nn.Module, stage: int, num_parts: int) -> Any:
 
 def buffer_beside(engine: Any) -> RehearsalBuffer:
     group = engine.data_parallel_group
-    return RehearsalBuffer(24, num_representatives=3, num_candidates=2, process_group=group)
+    return RehearsalBuffer(24, num_representatives=3, process_group=group)
 
 
 def mini_batches() -> list[list[Tensor]]:

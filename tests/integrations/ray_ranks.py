@@ -81,8 +81,8 @@ def run(folder: Path, work: Any, num_workers: int) -> dict[str, Any]:
 def main(folder: Path) -> None:
     ray.init("local", num_cpus=2, include_dashboard=False, object_store_memory=10**8)
     example.main()
-    [*_, last] = sorted(folder.glob("ray_results/*/checkpoint_*"))
-    expected = torch.load(last / "model.pt")
+    [*_, last] = sorted(folder.glob("ray_results/*/checkpoint_*/model.pt"))
+    expected = torch.load(last)
 
     found = run(folder, is_killed_once, num_workers=2)
     names = {path.name for path in folder.glob("?-*")}
