@@ -12,7 +12,6 @@ ratio of the sums, and between which values the middle half of the turns lies.
 from __future__ import annotations
 
 import argparse
-import os
 from itertools import count
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
@@ -40,7 +39,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 class TakingTurns(Trainer):
     """A trainer that tells what some steps have taken, and waits until the next ones may begin.
 
-    Its first turn is not told: caches fill, and the buffer begins.
+    Its first turn does not count: caches fill, and the buffer begins.
     """
 
     turns: Connection
@@ -60,7 +59,6 @@ class TakingTurns(Trainer):
 def train(recipe: Recipe, num_steps: int, turns: Connection) -> None:
     """One run, in its own process; sends None at its end."""
     turns.recv()
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
     data = load(recipe.data, recipe.data_path, recipe.image_size)
     with TakingTurns(recipe, data, Place(0, 1, torch.device("cpu"))) as trainer:
         trainer.turns, trainer.num_steps = turns, num_steps
