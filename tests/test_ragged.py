@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from ritornello import RehearsalBuffer, RoundError, evenly, rehearse
+from ritornello import RehearsalBuffer, RoundError, UniformSampling, evenly, rehearse
+from ritornello.policies.contents import HAS_MOVED, Contents
 from ritornello.rounds import planner
 from ritornello.testing import (
     check_consistent,
@@ -235,6 +236,82 @@ def test_draws_are_uniform_whatever_the_lengths() -> None:
     assert chi_square_p_value(counts, counts.mean()) > 1e-4
 
 
+@pytest.mark.parametrize("selection", ["class-balanced", "fifo"])
+@pytest.mark.parametrize("sampling", ["class-balanced", "grasp", "earlier-tasks"])
+def test_every_rank_knows_who_left_and_who_moved(
+    sampling: str, selection: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    num_moved = list[int]()
+    change = Contents.change
+
+    def counted(contents: Contents, rank: int, changes: np.ndarray) -> Any:
+        num_moved.append(int((changes[:, 1] >= HAS_MOVED).sum()))
+        return change(contents, rank, changes)
+
+    def rank_main(transport: Transport) -> None:
+        with make_buffer(transport, sampling=sampling, selection=selection) as buffer:
+            for step in range(40):
+                if step % 10 == 0:
+                    buffer.begin_task(str(step))
+                    if sampling == "grasp":
+                        buffer.measure_distances(lambda batch: batch["length"][:, None] + 1.0)
+                batch = buffer.update(mini_batch(step, transport.rank))
+                check(batch, "list")
+                check_consistent(buffer)
+                if sampling == "earlier-tasks":  # and none is taken for one by having moved
+                    past = batch["number"][5:] % 1000 // 10
+                    if selection == "class-balanced":
+                        assert len(past) == (4 if step > 10 else 0)
+                    assert (past < step // 10 * 10).all()
+
+    monkeypatch.setattr(Contents, "change", counted)
+    run_ranks(LocalTransport.connect(2), rank_main)
+    assert sum(num_moved) > 20
+
+
+def test_all_of_earlier_tasks_are_drawn_alike_whatever_has_moved() -> None:
+    counts = dict[int, int]()
+    with make_buffer(sampling="earlier-tasks", selection="reservoir") as buffer:
+        buffer.begin_task("first")
+        for step in range(20):
+            buffer.update(mini_batch(step))
+        buffer.begin_task("second")
+        for step in range(20, 26):  # these push some of the first ones out
+            buffer.update(mini_batch(step))
+        held = [n for batch in buffer.representatives() for n in batch["number"].tolist()]
+        earlier = [number for number in held if number < 200]
+        assert 0 < len(earlier) < len(held)
+        buffer.num_candidates = 0
+        for _ in range(600):
+            for number in buffer.update(mini_batch(0))["number"][5:].tolist():
+                counts[number] = counts.get(number, 0) + 1
+    assert set(counts) - set(earlier) <= set(range(200))  # the first draw was before
+    observed = np.array([counts[number] for number in earlier])
+    assert chi_square_p_value(observed, observed.mean()) > 1e-4
+
+
+class Remembering(UniformSampling):
+    """A policy of one's own that is not told of moves otherwise than of others that came."""
+
+    needs_places = True
+
+    def bind(self, capacity: int) -> None:
+        self.places = set[int]()
+
+    def overwritten(self, places: np.ndarray) -> None:
+        self.places |= set(places.tolist())
+
+
+def test_a_policy_that_does_not_look_at_moves_takes_them_for_others() -> None:
+    policy = Remembering()
+    policy.bind(9)
+    policy.moved(np.array([7, 8]), np.array([1, 2]))
+    assert policy.places == {1, 2, 7, 8}
+    with make_buffer(sampling=Remembering()) as buffer:
+        for step in range(20):
+            check(buffer.update(mini_batch(step)), "list")
+
+
 def test_what_is_stored_favours_no_length() -> None:
     long = 0
     held = 0
@@ -293,7 +370,6 @@ def test_the_bound_holds_for_samples_of_one_size_too() -> None:
             r"\['bag'\] holds samples of unequal length.*Give capacity_bytes=",
         ),
         ({"capacity_bytes": 2900}, "capacity_bytes=2900: what has a fixed size takes .* no room"),
-        ({"sampling": "class-balanced"}, "sampling='class-balanced': samples of unequal length"),
         ({"selection": "grasp"}, "selection: GraspEviction does not say who gives way"),
     ],
 )

@@ -35,6 +35,7 @@ from ritornello.records.modes import outside_modes
 from ritornello.records.nesting import Batch
 from ritornello.records.storage import Storage
 from ritornello.rounds.arguments import Arguments, check_count, check_seconds, check_share
+from ritornello.rounds.distances import measure_distances
 from ritornello.rounds.first_round import OpenBuffer
 from ritornello.rounds.round import Rounds
 from ritornello.rounds.stats import BufferStats
@@ -503,7 +504,7 @@ class RehearsalBuffer:
         features = [embed(batch) for batch in self.representatives(batch_size)]
         joined = torch.cat(features).cpu() if features else torch.zeros((0, 0), device="cpu")
         self._steps.with_peers(
-            "measure_distances", partial(self._steps.rounds.measure_distances, joined)
+            "measure_distances", partial(measure_distances, self._steps.rounds, joined)
         )
 
     def begin_task(self, name: str) -> None:

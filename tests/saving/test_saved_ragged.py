@@ -85,11 +85,23 @@ def numbers_in(buffer: RehearsalBuffer) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize("how", ["folder", "background", "state_dict"])
-def test_it_goes_on_bit_for_bit(how: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("how", "sampling"),
+    [
+        ("folder", "uniform"),
+        ("background", "class-balanced"),
+        ("state_dict", "uniform"),
+        ("state_dict", "earlier-tasks"),
+        ("folder", "grasp"),
+    ],
+)
+def test_it_goes_on_bit_for_bit(how: str, sampling: str, tmp_path: Path) -> None:
     def rank_main(end: Transport) -> list[Any]:
-        with make(end, num_draws=2) as buffer:
-            train(buffer, end.rank, range(20))
+        with make(end, num_draws=2, sampling=sampling) as buffer:
+            buffer.begin_task("the first one")
+            train(buffer, end.rank, range(10))
+            buffer.begin_task("the next one")
+            train(buffer, end.rank, range(10, 20))
             state = buffer.state_dict() if how == "state_dict" else None
             if how != "state_dict":
                 buffer.save(tmp_path, background=how == "background")
@@ -99,7 +111,7 @@ def test_it_goes_on_bit_for_bit(how: str, tmp_path: Path) -> None:
         return [state, rest]
 
     def again(end: Transport) -> list[Any]:
-        with make(end, num_draws=2) as buffer:
+        with make(end, num_draws=2, sampling=sampling) as buffer:
             if states[end.rank] is not None:
                 buffer.load_state_dict(states[end.rank])
             else:
@@ -137,6 +149,33 @@ def test_on_other_ranks_nothing_is_lost(tmp_path: Path) -> None:
         held = list(chain(*found))
         assert 0 < len(held) < len(saved)
         assert set(held) < set(saved)
+
+
+@pytest.mark.parametrize("sampling", ["class-balanced", "grasp", "earlier-tasks"])
+def test_what_is_known_of_what_lies_where_goes_along(sampling: str, tmp_path: Path) -> None:
+    def saves(end: Transport) -> None:
+        with make(end, sampling=sampling) as buffer:
+            buffer.begin_task("the first one")
+            train(buffer, end.rank, range(10))
+            buffer.begin_task("the next one")
+            train(buffer, end.rank, range(10, 20))
+            buffer.save(tmp_path)
+
+    def loads(end: Transport) -> list[Any]:
+        with make(end, 8_000, sampling=sampling) as buffer:
+            buffer.load(tmp_path)
+            check_consistent(buffer)
+            seen = train(buffer, end.rank, range(20, 40))
+            check_consistent(buffer)
+            return seen
+
+    run_ranks(LocalTransport.connect(2), saves)
+    assert forget(tmp_path, {"label": 1}).num_removed > 0
+    for seen in run_ranks(LocalTransport.connect(3), loads):
+        past = [number % 1000 // 10 for numbers in seen for number in numbers[6:]]
+        assert len(past) > 20
+        if sampling == "earlier-tasks":
+            assert max(past) < 10
 
 
 def test_a_form_that_was_not_saved_is_learnt_from_the_next_mini_batch(tmp_path: Path) -> None:

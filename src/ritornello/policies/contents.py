@@ -14,6 +14,10 @@ import numpy as np
 
 from ritornello.arrays import Ints
 
+HAS_LEFT, HAS_COME, HAS_MOVED = range(3)
+"""What became of a representative, where bytes are bounded; the last one and more: which slot it
+had before."""
+
 
 class Contents:
     """The whole buffer as a sampling policy sees it; the same on every rank.
@@ -154,6 +158,29 @@ class Contents:
             self._labels[place] = label
         return places
 
+    def change(self, rank: int, changes: Ints) -> tuple[Ints, Ints, Ints, Ints]:
+        """Says what became of a rank's representatives, where bytes are bounded.
+
+        Args:
+            rank: whose.
+            changes: int64 ``[n, 3]``, see ``Turnover.changes``.
+
+        Returns:
+            The places where nothing is now; where those that have moved were, and where they are;
+            and where those are that came.
+        """
+        slots, what, labels = changes.T
+        came, moved = what == HAS_COME, what >= HAS_MOVED
+        left = self.places_of_slots(rank, slots[what == HAS_LEFT])
+        for place in left.tolist():
+            self._take_out(place, int(self._labels[place]))
+        self._labels[left] = -1
+        before = self.places_of_slots(rank, what[moved] - HAS_MOVED)
+        after = self.places_of_slots(rank, slots[moved])
+        for place, now in zip(before.tolist(), after.tolist(), strict=True):
+            self._move(place, now)
+        return left, before, after, self.admit(rank, slots[came], labels[came])
+
     def state(self) -> dict[str, Ints]:
         """All that it knows beside the sizes, to be saved: copies.
 
@@ -236,6 +263,11 @@ class Contents:
         if last != place:
             members[position] = last
             self._positions[last] = position
+
+    def _move(self, place: int, to: int) -> None:
+        label, position = int(self._labels[place]), self._positions[place]
+        self._members[label][position] = to
+        self._positions[to], self._labels[to], self._labels[place] = position, label, -1
 
     def _check_knows_labels(self) -> None:
         if not self.knows_labels:

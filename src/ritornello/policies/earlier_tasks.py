@@ -57,6 +57,16 @@ class EarlierTasks(SamplingPolicy):
                 self._earlier[position] = last
                 self._positions[last] = position
 
+    def moved(self, before: Ints, after: Ints) -> None:
+        """See ``SamplingPolicy.moved``. They are of the same task as before."""
+        self.overwritten(after)
+        for place, now in zip(before.tolist(), after.tolist(), strict=True):
+            position = int(self._positions[place])
+            if position < 0:
+                continue
+            self._earlier[position] = now
+            self._positions[now], self._positions[place] = position, -1
+
     def state(self) -> Arrays:
         """See ``SamplingPolicy.state``. The places of what is of earlier tasks."""
         return {"earlier": np.array(self._earlier, dtype=np.int64)}

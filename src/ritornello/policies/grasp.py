@@ -81,6 +81,11 @@ class GraspSampling(SamplingPolicy):
         """See ``SamplingPolicy.overwritten``."""
         self._distances[places] = np.nan
 
+    def moved(self, before: Ints, after: Ints) -> None:
+        """See ``SamplingPolicy.moved``. Distances go with their representatives."""
+        self._distances[after] = self._distances[before]
+        self._distances[before] = np.nan
+
     def measured(self, places: Ints, distances: Floats) -> None:
         """See ``SamplingPolicy.measured``."""
         self._distances[places] = distances

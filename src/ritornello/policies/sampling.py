@@ -83,11 +83,22 @@ class SamplingPolicy(ABC):
         """
 
     def overwritten(self, places: Ints) -> None:
-        """Says what other representatives lie at now, before the round's ``draw``.
+        """Says where other representatives lie now, or none, before the round's ``draw``.
 
         Args:
             places: int64 ``[n]``; may be empty, and a place may come twice.
         """
+
+    def moved(self, before: Ints, after: Ints) -> None:
+        """Says which representatives have moved, where bytes are bounded, before ``draw``.
+
+        Where it is not defined, they count as others that have come.
+
+        Args:
+            before: int64 ``[n]``, the places where they were, and nothing is now.
+            after: int64 ``[n]``, the places where they are.
+        """
+        self.overwritten(np.concatenate([before, after]))
 
     def measured(self, places: Ints, distances: Floats) -> None:
         """Says how far representatives are from their class's mean; see ``needs_distances``.

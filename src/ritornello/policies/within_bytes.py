@@ -20,6 +20,7 @@ import numpy as np
 from ritornello.arrays import Ints
 from ritornello.policies.class_shares import ClassBalanced
 from ritornello.policies.classes.scores import num_labels_in_excess, precedence
+from ritornello.policies.contents import HAS_COME, HAS_LEFT, HAS_MOVED
 from ritornello.policies.largest_class import ClassBalancedReservoir
 from ritornello.policies.reservoir import Fifo, Reservoir
 from ritornello.policies.saved_within_bytes import (
@@ -62,6 +63,23 @@ class Turnover:
     rows: Ints
     slots: Ints
     size: int
+
+    def changes(self, labels: Ints) -> Ints:
+        """All of it as a table: int64 ``[n, 3]``.
+
+        Args:
+            labels: int64 ``[m]``, of the candidates.
+
+        Returns:
+            Of each a slot; ``HAS_LEFT`` it, ``HAS_COME`` to it, or ``HAS_MOVED`` to it plus the
+            slot where it was; and the label of what came.
+        """
+        left, came = np.full_like(self.removed, HAS_LEFT), np.full_like(self.slots, HAS_COME)
+        changes = np.zeros((len(left) + len(self.moved_to) + len(came), 3), dtype=np.int64)
+        changes[:, 0] = np.concatenate([self.removed, self.moved_to, self.slots])
+        changes[:, 1] = np.concatenate([left, self.moved_from + HAS_MOVED, came])
+        changes[len(changes) - len(came) :, 2] = labels[self.rows]
+        return changes
 
 
 @dataclass

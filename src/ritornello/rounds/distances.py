@@ -8,11 +8,34 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ritornello.arrays import Floats, Ints
+from ritornello.rounds.round import Rounds
 from ritornello.transports.agreement import gather_padded
 from ritornello.transports.base import Transport
 
 NUMBERS_AT_ONCE = 2**22
 """How many numbers of all ranks together are gathered at once."""
+
+
+def measure_distances(rounds: Rounds, features: Tensor) -> None:
+    """Tells all ranks how far each representative is from its class's mean.
+
+    Blocks until all ranks have called it.
+
+    Args:
+        rounds: of the buffer.
+        features: ``[num_held, d]`` of this rank's representatives, in the order of slots.
+
+    Raises:
+        ValueError: on every rank, if some rank's features cannot be used.
+    """
+    distances = cosine_distances(features, rounds.labels(), rounds.transport)
+    everyone = gather_padded(distances, rounds.transport)
+    places = [
+        rounds.contents.places_of_slots(rank, np.arange(len(of_rank)))
+        for rank, of_rank in enumerate(everyone)
+    ]
+    rounds.sampling.measured(np.concatenate(places), np.concatenate(everyone))
+    rounds.is_measured = True
 
 
 def cosine_distances(features: Tensor, labels: Ints, transport: Transport) -> Floats:

@@ -7,8 +7,7 @@ from typing import Any
 
 import torch
 
-from ritornello.policies.names import sampling_policy, selection_policy
-from ritornello.policies.sampling import UniformSampling
+from ritornello.policies.names import selection_policy
 from ritornello.policies.within_bytes import within_bytes
 from ritornello.records.layout import Layout
 from ritornello.records.misread import check_not_misread
@@ -113,12 +112,6 @@ def bounded(layout: Layout, arguments: Arguments, num_ranks: int, mean_bytes: in
             f"{path_text(field.path)} holds samples of unequal length (if these are the fields of "
             "a sample, give them as a dict): the buffer must know how much memory it may take for "
             f"them. Give capacity_bytes=, over all ranks{like_these if mean_bytes else ''}"
-        )
-    sampling = sampling_policy(arguments.sampling)
-    if type(sampling) is not UniformSampling:
-        raise ValueError(
-            f"sampling={arguments.sampling!r}: samples of unequal length ({path_text(field.path)}) "
-            "are drawn uniformly; use sampling='uniform'"
         )
     within_bytes(selection_policy(arguments.selection), 1)
     paging = Paging.within(capacity_bytes, capacity, layout.record_bytes, num_ranks)

@@ -31,7 +31,6 @@ from ritornello.records.pages import TABLE_BYTES, Pages, Paging
 from ritornello.records.paging import Records
 from ritornello.records.shard import Shard, rows_per_rank
 from ritornello.records.storage import Storage
-from ritornello.rounds.distances import cosine_distances
 from ritornello.rounds.first_round import OpenBuffer, compare_layouts
 from ritornello.rounds.planner import Planner
 from ritornello.rounds.random_streams import Purpose, Streams
@@ -182,11 +181,11 @@ class Rounds:
         with self._staging.worker_stream():
             self._enter("admit")
             shard = self.make_shard()
-            size, admitted = self._admit(candidates, shard)
+            size, changes = self._admit(candidates, shard)
             self._enter("plan")
             self._learn_sizes(size)
-            if admitted is not None:
-                self.sampling.overwritten(self._learn_contents(admitted))
+            if changes is not None:
+                self._learn_changes(changes)
             if self._rate_may_change:
                 # A rank that drew another number would take what is not its own.
                 check_same(self.transport, "num_representatives", self.rate)
@@ -267,26 +266,6 @@ class Rounds:
                 self._layout.view(records, position).copy_(each)
             self.shard.write(slots, records, np.arange(num_rows))
         self._staging.finish_writes()
-
-    def measure_distances(self, features: torch.Tensor) -> None:
-        """Tells all ranks how far each representative is from its class's mean.
-
-        Blocks until all ranks have called it.
-
-        Args:
-            features: ``[num_held, d]`` of this rank's representatives, in the order of slots.
-
-        Raises:
-            ValueError: on every rank, if some rank's features cannot be used.
-        """
-        distances = cosine_distances(features, self.labels(), self.transport)
-        everyone = gather_padded(distances, self.transport)
-        places = [
-            self.contents.places_of_slots(rank, np.arange(len(of_rank)))
-            for rank, of_rank in enumerate(everyone)
-        ]
-        self.sampling.measured(np.concatenate(places), np.concatenate(everyone))
-        self.is_measured = True
 
     # For who saves and restores it, between two rounds.
 
@@ -452,8 +431,8 @@ class Rounds:
         """Lets the policy decide, writes the shard.
 
         Returns:
-            The shard's new size; and int64 ``[n, 2]``, slot and label of what was admitted, if
-            the sampling policy is to know.
+            The shard's new size; and, if the sampling policy is to know, slot and label of what was
+            admitted, int64 ``[n, 2]``, or, where bytes are bounded, what ``_turn_over`` says.
         """
         records = self._staging.arrive(candidates)
         if self.needs_labels:
@@ -463,7 +442,7 @@ class Rounds:
         else:
             labels = np.zeros(len(records), dtype=np.int64)
         if self.paged is not None:
-            return self._turn_over(self.paged, candidates, labels), None
+            return self._turn_over(self.paged, candidates, labels)
         assignment = self._assign(records, labels)
         size = self.num_held
         if self._is_builtin and size == self.num_rows:
@@ -479,18 +458,21 @@ class Rounds:
             return new_size, None
         return new_size, np.stack([assignment.slots, labels[assignment.rows]], axis=1)
 
-    def _turn_over(self, paged: PagedShard, candidates: Records, labels: Ints) -> int:
+    def _turn_over(
+        self, paged: PagedShard, candidates: Records, labels: Ints
+    ) -> tuple[int, Ints | None]:
         """Where bytes are bounded: lets the policy decide, writes the shard.
 
         Returns:
-            The shard's new size.
+            The shard's new size; and ``Turnover.changes``, if the sampling policy is to know.
         """
         records = candidates.rows
         turnover = self._decide(records, labels, paged.pages_of(records))
         moved_from, moved_to, slots = turnover.moved_from, turnover.moved_to, turnover.slots
         self.transport.await_readers()
+        changes = turnover.changes(labels) if self.sampling.knows_places else None
         if not len(turnover.removed) and not len(slots):
-            return turnover.size
+            return turnover.size, changes
         if self.before_write is not None:
             self.before_write(np.concatenate([moved_to, slots]))
         paged.make_room(turnover.removed, moved_from, moved_to)
@@ -498,7 +480,7 @@ class Rounds:
         paged.write(slots, came, turnover.size)
         self.admitted_in[moved_to] = self.admitted_in[moved_from]
         self.admitted_in[slots] = self.num_rounds
-        return turnover.size
+        return turnover.size, changes
 
     def _decide(self, records: torch.Tensor, labels: Ints, num_pages: Ints) -> Turnover:
         """What the policy says, where bytes are bounded, of candidates not held already."""
@@ -570,6 +552,17 @@ class Rounds:
             self.contents.resize(sizes)
             # Where bytes are bounded, a full shard may hold fewer in the next round.
             self._full = self.paged is None and np.array_equal(self.contents.sizes, self.limits)
+
+    def _learn_changes(self, changes: Ints) -> None:
+        """Tells all ranks, and the sampling policy, of a round's changes to this rank's shard."""
+        if self.paged is None:
+            self.sampling.overwritten(self._learn_contents(changes))
+            return
+        for rank, of_rank in enumerate(gather_padded(changes, self.transport)):
+            left, before, after, taken = self.contents.change(rank, of_rank)
+            self.sampling.overwritten(left)
+            self.sampling.moved(before, after)
+            self.sampling.overwritten(taken)
 
     def _learn_contents(self, admitted: Ints) -> Ints:
         """All-gathers what was admitted where, for sampling policies that want to know.
