@@ -31,12 +31,14 @@ from ritornello.errors import BufferClosedError
 from ritornello.policies.names import sampling_policy, selection_policy
 from ritornello.policies.sampling import SamplingPolicy
 from ritornello.policies.selection import SelectionPolicy
+from ritornello.records.coding import Coding
 from ritornello.records.modes import outside_modes
 from ritornello.records.nesting import Batch
 from ritornello.records.storage import Storage
 from ritornello.rounds.arguments import Arguments, check_count, check_seconds, check_share
 from ritornello.rounds.distances import measure_distances
 from ritornello.rounds.first_round import OpenBuffer
+from ritornello.rounds.rewriting import representatives, rewrite
 from ritornello.rounds.round import Rounds
 from ritornello.rounds.stats import BufferStats
 from ritornello.rounds.steps import Steps
@@ -123,6 +125,13 @@ class RehearsalBuffer:
             longer than any pause that some ranks make and others do not, such as an evaluation
             on one rank. None: the process group's own, as a rule half an hour.
         asynchronous: False makes ``offer`` wait for its round, with the same results.
+        encode: where another form of a sample is stored than is trained on, such as the file that
+            an image was decoded from: gives what is stored of a mini-batch, as many samples. All
+            other arguments are about what is stored. None: the mini-batch.
+        decode: gives what is trained on of representatives, for ``update`` nested like a
+            mini-batch. It is called in the background, on a thread of the buffer's own and without
+            gradients, as soon as they are drawn; an error in it comes with the ``update`` or
+            ``draw`` that would have given them. None: what is stored.
 
     Blocks until all ranks have made theirs.
 
@@ -151,6 +160,8 @@ class RehearsalBuffer:
         storage: str | torch.device = "auto",
         timeout_seconds: float | None = None,
         asynchronous: bool = True,
+        encode: Callable[[Batch], Batch] | None = None,
+        decode: Callable[[Batch], Batch] | None = None,
     ) -> None:
         if timeout_seconds is not None:
             check_seconds("timeout_seconds", timeout_seconds)
@@ -193,6 +204,7 @@ class RehearsalBuffer:
             )
             if channel.num_ranks > 1:
                 rounds.among_others = OpenBuffer(channel)
+            coding = Coding(encode, decode)
         except BaseException:
             channel.close()
             raise
@@ -200,7 +212,7 @@ class RehearsalBuffer:
         watch = Watch(channel, rounds.run) if channel.num_ranks > 1 else None
         self._worker = Worker(name=f"ritornello-rank-{channel.rank}")
         self._steps = Steps(
-            arguments, rounds, self._worker, place, timeout_seconds, watch, asynchronous
+            arguments, rounds, self._worker, place, timeout_seconds, watch, asynchronous, coding
         )
         self._checkpointing = Checkpointing(arguments, self._steps, self._worker)
         self._num_draws = num_draws
@@ -430,8 +442,7 @@ class RehearsalBuffer:
         """
         self._check_open("representatives")
         check_count("batch_size", batch_size, minimum=1)
-        self._steps.settle()
-        return self._steps.read(batch_size)
+        return representatives(self._steps, batch_size)
 
     def rewrite(
         self, function: Callable[[Batch], Any], fields: Fields, batch_size: int = 256
@@ -472,7 +483,7 @@ class RehearsalBuffer:
         """
         self._check_open("rewrite")
         check_count("batch_size", batch_size, minimum=1)
-        self._steps.rewrite(function, fields, batch_size)
+        rewrite(self._steps, function, fields, batch_size)
 
     def measure_distances(self, embed: Callable[[Batch], Tensor], batch_size: int = 256) -> None:
         """Measures how far every representative is from the mean of its class, for "grasp".

@@ -155,7 +155,8 @@ def _received(
                 state = _state_of(loader) if is_stateful else None
                 placed = batch if target is None else _moved(batch, target)
                 buffer._check_open("rehearse")
-                joined = steps.prepare(placed, "rehearse")
+                # What is stored may be something else, that is better left where it is.
+                joined = steps.prepare(placed, "rehearse", offered=batch)
                 return joined, accelerators.mark(steps.trainer_device), state
         return None
 
@@ -220,8 +221,7 @@ def _moved(batch: Batch, device: torch.device) -> Batch:
 
 
 def _placed(leaf: torch.Tensor, device: torch.device) -> torch.Tensor:
-    if accelerators.has_streams(leaf.device):  # the loader may let it go before it was read
-        leaf.record_stream(accelerators.current_stream(leaf.device))
+    accelerators.keep_for_this_thread(leaf)  # the loader may let it go before it was read
     return leaf.to(device, non_blocking=accelerators.has_streams(device))
 
 
@@ -229,5 +229,4 @@ def _hand_over(batch: Batch, ready: torch.Event, device: torch.device) -> None:
     """Orders the trainer's stream behind the copy, and its memory's reuse behind the trainer."""
     accelerators.current_stream(device).wait_event(ready)
     for _, leaf in leaves_of(batch):
-        if accelerators.has_streams(leaf.device):
-            leaf.record_stream(accelerators.current_stream(leaf.device))
+        accelerators.keep_for_this_thread(leaf)

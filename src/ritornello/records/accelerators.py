@@ -109,6 +109,12 @@ def mark(device: torch.device) -> torch.Event | None:
     return current_stream(device).record_event() if has_streams(device) else None
 
 
+def keep_for_this_thread(leaf: object) -> None:
+    """Has a tensor's memory not given away before what this thread asks its device for is done."""
+    if isinstance(leaf, Tensor) and has_streams(leaf.device):
+        leaf.record_stream(current_stream(leaf.device))
+
+
 def copied_to(device: torch.device, values: Tensor) -> Tensor:
     """A copy of a small temporary tensor in CPU memory; nobody waits for the device.
 

@@ -8,6 +8,7 @@ freed, and a weak reference to it tells.
 
 from __future__ import annotations
 
+import time
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -16,9 +17,12 @@ import torch
 from torch import Tensor
 
 from ritornello.arrays import Bytes
+from ritornello.records.coding import Coding, Decoded
 from ritornello.records.layout import Layout, bytes_of
 from ritornello.records.nesting import Batch
+from ritornello.records.nesting import leaves_of as nested_leaves_of
 from ritornello.records.paging import leaves_of, samples_of
+from ritornello.rounds.first_batch import Begun, device_of
 
 WORTH_BYTES = 2**15
 """Smaller outputs come from the allocator faster."""
@@ -79,6 +83,21 @@ class Joiner:
             ]
         return [self._join(layout, position, leaf, records) for position, leaf in enumerate(leaves)]
 
+    def cat(self, leaf: Tensor, others: Sequence[Tensor]) -> Tensor:
+        """``torch.cat((leaf, *others))``, where the leaf is.
+
+        Args:
+            leaf: a tensor ``[b, *shape]``, on any device.
+            others: as many samples as there are, on any device.
+        """
+        parts = [leaf, *(each.to(leaf.device, non_blocking=True) for each in others)]
+        num_samples = sum(map(len, parts))
+        num_bytes = sum(each.nbytes for each in parts)
+        if leaf.device.type != "cpu" or num_bytes < WORTH_BYTES or leaf.requires_grad:
+            return torch.cat(parts)
+        memory = self._free_block(num_bytes).lend().view(leaf.dtype)
+        return torch.cat(parts, out=memory.view(num_samples, *leaf.shape[1:]))
+
     def _join(self, layout: Layout, position: int, leaf: Tensor, records: Tensor) -> Tensor:
         field = layout.fields[position]
         num_samples = len(leaf) + len(records)
@@ -112,25 +131,114 @@ class Joiner:
         return block
 
 
-def copies(
-    layout: Layout, staged: Tensor, num_draws: int, pages: Tensor | None = None
-) -> list[Batch]:
-    """Representatives alone, the caller's own: a batch for each draw.
+class Outputs:
+    """What the trainer gets: mini-batches with representatives behind them, or these alone.
 
     Args:
-        layout: of the records.
-        staged: uint8 ``[num_draws * r, record_bytes]``.
-        num_draws: how many there are.
-        pages: those that go with them, if some fields are ragged.
+        coding: between the form of a sample that is trained on and the one that is stored.
+        num_draws: of each step.
+
+    Attributes:
+        coding: what it gets.
+        device: where mini-batches are that are stored in another form; None: not known.
+        seconds: that joining has taken.
     """
-    return [
-        layout.rebuild(
-            [
-                past.clone(memory_format=torch.contiguous_format) if field.form is None else past
-                for field, past in zip(
-                    layout.fields, leaves_of(layout, records, pages), strict=True
-                )
-            ]
-        )
-        for records in staged.chunk(num_draws)
-    ]
+
+    def __init__(self, coding: Coding, num_draws: int) -> None:
+        self.coding, self._num_draws = coding, num_draws
+        self.device: torch.device | None = None
+        self.seconds = 0.0
+        self._joiner = Joiner()
+
+    def alone(self, begun: Begun, batch: Batch, leaves: Sequence[Any]) -> Batch:
+        """A mini-batch without representatives: itself, or of plain tensors, if it is of others."""
+        if all(type(leaf) is Tensor for _, leaf in nested_leaves_of(batch)):
+            return batch
+        return begun.layout.rebuild(leaves) if self.coding.is_none else self.coding.joined(leaves)
+
+    def joined(self, begun: Begun, leaves: Sequence[Any], staged: Tensor) -> Batch:
+        """A mini-batch with what is staged behind it.
+
+        Args:
+            begun: what is known of samples.
+            leaves: of the mini-batch.
+            staged: records.
+        """
+        began = time.perf_counter()
+        joined = self._joiner.join(begun.layout, leaves, staged, begun.staging.pages)
+        augmented = begun.layout.rebuild(joined)
+        self.seconds += time.perf_counter() - began
+        return augmented
+
+    def copies(self, begun: Begun, staged: Tensor) -> list[Batch]:
+        """What is staged alone, the caller's own, as it is stored: a batch for each draw.
+
+        Args:
+            begun: what is known of samples.
+            staged: uint8 ``[num_draws * r, record_bytes]``.
+        """
+        began = time.perf_counter()
+        found = self._copies(begun, staged)
+        self.seconds += time.perf_counter() - began
+        return found
+
+    def _copies(self, begun: Begun, staged: Tensor) -> list[Batch]:
+        layout, pages = begun.layout, begun.staging.pages
+        return [
+            layout.rebuild(
+                [
+                    past if field.form else past.clone(memory_format=torch.contiguous_format)
+                    for field, past in zip(
+                        layout.fields, leaves_of(layout, records, pages), strict=True
+                    )
+                ]
+            )
+            for records in staged.chunk(self._num_draws)
+        ]
+
+    # Where samples have two forms.
+
+    def understood(self, batch: Batch, num_stored: int) -> list[Any]:
+        """The leaves of a mini-batch in the form that is trained on.
+
+        Args:
+            batch: the mini-batch.
+            num_stored: the samples of what is stored of it.
+
+        Raises:
+            TypeError, ValueError: it is not like the first one, or of another size.
+        """
+        leaves = self.coding.leaves(batch)
+        self.device = device_of(leaves)
+        if leaves[0].shape[0] != num_stored:
+            raise ValueError(
+                f"encode gave {num_stored} samples for a mini-batch of {leaves[0].shape[0]}: it "
+                "must give as many"
+            )
+        return leaves
+
+    def joined_with(self, begun: Begun, leaves: Sequence[Any], draws: Sequence[Batch]) -> Batch:
+        """A mini-batch with what is staged behind it.
+
+        Args:
+            begun: what is known of samples.
+            leaves: from ``understood``.
+            draws: what is staged, as it is trained on.
+        """
+        began = time.perf_counter()
+        augmented = self.coding.joined(leaves, draws, self._joiner.cat)
+        begun.staging.release()
+        self.seconds += time.perf_counter() - began
+        return augmented
+
+    def decoded(self, begun: Begun, num_staged: int) -> Decoded:
+        """What is staged in the form that is trained on; on the worker's thread.
+
+        Args:
+            begun: what is known of samples.
+            num_staged: how many representatives.
+        """
+        with begun.staging.worker_stream():
+            stored = self._copies(begun, begun.staging.take(num_staged))
+            begun.staging.release()
+            return self.coding.decoded_draws(stored)

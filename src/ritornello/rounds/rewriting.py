@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -11,20 +12,26 @@ from ritornello.records.layout import Layout
 from ritornello.records.modes import outside_inference
 from ritornello.records.nesting import Batch, path_text
 from ritornello.rounds.round import Rounds
+from ritornello.rounds.steps import Steps
 
 
-def read(
-    rounds: Rounds, layout: Layout | None, batch_size: int, version: Callable[[], object]
-) -> Iterator[Batch]:
+def representatives(steps: Steps, batch_size: int) -> Iterator[Batch]:
     """A rank's representatives; see ``RehearsalBuffer.representatives``.
 
     Args:
-        rounds: of the buffer.
-        layout: of the records; None: there are none.
+        steps: of the buffer.
         batch_size: samples at a time.
-        version: gives something else as soon as what is stored may be other than it was.
     """
-    return _read(rounds, layout, batch_size, version, version())
+    steps.settle()
+    steps.training.optimisers.num_steps = 0
+    layout = steps.begun.layout if steps.begun else None
+
+    def version() -> tuple[int, int]:
+        """Another one as soon as what is stored may be other than it was."""
+        return steps.num_offers, steps.rounds.num_overwritten
+
+    stored = _read(steps.rounds, layout, batch_size, version, version())
+    return map(steps.outputs.coding.decoded, stored) if steps.outputs.coding.decodes else stored
 
 
 def _read(
@@ -44,38 +51,37 @@ def _read(
         yield _batch_at(rounds, layout, first, min(batch_size, rounds.num_held - first))
 
 
-def results_of(
-    function: Callable[[Batch], Any],
-    rounds: Rounds,
-    layout: Layout,
-    batch_size: int,
-    num_offers: Callable[[], int],
-) -> Iterator[tuple[int, int, Any]]:
-    """What a function makes of a rank's representatives; see ``RehearsalBuffer.rewrite``.
-
-    Args:
-        function: of a batch of them.
-        rounds: of the buffer.
-        layout: of the records.
-        batch_size: samples at a time.
-        num_offers: how many mini-batches have been offered so far.
-
-    Yields:
-        The slot of the first of them, how many they are, and what it has returned for them.
-
-    Raises:
-        RuntimeError: the function has offered something.
-    """
-    before = num_offers()
+def rewrite(steps: Steps, function: Callable[[Batch], Any], fields: Any, batch_size: int) -> None:
+    """Makes fields of a rank's representatives anew; see ``RehearsalBuffer.rewrite``."""
+    steps.settle()
+    begun = steps.begun
+    if begun is None:
+        return
+    rounds = steps.rounds
+    try:
+        anew = FieldsMadeAnew(begun.layout, begun.label, begun.identity, fields)
+    except ValueError as error:
+        raise steps.with_rank(error) from None
+    before = steps.num_offers
     for first in range(0, rounds.num_held, batch_size):
         num_rows = min(batch_size, rounds.num_held - first)
-        result = function(_batch_at(rounds, layout, first, num_rows))
-        if num_offers() != before:
+        stored = _batch_at(rounds, begun.layout, first, num_rows)
+        result = function(steps.outputs.coding.decoded(stored))
+        if steps.num_offers != before:
             raise RuntimeError(
                 "rewrite: the function has called update, draw or offer: the buffer goes on "
                 "when rewrite has returned"
             )
-        yield first, num_rows, result
+        try:
+            values = anew.values(result, num_rows)
+        except (TypeError, ValueError) as error:
+            raise steps.with_rank(error) from None
+        steps.between_rounds(partial(_write, steps, first, num_rows, rounds.placed(values)))
+
+
+def _write(steps: Steps, first: int, num_rows: int, values: Mapping[int, Tensor]) -> None:
+    with steps.explaining("rewrite"):
+        steps.rounds.rewrite(first, num_rows, values)
 
 
 def _batch_at(rounds: Rounds, layout: Layout, first: int, num_rows: int) -> Batch:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
@@ -24,15 +24,15 @@ from torch import Tensor
 from ritornello.errors import CheckpointError, PeerLostError, RoundError, round_error
 from ritornello.policies.selection import check_labels
 from ritornello.records import accelerators
+from ritornello.records.coding import Coding, Drawn
 from ritornello.records.layout import Layout
-from ritornello.records.nesting import Batch, leaves_of, path_text
+from ritornello.records.nesting import Batch, path_text
 from ritornello.records.paging import Records
 from ritornello.records.storage import Storage
 from ritornello.rounds.arguments import Arguments, plain
 from ritornello.rounds.first_batch import Begun, device_of, understood
-from ritornello.rounds.joining import Joiner, copies
+from ritornello.rounds.joining import Outputs
 from ritornello.rounds.random_streams import Purpose, Streams
-from ritornello.rounds.rewriting import FieldsMadeAnew, read, results_of
 from ritornello.rounds.round import Rounds
 from ritornello.rounds.staging import Staging, WorkerStreams
 from ritornello.rounds.stats import BufferStats
@@ -60,6 +60,8 @@ class Place(NamedTuple):
     num_past: int
     last_round: Errand[int]
     """What the next step gets: how many representatives are staged for it."""
+    drawn: Drawn
+    """These as they are trained on."""
 
 
 class Steps:
@@ -73,6 +75,7 @@ class Steps:
         timeout_seconds: how long a round may take.
         watch: over what ranks do together; None for a single one.
         asynchronous: whether the trainer goes on while a round runs.
+        coding: between the form of a sample that is trained on and the one that is stored.
 
     Attributes:
         arguments: of the buffer.
@@ -92,6 +95,7 @@ class Steps:
         timeout_seconds: float,
         watch: Watch | None = None,
         asynchronous: bool = True,
+        coding: Coding | None = None,
     ) -> None:
         self.rounds, self._worker, self._storage, self._watch = rounds, worker, storage, watch
         self._run = rounds.run if watch is None else watch.run
@@ -101,8 +105,9 @@ class Steps:
         self._candidate_streams = Streams(arguments.seed, Purpose.CANDIDATES, rounds.transport.rank)
         self._worker_streams: WorkerStreams = {}
         self.begun: Begun | None = None
-        self._joiner, self._pace = Joiner(), Pace(asynchronous)
-        self._place = Place(0, False, 0, 0, Errand.ended(0))
+        self.outputs = Outputs(coding or Coding(), arguments.num_draws)
+        self._pace = Pace(asynchronous)
+        self._place = Place(0, False, 0, 0, Errand.ended(0), Drawn())
         self._call: Errand[Any] | None = None  # between two rounds, if it has not ended
         self._num_new_joined = self._num_joined = 0
         self.rate: float = plain(arguments.num_representatives)
@@ -110,7 +115,7 @@ class Steps:
         self.failure: RoundError | None = None
         self.training = Training(arguments, rounds, self.here)
         self._advice: str | None = None  # in errors; None: the trainer's first batch has come
-        self.seconds_waited = self.seconds_joining = self.seconds_offering = 0.0
+        self.seconds_waited = self.seconds_offering = 0.0
 
     @property
     def num_offers(self) -> int:
@@ -134,23 +139,35 @@ class Steps:
 
     # In a step.
 
-    def prepare(self, batch: Batch, call: str) -> Batch:
+    def prepare(self, batch: Batch, call: str, offered: Batch | None = None) -> Batch:
         """``update`` up to the round: joins, and copies the candidates.
 
         ``rehearse`` calls it on a thread of its own, a step ahead. To the trainer, and to what is
         saved, nothing has happened yet.
+
+        Args:
+            batch: the mini-batch.
+            call: in which it is.
+            offered: the mini-batch that is encoded, if it is another one: where the loader put it.
         """
-        begun, leaves = self._checked(batch)
+        outputs, coding = self.outputs, self.outputs.coding
+        stored = batch
+        if coding.encodes:
+            stored = coding.encoded(batch if offered is None else offered)
+        begun, leaves = self._checked(stored)
+        given = leaves
+        if not coding.is_none:
+            try:
+                given = outputs.understood(batch, num_stored=leaves[0].shape[0])
+            except (TypeError, ValueError) as error:
+                raise self.with_rank(error) from None
         staged = self._staged(call)
-        augmented = batch
         if staged is None:
-            if any(type(leaf) is not Tensor for _, leaf in leaves_of(batch)):
-                augmented = begun.layout.rebuild(leaves)
+            augmented = outputs.alone(begun, batch, given)
+        elif coding.is_none:
+            augmented = outputs.joined(begun, leaves, staged)
         else:
-            began, pages = time.perf_counter(), begun.staging.pages
-            joined = self._joiner.join(begun.layout, leaves, staged, pages)
-            augmented = begun.layout.rebuild(joined)
-            self.seconds_joining += time.perf_counter() - began
+            augmented = outputs.joined_with(begun, given, self._decoded())
         self._copy_candidates(begun.staging, leaves)
         self._num_new_joined = leaves[0].shape[0]
         return augmented
@@ -160,13 +177,14 @@ class Steps:
         staged = self._staged(call)
         drawn = None
         if staged is not None:
-            began, begun = time.perf_counter(), self._known
-            drawn = copies(begun.layout, staged, self.arguments.num_draws, begun.staging.pages)
+            begun, decodes = self._known, self.outputs.coding.decodes
+            drawn = self._decoded() if decodes else self.outputs.copies(begun, staged)
             begun.staging.release()
-            self.seconds_joining += time.perf_counter() - began
         self._num_new_joined = 0
         self.training.optimisers.num_steps = 0
-        self._place = self._place._replace(is_offered=False, num_new=0, num_past=self._num_joined)
+        self._place = self._place._replace(
+            is_offered=False, num_new=0, num_past=self._num_joined, drawn=Drawn()
+        )
         return drawn
 
     def offer(self, batch: Batch) -> None:
@@ -180,7 +198,7 @@ class Steps:
                 "offer: the last offer's representatives have not been drawn yet; draw and "
                 "offer alternate (to store samples without training, call fill)"
             )
-        begun, leaves = self._checked(batch)
+        begun, leaves = self._checked(self.outputs.coding.encoded(batch))
         self._copy_candidates(begun.staging, leaves)
         self.start_round()
 
@@ -188,20 +206,49 @@ class Steps:
         """Starts the round of the candidates that were copied."""
         began = time.perf_counter()
         # What `rehearse` has prepared becomes the trainer's only now.
-        next_round = self._start(self.rate, self._num_new_joined, self._num_joined)
+        next_round = self._start(self.rate, self._num_new_joined, self._num_joined, Drawn())
         self.training.got(self._num_joined, self._place.num_offers, self.rate)
         if not self._asynchronous:
             self._worker.finish(next_round, self._timeout_seconds + GRACE_SECONDS)
         self.seconds_offering += time.perf_counter() - began
 
-    def _start(self, rate: float, num_new: int, num_past: int) -> Errand[int]:
-        """From one store on the step has happened, and the round will run."""
+    def _start(
+        self, rate: float, num_new: int, num_past: int, drawn: Drawn | None = None
+    ) -> Errand[int]:
+        """From one store on the step has happened, and the round will run.
+
+        Args:
+            rate: of the round.
+            num_new: of the step.
+            num_past: of the step.
+            drawn: gets what is drawn as it is trained on; None: for who asks.
+        """
         self.rounds.rate = rate
         pause = self._pace.pause(time.perf_counter(), self._place.last_round.seconds)
-        next_round = Errand(partial(self._run, self._known.staging.candidates()), pause)
-        self._place = Place(self._place.num_offers + 1, True, num_new, num_past, next_round)
+        run = partial(self._run, self._known.staging.candidates())
+        if drawn is not None and self.outputs.coding.decodes:
+            run = partial(self._run_and_decode, run, drawn)
+        next_round = Errand(run, pause)
+        drawn = drawn or Drawn()
+        self._place = Place(self._place.num_offers + 1, True, num_new, num_past, next_round, drawn)
         self._worker.start(next_round)
         return next_round
+
+    def _run_and_decode(self, run: Callable[[], int], drawn: Drawn) -> int:
+        """A round, and behind it what the trainer would wait for; on the worker's thread."""
+        num_staged = run()
+        if num_staged:
+            with suppress(Exception):  # it is raised where the trainer asks for them
+                drawn.decoded = self.outputs.decoded(self._known, num_staged)
+        return num_staged
+
+    def _decoded(self) -> list[Batch]:
+        """What is staged as it is trained on, a batch for each draw; once the round has ended."""
+        drawn = self._place.drawn
+        if drawn.decoded is None:
+            decode = partial(self.outputs.decoded, self._known, self.num_staged)
+            drawn.decoded = self.between_rounds(decode)
+        return drawn.decoded.taken()
 
     def past_mask(self) -> Tensor:
         """See ``RehearsalBuffer.past_mask``."""
@@ -270,12 +317,14 @@ class Steps:
                 if labels.device.type == "cpu" or not begun.staging.on_gpu:
                     check_labels(labels.cpu().numpy(), self.rounds.selection.num_classes)
         except (TypeError, ValueError) as error:
-            raise self._with_rank(error, self._advice or "") from None
+            raise self.with_rank(error, self._advice or "") from None
         return begun, leaves
 
     @property
     def trainer_device(self) -> torch.device:
         """Where mini-batches are; the CPU before the first one."""
+        if self.outputs.device is not None:
+            return self.outputs.device
         return torch.device("cpu") if self.begun is None else self.begun.staging.trainer_device
 
     @property
@@ -400,7 +449,7 @@ class Steps:
             self.rate = self.arguments.changed_rate(rate)
             self.training.is_rate_set = True
         except (TypeError, ValueError) as error:
-            raise self._with_rank(error) from None
+            raise self.with_rank(error) from None
 
     def with_peers(self, call: str, act: Callable[[], Result]) -> Result:
         """Has the worker do what all ranks do together, after as many offers; see above.
@@ -409,14 +458,14 @@ class Steps:
         """
 
         def act_in_step() -> Result:
-            with self._explaining(call):
+            with self.explaining(call):
                 meet(self._transport, self._watch, call, self.num_offers, self.is_offered)
                 return act()
 
         return self.between_rounds(act_in_step)
 
     @contextmanager
-    def _explaining(self, call: str) -> Iterator[None]:
+    def explaining(self, call: str) -> Iterator[None]:
         """Around what needs other ranks between two rounds."""
         try:
             yield
@@ -432,44 +481,11 @@ class Steps:
             return message
         return f"rank {self._transport.rank}: {message}"
 
-    def _with_rank(self, error: Exception, advice: str = "") -> Exception:
+    def with_rank(self, error: Exception, advice: str = "") -> Exception:
         """The error, with advice and, of several ranks, this one; of another type as it is."""
         if type(error) not in (TypeError, ValueError):
             return error
         return type(error)(self.here(str(error) + advice))
-
-    def read(self, batch_size: int) -> Iterator[Batch]:
-        """This rank's representatives; see ``RehearsalBuffer.representatives``."""
-        self.training.optimisers.num_steps = 0
-        layout = self.begun.layout if self.begun else None
-        return read(self.rounds, layout, batch_size, self._version)
-
-    def _version(self) -> tuple[int, int]:
-        """Another one as soon as what is stored may be other than it was."""
-        return self.num_offers, self.rounds.num_overwritten
-
-    def rewrite(self, function: Callable[[Batch], Any], fields: Any, batch_size: int) -> None:
-        """See ``RehearsalBuffer.rewrite``."""
-        self.settle()
-        if self.begun is None:
-            return
-        layout = self._known.layout
-        try:
-            anew = FieldsMadeAnew(layout, self._known.label, self._known.identity, fields)
-        except ValueError as error:
-            raise self._with_rank(error) from None
-        results = results_of(function, self.rounds, layout, batch_size, lambda: self.num_offers)
-        for first, num_rows, result in results:
-            try:
-                values = anew.values(result, num_rows)
-            except (TypeError, ValueError) as error:
-                raise self._with_rank(error) from None
-            placed = self.rounds.placed(values)
-            self.between_rounds(partial(self._write, first, num_rows, placed))
-
-    def _write(self, first: int, num_rows: int, values: dict[int, Tensor]) -> None:
-        with self._explaining("rewrite"):
-            self.rounds.rewrite(first, num_rows, values)
 
     def stats(self, per_class: bool, distinct: bool) -> BufferStats:
         """See ``RehearsalBuffer.stats``."""
@@ -483,7 +499,7 @@ class Steps:
             num_given=self.training.num_given,
             num_steps_without=self.training.optimisers.num_steps,
             seconds_waited=self.seconds_waited,
-            seconds_joining=self.seconds_joining,
+            seconds_joining=self.outputs.seconds,
             seconds_offering=self.seconds_offering,
         )
 
@@ -497,7 +513,7 @@ class Steps:
         """
         self.settle()
         advice = "" if self.begun is None else self._advice
-        begun, leaves = self._checked(batch)
+        begun, leaves = self._checked(self.outputs.coding.encoded(batch))
         self._advice = advice  # the trainer's own may be on a device
         begun.staging.collect(leaves, None)
         return leaves[0].shape[0]
@@ -539,7 +555,8 @@ class Steps:
         self.rate = rate
         self._known.staging.put_back(staged)
         self._num_new_joined = self._num_joined = 0
-        self._place = Place(num_rounds, is_offered, 0, 0, Errand.ended(len(staged.rows)))
+        last_round = Errand.ended(len(staged.rows))
+        self._place = Place(num_rounds, is_offered, 0, 0, last_round, Drawn())
 
     def draw_again(self, rate: float) -> None:
         """Has a round run without candidates, for what the next step draws.
