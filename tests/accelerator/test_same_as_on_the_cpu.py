@@ -32,6 +32,46 @@ def test_update(accelerator: str, place: str, asynchronous: bool) -> None:
     assert same(augmented("cpu"), got)
 
 
+@pytest.mark.parametrize(
+    ("how", "place", "stays"),
+    [
+        ("update", "accelerator", "on the device"),
+        ("update", "pinned", "on the device"),
+        ("rehearse", "accelerator", "on the device"),
+        ("rehearse", "cpu", "in CPU memory"),
+        ("draw", "cpu", "on the device"),
+        ("draw", "cpu", "in CPU memory"),
+    ],
+)
+def test_samples_that_are_stored_in_another_form(
+    accelerator: str, how: str, place: str, stays: str
+) -> None:
+    """Halves are stored, and doubled where they are decoded: on the worker's stream, or the CPU."""
+
+    def forms(device: str) -> dict[str, Any]:
+        at = torch.device(device if stays == "on the device" else "cpu")
+        return {
+            "encode": lambda batch: (batch[0].to(at) // 2, batch[1].to(at)),
+            "decode": lambda stored: (stored[0] * 2, stored[1]),
+        }
+
+    def played(device: str, storage: str) -> list[torch.Tensor]:
+        arguments = {**ARGUMENTS, **forms(device), "storage": storage}
+        if how == "update":
+            return augmented(device, **arguments)
+        with RehearsalBuffer(60, **arguments) as buffer:
+            if how == "rehearse":
+                return rehearsed(batches("cpu"), device, buffer)
+            out = list[torch.Tensor]()
+            for batch in batches(device):
+                out += buffer.draw() or ()
+                simulated.lag(device)
+                buffer.offer(batch)
+            return [leaf.cpu() for leaf in out]
+
+    assert same(played("cpu", "cpu"), played(accelerator, named(place, accelerator)))
+
+
 def test_training_on_the_device_after_a_fill_from_the_cpu(accelerator: str) -> None:
     """As without: what a loader gives on the CPU does not decide where the trainer is."""
     out = []

@@ -84,6 +84,14 @@ class Together:
                     "be pickled: let this loader give an empty one first (or evenly, with like=)"
                 )
             )
+        if self._steps.begun is None and self._steps.outputs.coding.encodes:
+            raise TypeError(
+                self._steps.here(
+                    f"{self._call}: with encode=, each rank's loader must give a mini-batch of one "
+                    "sample at least, and this one's has given none: what is stored of it cannot "
+                    "be known"
+                )
+            )
         does_not_say = self._pattern.ragged or empty_lists(self._pattern.batch)
         if does_not_say and self._steps.begun is None:
             self._begin(self._pattern)
@@ -98,7 +106,7 @@ class Together:
         self._steps.begin_restored(layout, label, on_gpu=False)
 
     def _pattern_of(self, batch: Batch) -> _Pattern:
-        begun = self._steps.begun
+        begun = None if self._steps.outputs.coding.encodes else self._steps.begun
         ragged = ragged_paths(batch) if begun is None else begun.layout.ragged_paths
         return _Pattern(mapped(batch, pattern_of, ragged), ragged)
 
