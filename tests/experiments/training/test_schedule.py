@@ -40,7 +40,7 @@ def schedule_of(
 
 
 def sizes(schedule: Schedule, number: int, first: int = 0) -> list[int]:
-    return [len(labels) for _, labels in schedule.batches(number, first)]
+    return [len(labels) for _, labels, _ in schedule.batches(number, first)]
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 4])
@@ -70,7 +70,7 @@ def test_new_and_past_samples_make_up_the_step(num_ranks: int) -> None:
 
 def test_a_task_goes_on_in_the_middle_with_the_same_samples() -> None:
     def labels(first: int) -> list[NDArray[np.int64]]:
-        return [each.numpy() for _, each in schedule_of(proportional()).batches(2, first)]
+        return [each.numpy() for _, each, _ in schedule_of(proportional()).batches(2, first)]
 
     whole = labels(0)
     for first in (1, len(whole) // 3, len(whole) - 1, len(whole)):
@@ -105,6 +105,6 @@ def test_samples_per_step() -> None:
 def test_every_new_sample_is_visited_equally_often() -> None:
     schedule = schedule_of(proportional(global_num_representatives=0))
     seen = Counter[bytes]()
-    for images, _ in schedule.batches(1, 0):
+    for images, _, _ in schedule.batches(1, 0):
         seen.update(image.numpy().tobytes() for image in images)
     assert max(seen.values()) - min(seen.values()) <= 1

@@ -142,6 +142,12 @@ class Changes(TaskChanges):
     # What it remembers.
     logits_dtype: str | None = None
     """DER, DER++: of the logits that the buffer remembers: float32 or float16."""
+    stores: str | None = None
+    """What the buffer stores of images: pixels; or files, what they are decoded from, of folders
+    of images."""
+    capacity_bytes: int | None = None
+    """Bytes of the whole buffer, which bound it beside the capacity; if not given and files are
+    stored, what as many take."""
     remembers: str | None = None
     """What the buffer gets: candidates of every step (stream), or of a task's last epoch alone
     (last-epoch); or a task's exemplars at its end: random, herding, closest-to-mean (the last two

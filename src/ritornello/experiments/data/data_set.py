@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-LabelledBatch = tuple[Tensor, Tensor]
+LabelledBatch = tuple[Tensor, Tensor, *tuple[list[bytes], ...]]
+"""Images ``[b, C, H, W]`` uint8 and labels ``[b]``; of ``KeptFiles`` with what their files hold."""
 
 
 class LabelledImages(Dataset[LabelledBatch]):
@@ -33,12 +34,20 @@ class LabelledImages(Dataset[LabelledBatch]):
 
     def __getitem__(self, index: int) -> LabelledBatch:
         """One sample: image ``[C, H, W]`` and label."""
-        images, labels = self.__getitems__([index])
+        images, labels, *_ = self.__getitems__([index])
         return images[0], labels[0]
 
     def __getitems__(self, indices: Sequence[int]) -> LabelledBatch:
         """The samples at ``indices``; torch's loaders ask for whole mini-batches by this."""
         raise TypeError(f"{type(self).__name__} must define __getitems__")
+
+    def file_of(self, index: int) -> str:
+        """The path of the file that a sample's image is decoded from.
+
+        Raises:
+            ValueError: there is none.
+        """
+        raise ValueError("the images have no files of their own")
 
 
 class InMemoryImages(LabelledImages):
@@ -74,8 +83,12 @@ class Relabelled(LabelledImages):
 
     def __getitems__(self, indices: Sequence[int]) -> LabelledBatch:
         """See ``LabelledImages``."""
-        images, labels = self._images.__getitems__(indices)
+        images, labels, *_ = self._images.__getitems__(indices)
         return images, self._new_labels[labels]
+
+    def file_of(self, index: int) -> str:
+        """See ``LabelledImages``."""
+        return self._images.file_of(index)
 
 
 class Part(LabelledImages):
@@ -93,6 +106,10 @@ class Part(LabelledImages):
     def __getitems__(self, indices: Sequence[int]) -> LabelledBatch:
         """See ``LabelledImages``."""
         return self._images.__getitems__(self._indices[np.asarray(indices)].tolist())
+
+    def file_of(self, index: int) -> str:
+        """See ``LabelledImages``."""
+        return self._images.file_of(int(self._indices[index]))
 
 
 class Joined(LabelledImages):
@@ -120,6 +137,11 @@ class Joined(LabelledImages):
         places = torch.from_numpy(np.argsort(np.concatenate(order), kind="stable"))
         images, labels = (torch.cat(leaves)[places] for leaves in zip(*batches, strict=True))
         return images, labels
+
+    def file_of(self, index: int) -> str:
+        """See ``LabelledImages``."""
+        owner = int(self._ends.searchsorted(index, side="right"))
+        return self._parts[owner].file_of(index - int(self._ends[owner]) + len(self._parts[owner]))
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from ritornello.experiments.data.data_set import Arrival, DataSet, LabelledBatch, LabelledImages
+from ritornello.experiments.data.decoding import Decoder
 
 Samples = list[tuple[str, int]]
 """File and label."""
@@ -35,16 +36,9 @@ class FileImages(LabelledImages):
     """
 
     def __init__(self, samples: Samples, image_size: int, num_channels: int = 3) -> None:
-        from torchvision.transforms import v2
-
-        if image_size < 1:
-            raise ValueError(f"image_size={image_size}: it must be at least 1")
         self.files = [file for file, _ in samples]
         self.labels = np.array([label for _, label in samples], dtype=np.int64)
-        grey = [v2.Grayscale()] if num_channels == 1 else []
-        self._transform = v2.Compose(
-            [v2.Resize(image_size), v2.CenterCrop(image_size), *grey, v2.PILToTensor()]
-        )
+        self._decode = Decoder(image_size, num_channels)
 
     def __getitems__(self, indices: Sequence[int]) -> LabelledBatch:
         """See ``LabelledImages``.
@@ -52,17 +46,12 @@ class FileImages(LabelledImages):
         Raises:
             ValueError: a file is not an image, or is broken; names the file.
         """
-        images = torch.stack([self._decode(self.files[index]) for index in indices])
+        images = torch.stack([self._decode.file(self.files[index])[0] for index in indices])
         return images, torch.from_numpy(self.labels[np.asarray(indices)])
 
-    def _decode(self, file: str) -> torch.Tensor:
-        from torchvision.datasets.folder import default_loader
-
-        try:
-            image: torch.Tensor = self._transform(default_loader(file))
-        except Exception as error:  # what Pillow raises depends on where a file is broken
-            raise ValueError(f"data: {file} cannot be read as an image: {error}") from error
-        return image
+    def file_of(self, index: int) -> str:
+        """See ``LabelledImages``."""
+        return self.files[index]
 
 
 class FolderImages(FileImages):

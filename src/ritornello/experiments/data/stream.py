@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,6 +16,28 @@ from torch.utils.data import DataLoader
 from ritornello.experiments.data.data_set import LabelledBatch, LabelledImages
 from ritornello.experiments.data.scenarios import Task
 from ritornello.records import accelerators
+
+
+class Files(NamedTuple):
+    """What the images of a mini-batch are decoded from, in CPU memory."""
+
+    contents: list[Tensor]
+    """uint8, one for each."""
+    labels: Tensor
+
+    @classmethod
+    def none(cls) -> Files:
+        """Those of no images."""
+        return cls([], torch.zeros(0, dtype=torch.int64))
+
+
+class LoadedBatch(NamedTuple):
+    """A mini-batch on the device of the training."""
+
+    images: Tensor
+    labels: Tensor
+    files: Files | None = None
+    """Where these are to be stored."""
 
 
 class TaskImages(LabelledImages):
@@ -40,14 +62,14 @@ class TaskImages(LabelledImages):
     def __getitems__(self, indices: Sequence[int]) -> LabelledBatch:
         """See ``LabelledImages``."""
         positions = np.asarray(indices)
-        images, labels = self._images.__getitems__(self._indices[positions].tolist())
+        images, labels, *files = self._images.__getitems__(self._indices[positions].tolist())
         tasks = self._task_of_sample[positions]
         for number in np.unique(tasks).tolist():
             view = self._views[number]
             if view is not None:
                 own = torch.from_numpy(np.flatnonzero(tasks == number))
                 images[own] = view(images[own])
-        return images, labels
+        return images, labels, *files
 
 
 def steps_per_pass(num_samples: int, global_batch_size: int) -> int:
@@ -122,24 +144,30 @@ def load_batches(
     positions: Iterable[NDArray[np.int64]],
     num_workers: int,
     device: torch.device,
-) -> Iterator[tuple[Tensor, Tensor]]:
+) -> Iterator[LoadedBatch]:
     """Loads given mini-batches, in worker processes if there are any, onto a device.
 
     Starting workers takes seconds: better one call for many passes than one for each. Nothing
     is drawn from torch's global random state, so that a run that goes on in the middle of a task
     draws the same numbers as one that never stopped.
     """
-    loader: DataLoader[LabelledBatch] = DataLoader(
+    loader: DataLoader[Any] = DataLoader(
         images,
         batch_sampler=(each.tolist() for each in positions),
-        collate_fn=_as_it_is,
+        collate_fn=_packed,
         num_workers=num_workers,
         pin_memory=accelerators.has_streams(device),
         generator=torch.Generator(),
         worker_init_fn=_ignore_signals,
     )
-    for batch in loader:
-        yield batch[0].to(device, non_blocking=True), batch[1].to(device, non_blocking=True)
+    for pixels, labels, *packed in loader:
+        files = None
+        if packed:
+            content, lengths = packed
+            files = Files(list(content.split(lengths.tolist())), labels)
+        yield LoadedBatch(
+            pixels.to(device, non_blocking=True), labels.to(device, non_blocking=True), files
+        )
 
 
 def _ignore_signals(worker: int) -> None:
@@ -151,6 +179,11 @@ def _ignore_signals(worker: int) -> None:
         signal.signal(each, signal.SIG_IGN)
 
 
-def _as_it_is(batch: Any) -> Any:
-    """The data sets give whole mini-batches: nothing is left to collate."""
-    return batch
+def _packed(batch: Any) -> Any:
+    """The data sets give whole mini-batches; what is in files becomes one tensor, and lengths."""
+    images, labels, *files = batch
+    if not files:
+        return images, labels
+    [contents] = files
+    content = torch.from_numpy(np.frombuffer(bytearray().join(contents), dtype=np.uint8))
+    return images, labels, content, torch.tensor([len(each) for each in contents])

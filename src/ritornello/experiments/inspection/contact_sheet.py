@@ -12,8 +12,15 @@ from torch.nn import functional
 from torchvision.utils import make_grid
 
 from ritornello.arrays import Ints
-from ritornello.experiments.inspection.image_fields import image_position, images_of
+from ritornello.experiments.data.decoding import Decoder
+from ritornello.experiments.inspection.image_fields import (
+    files_of,
+    image_position,
+    images_of,
+    is_file,
+)
 from ritornello.experiments.inspection.inspection import Inspection
+from ritornello.saving.saved_buffer import SavedRepresentatives
 
 MOST_ROWS, MOST_COLUMNS = 20, 24
 
@@ -88,11 +95,21 @@ def _images(inspection: Inspection, chosen: Ints, position: int) -> Tensor:
         order = slots.argsort()
         ascending = slots[order]
         for part in inspection.saved.representatives(rank, ascending):
-            images = _as_drawn(images_of(part, position))
+            images = _drawn(inspection, part, position)
             at = places[order[ascending.searchsorted(part.slots)]]
             for place, image in zip(at.tolist(), images, strict=True):
                 drawn[place] = image
     return torch.stack([each for each in drawn if each is not None])
+
+
+def _drawn(inspection: Inspection, part: SavedRepresentatives, position: int) -> Tensor:
+    """RGB images ``[n, 3, height, width]`` of some representatives; of files, their middle."""
+    layout = inspection.manifest.layout
+    assert layout is not None
+    if not is_file(layout.fields[position]):
+        return _as_drawn(images_of(part, position))
+    decode = Decoder(CELL)
+    return torch.stack([decode(content).float() / 255 for content, _ in files_of(part, position)])
 
 
 def _as_drawn(images: Tensor) -> Tensor:

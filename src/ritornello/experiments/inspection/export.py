@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 import zipfile
 from collections import Counter
@@ -13,7 +14,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ritornello.experiments.inspection.image_fields import image_position, images_of, leaf_of
+from ritornello.experiments.inspection.image_fields import (
+    files_of,
+    image_position,
+    images_of,
+    is_file,
+    leaf_of,
+)
 from ritornello.experiments.inspection.inspection import Inspection
 from ritornello.records.layout import Field
 from ritornello.saving.saved_buffer import SavedRepresentatives
@@ -76,9 +83,7 @@ def array_names(inspection: Inspection) -> list[str]:
 
 
 def _to_folder(inspection: Inspection, folder: Path) -> None:
-    """``folder/CLASS/NNN.png``, as ``torchvision.datasets.ImageFolder`` reads it."""
-    from PIL import Image
-
+    """``folder/CLASS/NNN.png``, as ``torchvision.datasets.ImageFolder`` reads it; or the files."""
     if inspection.labels is None:
         raise ValueError(f"--export {folder}: the buffer knows no labels; take a FILE.npz")
     position = image_position(inspection.manifest)
@@ -88,12 +93,29 @@ def _to_folder(inspection: Inspection, folder: Path) -> None:
     written = Counter[int]()
     for each in _read(inspection):
         assert each.labels is not None
-        images = _pixels(images_of(each, position), folder)
-        for label, image in zip(each.labels.tolist(), images, strict=True):
+        files = _files(inspection, each, position, folder)
+        for label, (content, ending) in zip(each.labels.tolist(), files, strict=True):
             written[label] += 1
-            file = folder / names[label] / f"{written[label]:0{digits}}.png"
+            file = folder / names[label] / f"{written[label]:0{digits}}.{ending}"
             file.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(image).save(file)
+            file.write_bytes(content)
+
+
+def _files(
+    inspection: Inspection, each: SavedRepresentatives, position: int, path: Path
+) -> Iterator[tuple[bytes, str]]:
+    """What is in the file of each image, and how its name ends."""
+    from PIL import Image
+
+    layout = inspection.manifest.layout
+    assert layout is not None
+    if is_file(layout.fields[position]):
+        yield from files_of(each, position)
+        return
+    for pixels in _pixels(images_of(each, position), path):
+        content = io.BytesIO()
+        Image.fromarray(pixels).save(content, "PNG")
+        yield content.getvalue(), "png"
 
 
 def _folder_names(inspection: Inspection, labels: list[int]) -> dict[int, str]:

@@ -147,6 +147,12 @@ class Recipe:
     training."""
     global_num_candidates: int | None = None
     """``N * c``; None: every sample is a candidate."""
+    capacity_bytes: int | None = None
+    """Bytes of the whole buffer, over all ranks, that bound it beside ``capacity``; None: no bound,
+    and where files are stored, what ``capacity`` files take."""
+    stores: str = "pixels"
+    """What the buffer stores of images: "pixels"; or "files", what they are decoded from, of data
+    sets that are folders of images."""
     remembers: str = "stream"
     """"stream": candidates come from every mini-batch; "last-epoch": from those of a task's last
     epoch alone, so that what came before it stays whole until then; else how a task's exemplars
@@ -258,6 +264,7 @@ class Recipe:
             ("pixels", ("standardised", "unit")),
             ("loss_weights", ("by-sample", "by-task")),
             ("logits_dtype", ("float32", "float16")),
+            ("stores", ("pixels", "files")),
             ("composition", tuple(COMPOSITIONS)),
         ):
             if getattr(self, name) not in allowed:

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 from ritornello.buffer import RehearsalBuffer
+from ritornello.experiments.data.decoding import Decoding
 from ritornello.experiments.recipes.recipe import Recipe
 from ritornello.experiments.strategies.a_gem import AGEM
 from ritornello.experiments.strategies.base import (
@@ -92,6 +93,8 @@ def strategy_of(
     num_train_samples: int,
     num_classes: int,
     criterion: Criterion = cross_entropy,
+    decode: Decoding | None = None,
+    capacity_bytes: int | None = None,
 ) -> Strategy:
     """A recipe's strategy on one rank, with its buffer. Blocks until all ranks have theirs.
 
@@ -102,6 +105,8 @@ def strategy_of(
         num_train_samples: of the whole data set.
         num_classes: of the whole data set.
         criterion: the loss of each sample.
+        decode: what makes images of stored files, if they are to be stored.
+        capacity_bytes: of the buffer, if it is bounded.
     """
     kind = strategy_named(recipe.strategy)
     common: dict[str, Any] = {"criterion": criterion}
@@ -128,6 +133,8 @@ def strategy_of(
         selection=_selection_of(recipe, num_classes),
         sampling=recipe.sampling,
         seed=recipe.seed,
+        decode=decode,
+        capacity_bytes=capacity_bytes,
     )
     return kind.of(recipe, new_buffer, **common)
 

@@ -103,6 +103,9 @@ class Strategy:
     """The rehearsal buffer; None if there is none."""
     goes_by_distances: bool = False
     """Whether the buffer's distances are to be measured before each epoch."""
+    stored: tuple[Any, ...] | None = None
+    """What the buffer stores in place of the next mini-batch's images and labels, such as the files
+    that they were decoded from; set before ``observe`` and ``backward``. None: these."""
 
     def __init__(
         self, *, criterion: Criterion = cross_entropy, sizes: GlobalSizes | None = None
@@ -292,6 +295,8 @@ class RehearsalStrategy(Strategy):
 
     def offer(self, *leaves: Tensor) -> None:
         """Offers a mini-batch, and so starts the round that draws for the next step."""
+        if self.stored is not None:
+            leaves = (*self.stored, *(leaf.cpu() for leaf in leaves[2:]))
         self.buffer.offer(leaves if self.offers_stream else tuple(leaf[:0] for leaf in leaves))
 
     def augment(self, *leaves: Tensor) -> tuple[Tensor, ...]:
@@ -303,7 +308,7 @@ class RehearsalStrategy(Strategy):
         Raises:
             TypeError, ValueError: the buffer refuses it.
         """
-        if self.offers_stream and not self._leaves_out:
+        if self.offers_stream and not self._leaves_out and self.stored is None:
             try:
                 joined = self.buffer.update(leaves)
             except (TypeError, ValueError):

@@ -66,7 +66,7 @@ class Evaluation:
         batches = load_batches(
             self._images, (part for _, part in parts), self._num_workers, self._place.device
         )
-        for (number, _), (images, labels) in zip(parts, batches, strict=True):
+        for (number, _), (images, labels, _) in zip(parts, batches, strict=True):
             logits = network(images)
             if self.mask is not None:
                 logits = logits.masked_fill(~self.mask[labels], -torch.inf)

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ritornello.buffer import RehearsalBuffer
-from ritornello.experiments.data.data_set import DataSet, LabelledBatch, LabelledImages
+from ritornello.experiments.data.data_set import DataSet, LabelledImages
 from ritornello.experiments.data.scenarios import Task
-from ritornello.experiments.data.stream import TaskImages, load_batches
+from ritornello.experiments.data.stream import Files, LoadedBatch, TaskImages, load_batches
 from ritornello.experiments.ranks.place import Place
 from ritornello.experiments.recipes.recipe import Recipe
 from ritornello.experiments.strategies import strategy_named
@@ -170,7 +170,8 @@ def store(
     batches = load_batches(images, [part for part in parts if len(part)], num_workers, place.device)
     for part in parts:
         buffer.draw()
-        buffer.offer(next(batches) if len(part) else nothing)
+        images_and_labels = (next(batches) if len(part) else nothing)[:2]
+        buffer.offer(images_and_labels)
 
 
 def features_over_ranks(
@@ -200,7 +201,8 @@ def features_over_ranks(
         yield features[: len(positions)]
 
 
-def nothing_like(images: LabelledImages, device: torch.device) -> LabelledBatch:
+def nothing_like(images: LabelledImages, device: torch.device) -> LoadedBatch:
     """A mini-batch without samples, of the kind that a data set gives."""
-    image, labels = images.__getitems__([0])
-    return image[:0].to(device), labels[:0].to(device)
+    image, labels, *files = images.__getitems__([0])
+    nothing = image[:0].to(device), labels[:0].to(device)
+    return LoadedBatch(*nothing, Files.none() if files else None)

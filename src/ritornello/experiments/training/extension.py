@@ -49,6 +49,7 @@ from ritornello.experiments.training.extension_plan import (
     results_in,
 )
 from ritornello.experiments.training.saver import CheckpointSettings, Saver
+from ritornello.experiments.training.stored_files import data_of
 from ritornello.experiments.training.tracking import PLACES, Tracking, telling
 from ritornello.experiments.training.trainer import Trainer
 from ritornello.records import accelerators
@@ -125,6 +126,7 @@ def extend(
         device = device_named(extension.recipe.device)
         stack.enter_context(accelerators.forked_random_state(device))
         arrived, tasks = _stream(extension, [Path(each) for each in tests], ranks)
+        arrived = data_of(extension.recipe, arrived)
         trainer = stack.enter_context(
             Trainer(extension.recipe, arrived, Place(ranks.rank, ranks.num_ranks, device), tasks)
         )

@@ -159,7 +159,11 @@ def _recipe(folder: Path, before: Results, changes: Mapping[str, Any]) -> Recipe
                 f"{folder} has no buffer, and the strategy {recipe.strategy!r} cannot go on "
                 "without it: the run was made with --keep-buffer off"
             )
-        recipe = replace(recipe, capacity=SavedFolder(buffer).manifest.capacity)
+        manifest = SavedFolder(buffer).manifest
+        recipe = replace(recipe, capacity=manifest.capacity)
+        if manifest.paging is not None:  # files: a larger capacity has room for more of them
+            share = changes.get("capacity", manifest.capacity) / manifest.capacity
+            recipe = replace(recipe, capacity_bytes=round(manifest.paging.capacity_bytes * share))
     return replace(with_changes(recipe, **changes), published=None)
 
 

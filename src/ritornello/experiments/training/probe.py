@@ -42,7 +42,7 @@ class Kept(LabelledImages):
         """See ``LabelledImages``."""
         missing = [index for index in indices if index not in self._kept]
         if missing:
-            images, labels = self._images.__getitems__(missing)
+            images, labels, *_ = self._images.__getitems__(missing)
             self._kept |= zip(missing, zip(images.clone(), labels, strict=True), strict=True)
         kept = [self._kept[index] for index in indices]
         return torch.stack([image for image, _ in kept]), torch.stack([label for _, label in kept])

@@ -35,6 +35,7 @@ from ritornello.experiments.strategies import Rehearsal, strategy_named
 from ritornello.experiments.training import exemplars
 from ritornello.experiments.training.checkpoints import Checkpoints
 from ritornello.experiments.training.saver import CheckpointSettings, Saver
+from ritornello.experiments.training.stored_files import check_stores, data_of
 from ritornello.experiments.training.tracking import Tracking, telling
 from ritornello.experiments.training.trainer import Trainer
 from ritornello.experiments.training.variants import folder_name
@@ -179,7 +180,7 @@ def _run(
         stack.enter_context(accelerators.forked_random_state(device))
         data = data() if callable(data) else data
         data = data or load(recipe.data, recipe.data_path, recipe.image_size)
-        data = held_out(data, recipe.holdout)
+        data = data_of(recipe, held_out(data, recipe.holdout))
         trainer = stack.enter_context(
             Trainer(recipe, data, Place(ranks.rank, ranks.num_ranks, device))
         )
@@ -285,6 +286,7 @@ def check(recipe: Recipe, num_ranks: int) -> None:
                 f"class_order={recipe.class_order} with scenario={recipe.scenario!r}: classes come "
                 f"one after another in {', '.join(IN_CLASS_ORDER)} alone"
             )
+    check_stores(recipe)
     if recipe.remembers == "last-epoch" and kind.observes:
         raise ValueError(
             f"remembers='last-epoch' with strategy={recipe.strategy!r}: it sees a task's samples "

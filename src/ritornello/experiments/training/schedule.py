@@ -9,9 +9,10 @@ from itertools import repeat
 import numpy as np
 from numpy.typing import NDArray
 
-from ritornello.experiments.data.data_set import DataSet, LabelledBatch
+from ritornello.experiments.data.data_set import DataSet
 from ritornello.experiments.data.scenarios import Task
 from ritornello.experiments.data.stream import (
+    LoadedBatch,
     TaskImages,
     load_batches,
     positions_of_passes,
@@ -88,18 +89,18 @@ class Schedule:
         images = self._training_images(number)
         return 0 if images is None else steps_per_pass(len(images), recipe.global_batch_size)
 
-    def batches(self, number: int, first: int) -> Iterator[LabelledBatch]:
+    def batches(self, number: int, first: int) -> Iterator[LoadedBatch]:
         """This rank's mini-batches of a task, from step ``first`` on; empty if it only observes."""
         if self._strategy.observes:
             return repeat(exemplars.nothing_like(self._data.train, self._place.device))
         num_passes = -(-self.num_steps(number) // max(1, self.steps_per_epoch(number)))
         return self._passes(number, num_passes, first)
 
-    def observed(self, number: int, first: int) -> Iterator[LabelledBatch]:
+    def observed(self, number: int, first: int) -> Iterator[LoadedBatch]:
         """What a strategy that ``observes`` sees before it trains: one pass, from ``first`` on."""
         return self._passes(number, 1, first)
 
-    def _passes(self, number: int, num_passes: int, first: int) -> Iterator[LabelledBatch]:
+    def _passes(self, number: int, num_passes: int, first: int) -> Iterator[LoadedBatch]:
         images = self._training_images(number)
         if images is None:
             return

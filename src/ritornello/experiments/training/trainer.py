@@ -38,6 +38,7 @@ from ritornello.experiments.training.evaluation import Evaluation
 from ritornello.experiments.training.probe import probe_of
 from ritornello.experiments.training.saver import Saver
 from ritornello.experiments.training.schedule import Schedule
+from ritornello.experiments.training.stored_files import stored_files
 from ritornello.records import accelerators
 
 
@@ -107,6 +108,7 @@ class Trainer:
             num_train_samples=len(data.train),
             num_classes=data.num_classes,
             criterion=self._criterion(),
+            **stored_files(self.recipe, data, place),
         )
         self.schedule = Schedule(self.recipe, data, self.tasks, self.strategy, place)
 
@@ -192,7 +194,7 @@ class Trainer:
             for group in self.optimiser.param_groups:
                 group["lr"] = self.recipe.learning_rate * factor
             began = time.perf_counter()
-            images, labels = next(batches)
+            images, labels, self.strategy.stored = next(batches)
             loaded = time.perf_counter()
             if buffer is not None:
                 self._set_sizes(buffer, number, step, step + steps_per_epoch >= num_steps)
@@ -240,7 +242,8 @@ class Trainer:
     def begin_training(self, number: int) -> None:
         """What comes before the first step of a task."""
         if self.strategy.observes:
-            for images, labels in self.schedule.observed(number, self.position.num_observed):
+            for batch in self.schedule.observed(number, self.position.num_observed):
+                images, labels, self.strategy.stored = batch
                 began = time.perf_counter()
                 self.strategy.observe(images, labels)
                 self.seconds.step += time.perf_counter() - began
