@@ -24,6 +24,7 @@ from ritornello.experiments.data.load import load
 from ritornello.experiments.ranks.place import Place
 from ritornello.experiments.recipes.named import recipe_named
 from ritornello.experiments.recipes.recipe import Recipe
+from ritornello.experiments.training.stored_files import data_of
 from ritornello.experiments.training.trainer import Trainer
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -59,7 +60,7 @@ class TakingTurns(Trainer):
 def train(recipe: Recipe, num_steps: int, turns: Connection) -> None:
     """One run, in its own process; sends None at its end."""
     turns.recv()
-    data = load(recipe.data, recipe.data_path, recipe.image_size)
+    data = data_of(recipe, load(recipe.data, recipe.data_path, recipe.image_size))
     with TakingTurns(recipe, data, Place(0, 1, torch.device("cpu"))) as trainer:
         trainer.turns, trainer.num_steps = turns, num_steps
         trainer.train()

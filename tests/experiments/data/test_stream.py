@@ -85,4 +85,4 @@ def test_loading_with_and_without_workers(num_workers: int) -> None:
     stream = TaskImages(images_of(10), [task_of([3, 5, 8], [], shift=1)])
     positions = [np.array([2, 0]), np.array([1])]
     loaded = list(load_batches(stream, positions, num_workers, torch.device("cpu")))
-    assert [images.flatten().tolist() for images, _ in loaded] == [[9, 4], [6]]
+    assert [images.flatten().tolist() for images, _, _ in loaded] == [[9, 4], [6]]
