@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ritornello.arrays import Floats, Ints
+from ritornello.policies.contents import Contents
 from ritornello.transports.agreement import gather_padded
 from ritornello.transports.base import Transport
 
@@ -54,6 +55,25 @@ def cosine_distances(features: Tensor, labels: Ints, transport: Transport) -> Fl
         return np.zeros(0)
     cosines: Floats = (_unit(own) * _unit(means)[class_of_row]).sum(axis=1)
     return np.clip(1.0 - cosines, 0.0, 2.0)
+
+
+def distances_by_place(
+    features: Tensor, labels: Ints, contents: Contents, transport: Transport
+) -> tuple[Ints, Floats]:
+    """The places of all representatives, and the distance of each; see ``cosine_distances``.
+
+    Args:
+        features: of this rank's representatives, in the order of slots.
+        labels: of as many.
+        contents: of the whole buffer.
+        transport: to the other ranks.
+    """
+    everyone = gather_padded(cosine_distances(features, labels, transport), transport)
+    places = [
+        contents.places_of_slots(rank, np.arange(len(of_rank)))
+        for rank, of_rank in enumerate(everyone)
+    ]
+    return np.concatenate(places), np.concatenate(everyone)
 
 
 def _sum_over_ranks(values: NDArray[np.float64], transport: Transport) -> NDArray[np.float64]:

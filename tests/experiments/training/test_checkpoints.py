@@ -172,7 +172,19 @@ ON_RANKS: dict[int, list[dict[str, Any]]] = {
         {"strategy": "gdumb"},
         {"composition": "proportional", "first_share": 0.6},
     ],
-    3: [{"strategy": "a-gem", "augmentation": "crop-flip", "global_num_candidates": None}],
+    3: [
+        {"strategy": "a-gem", "augmentation": "crop-flip", "global_num_candidates": None},
+        {"ranks_differ": 0.05, "draws": "local", "global_num_candidates": None, "num_tasks": 2},
+        {
+            "local_steps": 4,
+            "ranks_differ": 0.05,
+            "optimiser": "adam",
+            "averaged": 0.9,
+            "probe_every": 5,
+            "global_num_candidates": None,
+            "num_tasks": 2,
+        },
+    ],
     4: [
         {"strategy": "incremental", "num_tasks": 2},
         {"composition": "proportional", "soft_targets": 1.0},

@@ -70,6 +70,9 @@ class Recipe:
     holdout: float = 0.0
     """The share of the training samples that stands in for the test samples; 0: these are tested
     with. See ``data.holdout``."""
+    ranks_differ: float | None = None
+    """Each rank has training samples of its own, with shares of each class from the Dirichlet
+    distribution of this parameter; None: all ranks draw on the same. See ``data.unlike_ranks``."""
 
     # The pixels that the model sees. What the buffer stores is neither normalised nor augmented.
     pixels: str = "standardised"
@@ -117,6 +120,9 @@ class Recipe:
     """(epoch, factor): from that epoch of a task on, the learning rate is multiplied by it."""
     stretches_schedule: bool = False
     """Whether another number of epochs moves warm-up and milestones in proportion."""
+    local_steps: int = 0
+    """Steps that each rank makes by itself, before weights are averaged over the ranks; 0:
+    gradients are, in every step. See ``models.local_steps``."""
 
     # What a step is made of, where it rehearses.
     composition: str = "append"
@@ -156,6 +162,8 @@ class Recipe:
     """Equal shares for all classes that will ever come, instead of those so far; of selection
     policies with class shares, and of exemplars."""
     sampling: str = "uniform"
+    draws: str = "global"
+    """Where a rank draws from: "global" (all shards) or "local" (its own)."""
     logits_dtype: str = "float32"
     """How logits are stored: "float32" or "float16"."""
 

@@ -109,13 +109,14 @@ def strategy_of(
     if recipe.is_proportional and kind.rehearses:  # all ranks have equally many samples
         rate["most_representatives"] = recipe.composed_samples // num_ranks - 1
     else:
-        common["sizes"] = GlobalSizes(
+        sizes = GlobalSizes(
             rank,
             num_ranks,
             recipe.global_batch_size,
             max(num_ranks, recipe.global_num_representatives),  # 0 where a step is composed
             recipe.seed,
         )
+        common["sizes"] = sizes.of_one_rank() if recipe.local_steps else sizes
         # The largest part; ranks whose part is smaller leave one out.
         rate["num_representatives"] = -(-recipe.global_num_representatives // num_ranks)
     if recipe.soft_targets and kind is Rehearsal:
@@ -127,6 +128,7 @@ def strategy_of(
         num_candidates=recipe.own_candidates(num_ranks),
         selection=_selection_of(recipe, num_classes),
         sampling=recipe.sampling,
+        draws=recipe.draws,
         seed=recipe.seed,
     )
     return kind.of(recipe, new_buffer, **common)

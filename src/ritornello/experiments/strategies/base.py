@@ -54,6 +54,11 @@ class GlobalSizes:
                 "that every rank has a representative"
             )
 
+    def of_one_rank(self) -> GlobalSizes:
+        """This rank's part alone, where each trains by itself and keeps all that it draws."""
+        num_new = rows_of_rank(self.num_new, self.rank, self.num_ranks)
+        return GlobalSizes(0, 1, num_new, -(-self.num_past // self.num_ranks), self.seed)
+
     def own_past(self, num_drawn: int) -> int:
         """How many of ``num_drawn`` representatives this rank keeps."""
         return min(num_drawn, rows_of_rank(self.num_past, self.rank, self.num_ranks))
