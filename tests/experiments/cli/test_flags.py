@@ -32,7 +32,8 @@ def test_every_setting_arrives_in_the_recipe() -> None:
         beta=0.6, loss_weights="by-task", remembers="herding", device="cpu", workers=3,
         crop_size=32, logits_dtype="float16", fixed_shares="on", samples_per_step=12,
         first_share=0.7, share_floor=0.1, soft_targets=2.0, soft_temperature=3.0, holdout=0.1,
-        averaged=0.9, probe_every=5, ranks_differ=0.1, local_steps=4,
+        averaged=0.9, probe_every=5, ranks_differ=0.1, local_steps=4, si_strength=0.3,
+        si_damping=0.4, locality=0.6, surrogate_steps=9,
     )  # fmt: skip
     assert {name for name, value in vars(given).items() if value is None} == {"epochs"}
     buffer = BufferChanges(

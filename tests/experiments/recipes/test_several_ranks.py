@@ -55,6 +55,31 @@ from ritornello.experiments.training import run as train
             "draws='local' with strategy='a-gem': it averages the gradients of representatives "
             "over the ranks, also where a shard is still empty; use draws='global', or local_steps",
         ),
+        (
+            {"strategy": "fedssi"},
+            2,
+            "local_steps=0 with strategy='fedssi': it is made for ranks that go their own ways; "
+            "give local_steps, or use strategy='si'",
+        ),
+        ({"strategy": "fedssi", "local_steps": 5}, 1, "local_steps=5 on 1 rank"),
+        (
+            {"strategy": "fedssi", "local_steps": 5, "locality": 1.0},
+            2,
+            "locality=1.0: it must be above 0 and below 1",
+        ),
+        (
+            {"strategy": "fedssi", "local_steps": 5, "locality": 0.01, "learning_rate": 0.05},
+            2,
+            "locality=0.01 with learning_rate=0.05: a step of the surrogate model would go 2.48 "
+            "times the way to the averaged weights; take a larger locality",
+        ),
+        (
+            {"strategy": "fedssi", "local_steps": 5, "surrogate_steps": 0},
+            2,
+            "surrogate_steps=0: it must be at least 1",
+        ),
+        ({"strategy": "si", "si_damping": 0.0}, 1, "si_damping=0.0: it must be above 0"),
+        ({"strategy": "si", "si_strength": -1.0}, 1, "si_strength=-1.0: it must not be negative"),
     ],
 )
 def test_what_cannot_be_is_refused(changes: dict[str, Any], num_ranks: int, message: str) -> None:

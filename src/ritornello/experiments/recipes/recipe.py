@@ -99,6 +99,14 @@ class Recipe:
     """Weight of the distance to stored logits (DER, DER++)."""
     beta: float = 0.5
     """Weight of the second draw's labels (DER++)."""
+    si_strength: float = 0.1
+    """Weight of the surrogate loss (si, si-rehearsal, fedssi)."""
+    si_damping: float = 0.1
+    """What keeps weights that hardly move from a large importance (si, si-rehearsal, fedssi)."""
+    locality: float = 0.5
+    """How far a rank's surrogate model goes its own way: above 0, and below 1 (fedssi)."""
+    surrogate_steps: int = 100
+    """Steps of the surrogate model at each task's end (fedssi)."""
     loss_weights: str = "by-sample"
     """How rehearsal weighs samples. "by-sample": all of the augmented mini-batch count the same;
     "by-task": in task k the new ones count 1/k, the past ones 1 - 1/k, together."""
@@ -284,7 +292,7 @@ class Recipe:
             )
         if not self.learning_rate > 0:
             raise ValueError(f"learning_rate={self.learning_rate}: it must be above 0")
-        for name in ("alpha", "beta", "soft_targets", "global_num_representatives"):
+        for name in ("alpha", "beta", "si_strength", "soft_targets", "global_num_representatives"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)}: it must not be negative")
         if not 0 <= self.blur < 1:

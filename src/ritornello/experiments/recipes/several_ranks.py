@@ -41,6 +41,8 @@ def check_several_ranks(recipe: Recipe, num_ranks: int, rehearses: bool) -> None
                 f"{name}={getattr(recipe, name)!r} on 1 rank: {why}; take several (--ranks), or "
                 "leave it out"
             )
+    if recipe.strategy == "fedssi":
+        _check_fedssi(recipe)
     if rehearses and alpha is not None:
         _check_unlike(recipe)
     if rehearses and recipe.draws == "local" and recipe.sampling != "uniform":
@@ -53,6 +55,25 @@ def check_several_ranks(recipe: Recipe, num_ranks: int, rehearses: bool) -> None
             "draws='local' with strategy='a-gem': it averages the gradients of representatives "
             "over the ranks, also where a shard is still empty; use draws='global', or local_steps"
         )
+
+
+def _check_fedssi(recipe: Recipe) -> None:
+    if not recipe.local_steps:
+        raise ValueError(
+            "local_steps=0 with strategy='fedssi': it is made for ranks that go their own ways; "
+            "give local_steps, or use strategy='si'"
+        )
+    if not 0 < recipe.locality < 1:
+        raise ValueError(f"locality={recipe.locality}: it must be above 0 and below 1")
+    pull = (1 - recipe.locality) / (2 * recipe.locality)
+    if recipe.learning_rate * pull >= 1:
+        raise ValueError(
+            f"locality={recipe.locality} with learning_rate={recipe.learning_rate}: a step of the "
+            f"surrogate model would go {recipe.learning_rate * pull:.3g} times the way to the "
+            "averaged weights; take a larger locality, so that it is below 1"
+        )
+    if recipe.surrogate_steps < 1:
+        raise ValueError(f"surrogate_steps={recipe.surrogate_steps}: it must be at least 1")
 
 
 def _check_unlike(recipe: Recipe) -> None:

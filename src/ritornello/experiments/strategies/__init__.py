@@ -25,6 +25,8 @@ from ritornello.experiments.strategies.incremental import Incremental
 from ritornello.experiments.strategies.joint import Joint
 from ritornello.experiments.strategies.rehearsal import Rehearsal
 from ritornello.experiments.strategies.soft_targets import SoftTargets
+from ritornello.experiments.strategies.without_samples.fedssi import FedSSI
+from ritornello.experiments.strategies.without_samples.synaptic_intelligence import SI, SIRehearsal
 from ritornello.policies.class_shares import (
     ClassBalanced,
     FirstOffered,
@@ -41,6 +43,9 @@ STRATEGIES: dict[str, type[Strategy]] = {
     "der++": DERPlusPlus,
     "a-gem": AGEM,
     "gdumb": GDumb,
+    "si": SI,
+    "si-rehearsal": SIRehearsal,
+    "fedssi": FedSSI,
     "from-scratch": FromScratch,
     "joint": Joint,
 }
@@ -57,8 +62,10 @@ __all__ = [
     "AGEM",
     "DER",
     "ERACE",
+    "SI",
     "STRATEGIES",
     "DERPlusPlus",
+    "FedSSI",
     "FromScratch",
     "GDumb",
     "GlobalSizes",
@@ -66,6 +73,7 @@ __all__ = [
     "Joint",
     "Rehearsal",
     "RehearsalStrategy",
+    "SIRehearsal",
     "SoftTargets",
     "Strategy",
     "strategy_named",

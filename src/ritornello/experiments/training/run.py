@@ -287,6 +287,8 @@ def check(recipe: Recipe, num_ranks: int) -> None:
                 f"class_order={recipe.class_order} with scenario={recipe.scenario!r}: classes come "
                 f"one after another in {', '.join(IN_CLASS_ORDER)} alone"
             )
+    if kind.remembers_in_itself and not recipe.si_damping > 0:
+        raise ValueError(f"si_damping={recipe.si_damping}: it must be above 0")
     if recipe.remembers == "last-epoch" and kind.observes:
         raise ValueError(
             f"remembers='last-epoch' with strategy={recipe.strategy!r}: it sees a task's samples "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -204,6 +205,7 @@ class Trainer:
             loss = self.strategy.backward(self.network, images, labels, self._backward)
             self.scaler.step(self.optimiser)
             self.scaler.update()
+            self.strategy.end_step(self.network)
             self.network.follow_step()
             num_past = 0 if buffer is None else buffer.num_past
             self.network.end_local_step(position.step + 1, len(labels) + num_past)
@@ -218,7 +220,7 @@ class Trainer:
             self.between_steps()
             bar.advance()
         self.network.agree()
-        self._end_task()
+        self._end_task(number)
         if not self.recipe.offers_stream and buffer is not None:
             tasks, embed = self.tasks[: number + 1], self.network.features
             self.seconds.step += exemplars.remember(
@@ -237,9 +239,11 @@ class Trainer:
         if num_past is not None:
             buffer.num_representatives = num_past
 
-    def _end_task(self) -> None:
+    def _end_task(self, number: int) -> None:
         """Lets the strategy look at the model that has learnt the task."""
         began = time.perf_counter()
+        for images, labels in islice(self.schedule.batches(number, 0), self.strategy.num_reviews):
+            self.strategy.review(self.network, images, labels)
         self.strategy.end_task(self.network)
         self.seconds.step += time.perf_counter() - began
 
@@ -374,6 +378,7 @@ class Trainer:
                 name = self._random_state_name
                 accelerators.set_random_state(self.place.device, own[name])
         else:
+            self.strategy.adopt([each["strategy"] for each in checkpoint.of_ranks])
             self._seed_this_rank()
 
     def follow(
