@@ -267,3 +267,134 @@ def test_a_sampling_policy_that_needs_labels_has_them_checked() -> None:
         with pytest.raises(ValueError, match="label -1 is out of range"):
             buffer.update((torch.arange(3), torch.tensor([0, -1, 2])))
         buffer.update((torch.arange(3), torch.tensor([0, 1, 2])))
+
+
+# Local draws.
+
+
+def drawn_by_steps(
+    transport: Transport,
+    draws: str = "local",
+    *,
+    save: Path | None = None,
+    load: Path | None = None,
+) -> list[list[int]]:
+    """What each of 40 steps gets; a third rank has nothing to offer for ten of them.
+
+    Saved after seven steps; loaded, it goes on from there.
+    """
+    found: list[list[int]] = []
+    with RehearsalBuffer(
+        60, num_representatives=4, draws=draws, seed=3, transport=transport
+    ) as buffer:
+        assert buffer.draws == draws
+        if load is not None:
+            buffer.load(load)
+        for step in range(7 if load else 0, 40):
+            if step == 7 and save is not None:
+                buffer.save(save)
+            has_nothing = transport.rank == 2 and step < 10
+            numbers, labels = batch_of(step, 0 if has_nothing else 3, transport.rank)
+            augmented, _ = buffer.update((numbers, labels))
+            found.append(augmented[len(numbers) :].tolist())
+    return found
+
+
+def ranks_of(numbers: list[int]) -> set[int]:
+    return {number % 1000 // 100 for number in numbers}
+
+
+def test_a_rank_draws_out_of_its_own_shard(tmp_path: Path) -> None:
+    everyone = run_ranks(
+        LocalTransport.connect(3), lambda each: drawn_by_steps(each, save=tmp_path)
+    )
+    for rank, steps in enumerate(everyone):
+        assert set().union(*map(ranks_of, steps)) == {rank}
+        assert all(len(set(drawn)) == len(drawn) for drawn in steps)
+        # All there are, while there are fewer than four.
+        sizes = [len(drawn) for drawn in steps]
+        assert sizes == ([0] * 11 + [3] + [4] * 28 if rank == 2 else [0, 3] + [4] * 38)
+    assert run_ranks(connect_collective(3), drawn_by_steps) == everyone
+    assert everyone[0] != [[number - 100 for number in drawn] for drawn in everyone[1]]
+    # Saved where shards were unequally full, it goes on bit for bit.
+    again = run_ranks(LocalTransport.connect(3), lambda each: drawn_by_steps(each, load=tmp_path))
+    assert again == [steps[7:] for steps in everyone]
+    # On other ranks, or drawn from all shards, nothing is lost.
+    for num_ranks, draws in ((2, "local"), (3, "global")):
+        ends = LocalTransport.connect(num_ranks)
+        run_ranks(ends, lambda each, draws=draws: check_loads(each, tmp_path, draws))
+
+
+def check_loads(transport: Transport, folder: Path, draws: str) -> None:
+    with RehearsalBuffer(
+        60, num_representatives=4, draws=draws, seed=3, transport=transport
+    ) as buffer:
+        buffer.load(folder)
+        assert len(buffer) == 40  # two shards were full, the third one was empty
+        own = {int(number) for numbers, _ in buffer.representatives() for number in numbers}
+        numbers, _ = buffer.draw()
+        assert len(numbers) == 4
+        if draws == "local":
+            assert set(numbers.tolist()) <= own
+        else:
+            assert bool(own) == (transport.rank < 2)
+
+
+def test_local_draws_are_uniform_and_no_others_are_sent() -> None:
+    def rank_main(transport: Transport) -> tuple[np.ndarray, int]:
+        counts = np.zeros(12)
+        with RehearsalBuffer(
+            24, num_representatives=2.5, num_draws=2, draws="local", transport=transport
+        ) as buffer:
+            buffer.draw()
+            buffer.offer((torch.arange(12), torch.zeros(12, dtype=torch.int64)))
+            for _ in range(1500):
+                for numbers, _ in buffer.draw():
+                    counts[numbers.numpy()] += 1
+                buffer.offer((torch.arange(0), torch.zeros(0, dtype=torch.int64)))
+            return counts, buffer.stats().bytes_sent
+
+    for counts, bytes_sent in run_ranks(LocalTransport.connect(2), rank_main):
+        assert bytes_sent == 0
+        assert abs(counts.sum() - 1500 * 5) < 4 * np.sqrt(1500)
+        assert chi_square_p_value(counts, counts.sum() / 12) > 0.001
+
+
+def test_local_draws_of_samples_of_unequal_length() -> None:
+    def rank_main(transport: Transport) -> list[list[list[int]]]:
+        found = []
+        with RehearsalBuffer(
+            20, num_representatives=3, capacity_bytes=4000, draws="local", transport=transport
+        ) as buffer:
+            for step in range(20):
+                texts = [torch.full((1 + step % 5,), 2 * step + transport.rank) for _ in range(2)]
+                augmented, _ = buffer.update((texts, torch.zeros(2, dtype=torch.int64)))
+                found.append([text.tolist() for text in augmented[2:]])
+        return found
+
+    for rank, steps in enumerate(run_ranks(connect_collective(2), rank_main)):
+        assert [len(drawn) for drawn in steps] == [0, 2] + [3] * 18
+        for text in (text for drawn in steps for text in drawn):
+            assert len(set(text)) == 1
+            assert text[0] % 2 == rank
+            assert len(text) == 1 + text[0] // 2 % 5
+
+
+def test_one_rank_draws_the_same_either_way() -> None:
+    assert drawn_by_steps(LocalTransport(), "local") == drawn_by_steps(LocalTransport(), "global")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"draws": "here"}, "draws='here': there are 'global', 'local'"),
+        (
+            {"draws": "local", "sampling": "grasp"},
+            "draws='local' with sampling=grasp: out of its own shard a rank draws uniformly; use "
+            "sampling='uniform', or draws='global'",
+        ),
+    ],
+)
+def test_draws_that_cannot_be(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        RehearsalBuffer(10, num_representatives=1, **arguments)

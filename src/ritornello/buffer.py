@@ -114,6 +114,10 @@ class RehearsalBuffer:
             ``measure_distances``), "earlier-tasks" (those of before the running task; see
             ``begin_task``), or a ``SamplingPolicy``.
         num_draws: draws of ``r`` per step, independent of each other, as DER++ takes two.
+        draws: where from: "global" (all shards), or "local" (each rank its own shard alone, with
+            ``sampling="uniform"``). Local draws show what global ones are for: a rank never gets
+            what it has not seen itself. All that is said of draws holds, shard by shard: while a
+            shard holds fewer than ``r``, its rank gets all there are.
         transport: "auto" (shared memory inside each host, "collective" between hosts),
             "shared_memory", "collective" (torch.distributed), "mpi", "local" (this process alone,
             also where a launcher has started several), or a ``Transport``, which the buffer then
@@ -156,6 +160,7 @@ class RehearsalBuffer:
         seed: int = 0,
         sampling: str | SamplingPolicy = "uniform",
         num_draws: int = 1,
+        draws: str = "global",
         transport: str | Transport = "auto",
         storage: str | torch.device = "auto",
         timeout_seconds: float | None = None,
@@ -186,6 +191,7 @@ class RehearsalBuffer:
                 num_draws=num_draws,
                 identity=identity,
                 capacity_bytes=capacity_bytes,
+                draws=draws,
             )
             # Before any check that only one rank might fail: so all ranks fail together.
             check_agreement(channel, arguments.as_text())
@@ -201,6 +207,7 @@ class RehearsalBuffer:
                 num_draws=num_draws,
                 rate_may_change=arguments.rate_may_change,
                 capacity_bytes=capacity_bytes,
+                draws=draws,
             )
             if channel.num_ranks > 1:
                 rounds.among_others = OpenBuffer(channel)
@@ -215,7 +222,7 @@ class RehearsalBuffer:
             arguments, rounds, self._worker, place, timeout_seconds, watch, asynchronous, coding
         )
         self._checkpointing = Checkpointing(arguments, self._steps, self._worker)
-        self._num_draws = num_draws
+        self._num_draws, self._draws = num_draws, draws
         self._timeout_seconds = timeout_seconds
         self._process, self._is_open = os.getpid(), True
         # A group that is made later may have more ranks than the buffer.
@@ -238,6 +245,11 @@ class RehearsalBuffer:
     def num_draws(self) -> int:
         """Draws per step."""
         return self._num_draws
+
+    @property
+    def draws(self) -> str:
+        """Where representatives are drawn from: "global", all shards, or "local", this one."""
+        return self._draws
 
     @property
     def num_representatives(self) -> float:

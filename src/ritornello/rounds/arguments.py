@@ -16,12 +16,15 @@ from ritornello.policies.names import (
     sampling_policy,
     selection_policy,
 )
-from ritornello.policies.sampling import SamplingPolicy
+from ritornello.policies.sampling import SamplingPolicy, UniformSampling
 from ritornello.policies.selection import SelectionPolicy
 from ritornello.version import __version__
 
 MOST_SECONDS = 366 * 24 * 3600
 """The longest time to wait; clocks cannot add much longer ones."""
+
+DRAWS = ("global", "local")
+"""Where a rank's representatives are drawn from: all shards, or its own."""
 
 ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 """Where something is in memory, as Python prints it."""
@@ -43,6 +46,7 @@ class Arguments:
     num_draws: int
     identity: Any = None
     capacity_bytes: int | None = None
+    draws: str = "global"
 
     @property
     def identity_path(self) -> tuple[Any, ...] | None:
@@ -113,6 +117,7 @@ class Arguments:
         check_count("seed", self.seed, minimum=0)
         if self.seed >= 2**64:
             raise ValueError(f"seed={self.seed}: it must be below 2**64")
+        self._check_draws()
         if self.label is None:
             self._check_policies_without_labels()
 
@@ -138,6 +143,16 @@ class Arguments:
             raise ValueError(
                 f"num_representatives={rate}: it must be at most most_representatives "
                 f"({self.most_representatives}), for which the buffer has memory"
+            )
+
+    def _check_draws(self) -> None:
+        if self.draws not in DRAWS:
+            raise ValueError(f"draws={self.draws!r}: there are {', '.join(map(repr, DRAWS))}")
+        sampling = sampling_policy(self.sampling)
+        if self.draws == "local" and type(sampling) is not UniformSampling:
+            raise ValueError(
+                f"draws='local' with sampling={_text(self.sampling)}: out of its own shard a rank "
+                "draws uniformly; use sampling='uniform', or draws='global'"
             )
 
     def _check_policies_without_labels(self) -> None:

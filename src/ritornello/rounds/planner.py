@@ -11,7 +11,7 @@ from ritornello.arrays import Ints
 from ritornello.policies.contents import Contents
 from ritornello.policies.names import SAMPLING_POLICIES
 from ritornello.policies.sampling import SamplingPolicy
-from ritornello.rounds.random_streams import Purpose, Streams
+from ritornello.rounds.random_streams import SHARED, Purpose, Streams
 from ritornello.transports.plan import Plan, plans_of_draws
 
 ROUNDS_AHEAD = 16
@@ -40,6 +40,7 @@ class Planner:
         policy: what to draw.
         seed: of the streams, that all ranks share.
         num_draws: how many draws, each on its own, make one round's exchange.
+        draws_alone: whether each rank draws out of its own shard, with a stream of its own.
     """
 
     def __init__(
@@ -49,11 +50,12 @@ class Planner:
         policy: SamplingPolicy,
         seed: int,
         num_draws: int = 1,
+        draws_alone: bool = False,
     ) -> None:
-        self._rank = rank
+        self._rank, self._draws_alone = rank, draws_alone
         self._rate = rate
         self._policy = policy
-        self._streams = Streams(seed, Purpose.SAMPLING)
+        self._streams = Streams(seed, Purpose.SAMPLING, rank if draws_alone else SHARED)
         self._rate_streams = Streams(seed, Purpose.RATE)
         self._num_draws = num_draws
         self._ahead: dict[int, Plan] = {}
@@ -76,7 +78,7 @@ class Planner:
         self._most_ahead = 1
 
     def plan(self, step: int, contents: Contents, sizes_are_final: bool) -> Plan:
-        """Plans one round.
+        """Plans one round; of local draws the plan is that of a single rank with a single shard.
 
         Args:
             step: the round's number.
@@ -86,6 +88,9 @@ class Planner:
         Raises:
             ValueError: the policy breaks its contract.
         """
+        rank = self._rank
+        if self._draws_alone:
+            contents, rank = Contents(contents.sizes[rank : rank + 1]), 0
         if step not in self._ahead:
             num_numbers = len(contents.sizes) * math.ceil(self._rate) * self._num_draws
             ahead = sizes_are_final and not self._policy.knows_places
@@ -94,9 +99,16 @@ class Planner:
             for count, steps in self._by_count(range(step, step + max(1, num_rounds))).items():
                 shape = (contents, count, self._num_draws)
                 draws = [draw_all(*shape, self._policy, self._streams.at(each)) for each in steps]
-                plans = plans_of_draws(np.stack(draws), contents.sizes, self._rank)
+                plans = plans_of_draws(np.stack(draws), contents.sizes, rank)
                 self._ahead.update(zip(steps, plans, strict=True))
         return self._ahead.pop(step)
+
+    def most_drawn(self, step: int, plan: Plan, contents: Contents) -> int:
+        """How many the rank draws that draws most in a round: the same on every rank."""
+        if not self._draws_alone:
+            return plan.num_drawn
+        [count] = self._by_count([step])
+        return min(count, int(contents.sizes.max())) * self._num_draws
 
     def _by_count(self, steps: Iterable[int]) -> dict[int, list[int]]:
         """Rounds by how many each rank shall draw: the rate, rounded up as often as its part says.

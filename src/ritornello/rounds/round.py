@@ -37,6 +37,7 @@ from ritornello.rounds.random_streams import Purpose, Streams
 from ritornello.rounds.staging import Staging
 from ritornello.transports.agreement import check_same, gather_counts, gather_padded, together
 from ritornello.transports.base import Transport
+from ritornello.transports.local import LocalTransport
 from ritornello.transports.pages import exchange_pages
 from ritornello.transports.plan import Plan
 
@@ -57,9 +58,11 @@ class Rounds:
         num_draws: draws of ``r``, each on its own, that a round makes for each rank.
         rate_may_change: whether ``rate`` may be set between two rounds.
         capacity_bytes: of the whole buffer, if bytes are bounded, too.
+        draws: out of all shards, "global", or out of this rank's own, "local".
 
     Attributes:
         rate: ``r`` of the next round.
+        most_drawn: by a rank in the last round; with local draws others may have drawn fewer.
         among_others: this buffer among those of the rank, to compare with other ranks; or None.
         is_measured: whether the sampling policy may know distances.
         paged_as: the pages of all shards, if samples differ in length.
@@ -80,9 +83,10 @@ class Rounds:
         num_draws: int = 1,
         rate_may_change: bool = False,
         capacity_bytes: int | None = None,
+        draws: str = "global",
     ) -> None:
         self.transport = transport
-        self.num_rounds = 0
+        self.num_rounds = self.most_drawn = 0
         self.stage = STAGES[0]
         self._stage_began: float | None = None
         self.seconds_per_stage = dict.fromkeys(STAGES, 0.0)
@@ -108,7 +112,10 @@ class Rounds:
         self._protection_streams = Streams(seed, Purpose.PROTECTION, transport.rank)
         self.adoption_streams = Streams(seed, Purpose.ADOPTION)
         self.rate, self._rate_may_change = num_representatives, rate_may_change
-        self._planner = Planner(transport.rank, num_representatives, self.sampling, seed, num_draws)
+        # Draws out of a rank's own shard need nobody else.
+        alone = draws == "local" and transport.num_ranks > 1
+        self._drawn_over = LocalTransport() if alone else transport
+        self._planner = Planner(transport.rank, self.rate, self.sampling, seed, num_draws, alone)
         self._storage = storage
         self.contents = self.no_contents()
         self._identity: int | None = None
@@ -195,15 +202,16 @@ class Rounds:
             if plan.num_drawn:
                 self._enter("exchange")
                 received = self._staging.receive(plan.num_drawn)
-                self.transport.exchange(shard, plan, received)
+                self._drawn_over.exchange(shard, plan, received)
                 if self.paged is not None:
                     room = self._staging.receive_pages
-                    of_pages = exchange_pages(self.transport, self.paged, plan, received, room)
+                    of_pages = exchange_pages(self._drawn_over, self.paged, plan, received, room)
                     self._count_bytes(of_pages, self.paged.page_bytes)
                 self._enter("stage")
                 self._staging.deliver(plan.num_drawn, plan.order)
         self._enter(None)
         self._count_bytes(plan, self._layout.record_bytes)
+        self.most_drawn = self._planner.most_drawn(self.num_rounds, plan, self.contents)
         self.num_rounds += 1
         return plan.num_drawn
 
@@ -497,7 +505,7 @@ class Rounds:
         return replace(turnover, rows=new[turnover.rows])
 
     def _count_bytes(self, plan: Plan, num_bytes: int) -> None:
-        kept = int(plan.send_counts[self.transport.rank])
+        kept = int(plan.send_counts[self._drawn_over.rank])
         self.bytes_sent += (int(plan.send_counts.sum()) - kept) * num_bytes
         self.bytes_received += (plan.num_drawn - kept) * num_bytes
 

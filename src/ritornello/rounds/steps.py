@@ -550,9 +550,11 @@ class Steps:
         """As before ``begin_restored``."""
         self.begun = self._advice = self.rounds.shard = self.rounds.paged = None
 
-    def go_on(self, num_rounds: int, is_offered: bool, staged: Records, rate: float) -> None:
+    def go_on(
+        self, num_rounds: int, is_offered: bool, staged: Records, rate: float, most_drawn: int
+    ) -> None:
         """Takes the place of a buffer after some rounds, with what it had staged, and its rate."""
-        self.rate = rate
+        self.rate, self.rounds.most_drawn = rate, most_drawn
         self._known.staging.put_back(staged)
         self._num_new_joined = self._num_joined = 0
         last_round = Errand.ended(len(staged.rows))

@@ -46,7 +46,7 @@ from ritornello.saving.state_dict import PREFIX, Entry, entry_of, gathered
 from ritornello.saving.writing import SaveUnderWay, Snapshot, new_save_id
 from ritornello.transports.agreement import together
 
-DRAWN_BY = ("num_draws", "sampling")
+DRAWN_BY = ("num_draws", "sampling", "draws")
 """The arguments that, with the rate, say what is drawn, and how much is staged for a step."""
 
 MOST_FIELDS_NAMED = 8
@@ -227,11 +227,11 @@ class Checkpointing:
             num_rounds=self._rounds.num_rounds,
             num_offers=steps.num_offers,
             is_offered=steps.is_offered,
-            num_staged=steps.num_staged,
+            num_staged=self._rounds.most_drawn,
             layout=begun.layout if begun else None,
             label=begun.label if begun else None,
             on_gpu=begun is not None and begun.staging.on_gpu,
-            num_drawn=steps.num_staged,
+            num_drawn=self._rounds.most_drawn,
             rate=steps.rate if self._arguments.rate_may_change else None,
             tasks=self.tasks,
             removals=self._removals,
@@ -364,7 +364,8 @@ class Checkpointing:
             adopt(self._rounds, saved)
         self.tasks, self._removals = manifest.tasks, manifest.removals
         steps.training.knows_tasks = bool(self.tasks)
-        steps.go_on(manifest.num_rounds, manifest.is_offered, staged, rate)
+        most_drawn = manifest.num_staged if goes_on else 0
+        steps.go_on(manifest.num_rounds, manifest.is_offered, staged, rate, most_drawn)
         # After `forget` there is none either: what was drawn may have been what was to be removed.
         if manifest.lacks_draw or not goes_on:
             steps.draw_again(rate_again)
@@ -412,11 +413,18 @@ class Checkpointing:
         with saved.shard(self._transport.rank) as shard:
             arrays = shard.arrays()
         staged = torch.from_numpy(records_of(arrays, "staged", manifest.record_bytes))
-        num_draws = self._arguments.num_draws
-        most = min(self._arguments.most_per_draw, manifest.num_held) * num_draws
-        if len(staged) != manifest.num_staged or len(staged) > most or len(staged) % num_draws:
+        num_draws, num_held, expected = (
+            self._arguments.num_draws,
+            manifest.num_held,
+            manifest.num_staged,
+        )
+        if self._arguments.draws == "local":  # of the rank that has drawn most
+            num_held = manifest.held_per_rank[self._transport.rank]
+            expected = min(expected, num_held * num_draws)
+        most = min(self._arguments.most_per_draw, num_held) * num_draws
+        if len(staged) != expected or len(staged) > most or len(staged) % num_draws:
             raise ValueError(
-                f"{len(staged)} staged, but {manifest.num_staged} according to the manifest, "
+                f"{len(staged)} staged, but {expected} according to the manifest, "
                 f"and at most {most} can have been drawn"
             )
         if manifest.layout is None or manifest.paging is None:

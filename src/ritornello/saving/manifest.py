@@ -40,6 +40,9 @@ FORMAT_VERSION = 1
 VERSION_WITH_PAGES = 2
 """Of buffers whose samples differ in length; others stay as earlier releases can read them."""
 
+ARGUMENTS_SINCE = {"draws": "global"}
+"""What earlier releases did without saying so."""
+
 MOST_BYTES = 2**24
 """A manifest has a few lines for each shard and task; a longer one is none of ours."""
 
@@ -106,7 +109,8 @@ class Manifest:
     is_offered: bool
     """Whether the last mini-batch was offered, so that the next draw takes ``num_staged``."""
     num_staged: int
-    """Representatives that the last round has drawn for each rank."""
+    """Representatives that the last round has drawn for each rank; with local draws, for the one
+    that has drawn most."""
     layout: Layout | None
     """How samples lie in records; None before the first mini-batch."""
     label: int | None
@@ -177,7 +181,7 @@ class Manifest:
 
     def meant(self, argument: str) -> str | None:
         """An argument's text, the same for all that mean the same; None: it is not there."""
-        text = self.arguments.get(argument)
+        text = self.arguments.get(argument, ARGUMENTS_SINCE.get(argument))
         return None if text is None else meant(argument, text)
 
     def task_numbers(self, admitted_in: Ints) -> Ints:

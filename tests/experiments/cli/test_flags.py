@@ -13,6 +13,7 @@ from ritornello.experiments.data import scenarios
 from ritornello.experiments.models import augmentation
 from ritornello.experiments.recipes import recipe as config
 from ritornello.experiments.recipes.named import RECIPES, recipe_named
+from ritornello.experiments.recipes.several_ranks import DRAWS
 from ritornello.experiments.training import exemplars
 from ritornello.policies import names
 
@@ -31,7 +32,8 @@ def test_every_setting_arrives_in_the_recipe() -> None:
         beta=0.6, loss_weights="by-task", remembers="herding", device="cpu", workers=3,
         crop_size=32, logits_dtype="float16", fixed_shares="on", samples_per_step=12,
         first_share=0.7, share_floor=0.1, soft_targets=2.0, soft_temperature=3.0, holdout=0.1,
-        averaged=0.9, probe_every=5,
+        averaged=0.9, probe_every=5, ranks_differ=0.1, local_steps=4, si_strength=0.3,
+        si_damping=0.4, locality=0.6, surrogate_steps=9,
     )  # fmt: skip
     assert {name for name, value in vars(given).items() if value is None} == {"epochs"}
     buffer = BufferChanges(
@@ -41,6 +43,7 @@ def test_every_setting_arrives_in_the_recipe() -> None:
         candidates=6,
         selection="fifo",
         sampling="grasp",
+        draws="local",
     )
     changed = given.applied_to("mnist", **buffer.as_changes())
     recipe = recipe_named("mnist")
@@ -93,6 +96,8 @@ def help_of(kind: type) -> dict[str, str]:
         (BufferChanges, "sampling", names.SAMPLING_POLICIES),
         (Sweep, "selections", names.SELECTION_POLICIES),
         (Sweep, "samplings", names.SAMPLING_POLICIES),
+        (BufferChanges, "draws", DRAWS),
+        (Sweep, "draws", DRAWS),
     ],
 )
 def test_the_help_names_all_that_there_is(kind: type, field: str, names: Iterable[str]) -> None:

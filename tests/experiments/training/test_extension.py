@@ -489,6 +489,9 @@ def test_runs_that_cannot_go_on(
             ValueError, match=f"the strategy '{strategy}' trains on the data of all"
         ):
             extend(folder, new)
+    train.run(recipe_of(arrived, strategy="si", epochs=1), str(tmp_path / "si"))
+    with pytest.raises(ValueError, match="the strategy 'si' needs the importances of weights, wh"):
+        extend(tmp_path / "si", new)
     (tmp_path / "none").mkdir()
     with pytest.raises(FileNotFoundError, match="holds no finished run: give the output folder of"):
         extend(tmp_path / "none", new)

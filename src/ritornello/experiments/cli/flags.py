@@ -37,10 +37,21 @@ class TaskChanges:
     """Of sgd."""
     weight_decay: float | None = None
     """Of all weights."""
+    local_steps: int | None = None
+    """Steps that each rank makes by itself before weights are averaged over the ranks; 0: gradients
+    are averaged in every step."""
     alpha: float | None = None
     """DER, DER++: weight of the distance to the logits that the buffer remembers."""
     beta: float | None = None
     """DER++: weight of the labels of a second draw."""
+    si_strength: float | None = None
+    """si, si-rehearsal, fedssi: weight of what holds important weights back."""
+    si_damping: float | None = None
+    """si, si-rehearsal, fedssi: what keeps weights that hardly move from a large importance."""
+    locality: float | None = None
+    """fedssi: how far a rank's surrogate model goes its own way, above 0 and below 1."""
+    surrogate_steps: int | None = None
+    """fedssi: steps of the surrogate model at each task's end."""
     loss_weights: str | None = None
     """by-sample, or by-task: in task k new samples count 1/k, past ones 1 - 1/k, together."""
 
@@ -132,6 +143,9 @@ class Changes(TaskChanges):
     holdout: float | None = None
     """The share of the training samples that stands in for the test samples, such as 0.1, while
     settings are chosen."""
+    ranks_differ: float | None = None
+    """How unlike the ranks' data are: each has training samples of its own, with Dirichlet shares
+    of each class: 0.1 (most of a class on one rank), 1, 100 (nearly alike)."""
 
     # The model.
     crop_size: int | None = None
@@ -184,6 +198,8 @@ class RehearsalChanges:
     """Samples offered to the buffer per step, on all ranks together, expected."""
     sampling: str | None = None
     """Who is drawn: uniform, class-balanced, grasp or earlier-tasks."""
+    draws: str | None = None
+    """Where a rank draws from: global (the shards of all ranks) or local (its own alone)."""
 
     def as_changes(self) -> dict[str, Any]:
         """What is given, under the names that a recipe's fields have."""
@@ -223,5 +239,7 @@ class Sweep:
     selections: Annotated[tuple[str, ...], tyro.conf.arg(aliases=("--selection",))] = ()
     """Who is admitted, and who is replaced: class-balanced, per-class-random,
     class-balanced-reservoir, grasp, greedy-balanced, first-offered, reservoir or fifo."""
+    draws: tuple[str, ...] = ()
+    """Where a rank draws from: global (the shards of all ranks), local (its own alone)."""
     samplings: Annotated[tuple[str, ...], tyro.conf.arg(aliases=("--sampling",))] = ()
     """Who is drawn: uniform, class-balanced, grasp or earlier-tasks."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from copy import deepcopy
 
 import torch
 import torch.distributed as dist
@@ -14,6 +15,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from ritornello.experiments.data.data_set import DataSet
 from ritornello.experiments.models import build as models
 from ritornello.experiments.models.augmentation import Pixels
+from ritornello.experiments.models.local_steps import average_over_ranks
 from ritornello.experiments.ranks.place import Place
 from ritornello.experiments.recipes.recipe import Recipe
 
@@ -29,6 +31,9 @@ class Network(nn.Module):
     alike. So the average never sees data of its own: to measure its statistics anew there would
     have to be a pass over what was learnt long ago.
 
+    With ``local_steps`` gradients are not averaged: each rank goes its own way, for so many steps.
+    Then model and running average become their mean over the ranks (``agree``).
+
     Args:
         recipe: what to build.
         data: what to build it for.
@@ -38,7 +43,8 @@ class Network(nn.Module):
     def __init__(self, recipe: Recipe, data: DataSet, place: Place) -> None:
         super().__init__()
         device = place.device
-        self._num_ranks = place.num_ranks
+        self._num_ranks, self._local_steps = place.num_ranks, recipe.local_steps
+        self._num_alone = self._num_samples_alone = 0
         self._amp = recipe.amp
         self._device_type = device.type
         self._memory_format = (
@@ -53,7 +59,7 @@ class Network(nn.Module):
         self._averages = (_average_of(self.model, recipe.averaged),) if recipe.averaged else ()
         self._evaluated = (self.model,)
         parallel: nn.Module = self.model
-        if place.num_ranks > 1:
+        if place.num_ranks > 1 and not self.is_local:
             parallel = DistributedDataParallel(
                 self.model, device_ids=None if device.type == "cpu" else [device]
             )
@@ -71,6 +77,20 @@ class Network(nn.Module):
         return logits.float()
 
     @property
+    def is_local(self) -> bool:
+        """Whether each rank makes steps by itself."""
+        return self._local_steps > 0
+
+    @property
+    def alone(self) -> tuple[int, int]:
+        """How many steps this rank has made by itself since all agreed, and on how many samples."""
+        return self._num_alone, self._num_samples_alone
+
+    @alone.setter
+    def alone(self, counts: tuple[int, int]) -> None:
+        self._num_alone, self._num_samples_alone = counts
+
+    @property
     def average(self) -> AveragedModel | None:
         """The running average of the model; None if the recipe asks for none."""
         return self._averages[0] if self._averages else None
@@ -79,6 +99,19 @@ class Network(nn.Module):
         """Has the average follow the model, after each step of the optimiser."""
         for average in self._averages:
             average.update_parameters(self.model)
+
+    def end_local_step(self, step: int, num_samples: int) -> None:
+        """Counts a step, if ranks make them by themselves; behind the last of some, all agree.
+
+        Args:
+            step: the task's steps so far.
+            num_samples: that this rank has trained on in it.
+        """
+        if self.is_local:
+            self._num_alone += 1
+            self._num_samples_alone += num_samples
+            if step % self._local_steps == 0:
+                self.agree()
 
     def begin_average(self, weights: Mapping[str, Tensor]) -> None:
         """Has the average, if there is one, go on from given weights of the model."""
@@ -97,14 +130,36 @@ class Network(nn.Module):
             self._evaluated = (self.model,)
 
     def agree(self) -> None:
-        """Gives all ranks the first one's running statistics, as each has its own after a step.
+        """Gives all ranks the same weights and running statistics.
+
+        After steps of their own the mean of all ranks' (``average_over_ranks``); else weights are
+        the same, and statistics become the first rank's, as each has its own after a step.
 
         Blocks until all ranks have called it.
         """
-        if self._num_ranks > 1:
-            for model in (self.model, *(average.module for average in self._averages)):
+        models = (self.model, *(average.module for average in self._averages))
+        if self.is_local:
+            if self._num_alone:
+                average_over_ranks(models, self._num_samples_alone)
+            self.alone = 0, 0
+        elif self._num_ranks > 1:
+            for model in models:
                 for buffer in model.buffers():
                     dist.broadcast(buffer, 0)
+
+    @contextmanager
+    def agreed(self) -> Iterator[None]:
+        """A context with what ``agree`` gives; behind it local steps go on as if it had not been.
+
+        Blocks until all ranks have called it.
+        """
+        models = (self.model, *(average.module for average in self._averages))
+        alone, own = self.alone, [deepcopy(each.state_dict()) for each in models * self.is_local]
+        self.agree()
+        yield
+        for model, state in zip(models, own, strict=False):
+            model.load_state_dict(state)
+        self.alone = alone
 
     def rehearse_step(self, images: Tensor) -> None:
         """Makes a step that changes nothing but running statistics and the random state.
@@ -113,7 +168,7 @@ class Network(nn.Module):
         later. A model that goes on in the middle of a run must have its first step behind it,
         or the last bits of its weights differ from those of a run that never stopped.
         """
-        if self._num_ranks > 1:
+        if self._num_ranks > 1 and not self.is_local:
             self.train()
             self(images).sum().backward()
             self.model.zero_grad(set_to_none=True)

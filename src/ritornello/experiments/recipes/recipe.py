@@ -70,6 +70,9 @@ class Recipe:
     holdout: float = 0.0
     """The share of the training samples that stands in for the test samples; 0: these are tested
     with. See ``data.holdout``."""
+    ranks_differ: float | None = None
+    """Each rank has training samples of its own, with shares of each class from the Dirichlet
+    distribution of this parameter; None: all ranks draw on the same. See ``data.unlike_ranks``."""
 
     # The pixels that the model sees. What the buffer stores is neither normalised nor augmented.
     pixels: str = "standardised"
@@ -96,6 +99,14 @@ class Recipe:
     """Weight of the distance to stored logits (DER, DER++)."""
     beta: float = 0.5
     """Weight of the second draw's labels (DER++)."""
+    si_strength: float = 0.1
+    """Weight of the surrogate loss (si, si-rehearsal, fedssi)."""
+    si_damping: float = 0.1
+    """What keeps weights that hardly move from a large importance (si, si-rehearsal, fedssi)."""
+    locality: float = 0.5
+    """How far a rank's surrogate model goes its own way: above 0, and below 1 (fedssi)."""
+    surrogate_steps: int = 100
+    """Steps of the surrogate model at each task's end (fedssi)."""
     loss_weights: str = "by-sample"
     """How rehearsal weighs samples. "by-sample": all of the augmented mini-batch count the same;
     "by-task": in task k the new ones count 1/k, the past ones 1 - 1/k, together."""
@@ -117,6 +128,9 @@ class Recipe:
     """(epoch, factor): from that epoch of a task on, the learning rate is multiplied by it."""
     stretches_schedule: bool = False
     """Whether another number of epochs moves warm-up and milestones in proportion."""
+    local_steps: int = 0
+    """Steps that each rank makes by itself, before weights are averaged over the ranks; 0:
+    gradients are, in every step. See ``models.local_steps``."""
 
     # What a step is made of, where it rehearses.
     composition: str = "append"
@@ -162,6 +176,8 @@ class Recipe:
     """Equal shares for all classes that will ever come, instead of those so far; of selection
     policies with class shares, and of exemplars."""
     sampling: str = "uniform"
+    draws: str = "global"
+    """Where a rank draws from: "global" (all shards) or "local" (its own)."""
     logits_dtype: str = "float32"
     """How logits are stored: "float32" or "float16"."""
 
@@ -283,7 +299,7 @@ class Recipe:
             )
         if not self.learning_rate > 0:
             raise ValueError(f"learning_rate={self.learning_rate}: it must be above 0")
-        for name in ("alpha", "beta", "soft_targets", "global_num_representatives"):
+        for name in ("alpha", "beta", "si_strength", "soft_targets", "global_num_representatives"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)}: it must not be negative")
         if not 0 <= self.blur < 1:

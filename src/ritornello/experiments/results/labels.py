@@ -31,6 +31,7 @@ REHEARSAL_SETTINGS = (
     "selection",
     "fixed_shares",
     "sampling",
+    "draws",
     "logits_dtype",
 )
 """Settings that change nothing where the strategy has no buffer."""

@@ -26,6 +26,8 @@ from ritornello.experiments.strategies.incremental import Incremental
 from ritornello.experiments.strategies.joint import Joint
 from ritornello.experiments.strategies.rehearsal import Rehearsal
 from ritornello.experiments.strategies.soft_targets import SoftTargets
+from ritornello.experiments.strategies.without_samples.fedssi import FedSSI
+from ritornello.experiments.strategies.without_samples.synaptic_intelligence import SI, SIRehearsal
 from ritornello.policies.class_shares import (
     ClassBalanced,
     FirstOffered,
@@ -42,6 +44,9 @@ STRATEGIES: dict[str, type[Strategy]] = {
     "der++": DERPlusPlus,
     "a-gem": AGEM,
     "gdumb": GDumb,
+    "si": SI,
+    "si-rehearsal": SIRehearsal,
+    "fedssi": FedSSI,
     "from-scratch": FromScratch,
     "joint": Joint,
 }
@@ -58,8 +63,10 @@ __all__ = [
     "AGEM",
     "DER",
     "ERACE",
+    "SI",
     "STRATEGIES",
     "DERPlusPlus",
+    "FedSSI",
     "FromScratch",
     "GDumb",
     "GlobalSizes",
@@ -67,6 +74,7 @@ __all__ = [
     "Joint",
     "Rehearsal",
     "RehearsalStrategy",
+    "SIRehearsal",
     "SoftTargets",
     "Strategy",
     "strategy_named",
@@ -114,13 +122,14 @@ def strategy_of(
     if recipe.is_proportional and kind.rehearses:  # all ranks have equally many samples
         rate["most_representatives"] = recipe.composed_samples // num_ranks - 1
     else:
-        common["sizes"] = GlobalSizes(
+        sizes = GlobalSizes(
             rank,
             num_ranks,
             recipe.global_batch_size,
             max(num_ranks, recipe.global_num_representatives),  # 0 where a step is composed
             recipe.seed,
         )
+        common["sizes"] = sizes.of_one_rank() if recipe.local_steps else sizes
         # The largest part; ranks whose part is smaller leave one out.
         rate["num_representatives"] = -(-recipe.global_num_representatives // num_ranks)
     if recipe.soft_targets and kind is Rehearsal:
@@ -132,6 +141,7 @@ def strategy_of(
         num_candidates=recipe.own_candidates(num_ranks),
         selection=_selection_of(recipe, num_classes),
         sampling=recipe.sampling,
+        draws=recipe.draws,
         seed=recipe.seed,
         decode=decode,
         capacity_bytes=capacity_bytes,

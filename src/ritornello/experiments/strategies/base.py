@@ -54,6 +54,11 @@ class GlobalSizes:
                 "that every rank has a representative"
             )
 
+    def of_one_rank(self) -> GlobalSizes:
+        """This rank's part alone, where each trains by itself and keeps all that it draws."""
+        num_new = rows_of_rank(self.num_new, self.rank, self.num_ranks)
+        return GlobalSizes(0, 1, num_new, -(-self.num_past // self.num_ranks), self.seed)
+
     def own_past(self, num_drawn: int) -> int:
         """How many of ``num_drawn`` representatives this rank keeps."""
         return min(num_drawn, rows_of_rank(self.num_past, self.rank, self.num_ranks))
@@ -99,6 +104,11 @@ class Strategy:
     stores_logits: ClassVar[bool] = False
     """Whether what is stored has the model's logits with it."""
 
+    remembers_in_itself: ClassVar[bool] = False
+    """Whether what it needs of earlier tasks is neither in weights nor in the buffer."""
+    num_reviews: int = 0
+    """Mini-batches of a task that it sees once more at the task's end: ``review``."""
+
     buffer: RehearsalBuffer | None = None
     """The rehearsal buffer; None if there is none."""
     goes_by_distances: bool = False
@@ -134,6 +144,15 @@ class Strategy:
     def begin_task(self, number: int, classes: Sequence[int] = ()) -> None:
         """Says that task ``number`` (from 0) begins, and which classes it brings, if known."""
         self.task_number, self._has_begun = number, True
+
+    def end_step(self, model: nn.Module) -> None:
+        """Says that the optimiser has made its step; the step's gradients are still there."""
+
+    def review(self, model: nn.Module, images: Tensor, labels: Tensor) -> None:
+        """Sees a mini-batch of the task once more before ``end_task``, if it has ``num_reviews``.
+
+        It may change weights meanwhile, which ``end_task`` gives back.
+        """
 
     def end_task(self, model: nn.Module) -> None:
         """Says that the running task has been learnt; all ranks call it, with the same weights."""
@@ -188,6 +207,9 @@ class Strategy:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from what ``state_dict`` gave."""
+
+    def adopt(self, states: list[dict[str, Any]]) -> None:
+        """Goes on from what another number of ranks gave, as far as that can be."""
 
     def close(self) -> None:
         """Gives back what the strategy holds."""

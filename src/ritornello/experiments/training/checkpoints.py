@@ -18,7 +18,7 @@ import hashlib
 import io
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,9 @@ from typing import Any
 import torch
 
 from ritornello.errors import CheckpointError
+from ritornello.experiments.models.local_steps import mean_of
 from ritornello.experiments.ranks.group import Ranks
+from ritornello.experiments.ranks.place import Place
 from ritornello.experiments.ranks.progress import say
 from ritornello.saving.files import PARTIAL, new_file, sync_folder
 
@@ -59,6 +61,26 @@ class Checkpoint:
     description: dict[str, Any]
     tensors: dict[str, Any]
     of_ranks: list[dict[str, Any]]
+
+    def trained(self, place: Place) -> Mapping[str, Any]:
+        """The model, with all that changes it in a step.
+
+        Amid local steps each rank has its own. On another number of ranks all begin with the mean
+        of the models, and with the first rank's optimiser.
+        """
+        own = [each["trained"] for each in self.of_ranks if "trained" in each]
+        if not own:
+            return self.tensors
+        if len(own) == place.num_ranks:
+            trained: Mapping[str, Any] = own[place.rank]
+            return trained
+        counts = [each["alone"][1] for each in own]
+        means = {
+            name: mean_of([each[name] for each in own], counts)
+            for name in ("model", "average")
+            if own[0][name] is not None
+        }
+        return self.tensors | means
 
     @property
     def buffer_folder(self) -> Path:

@@ -137,6 +137,11 @@ def _recipe(folder: Path, before: Results, changes: Mapping[str, Any]) -> Recipe
             f"the strategy {recipe.strategy!r} trains on the data of all tasks, and those of "
             f"earlier ones are not kept; runs of {', '.join(_can_go_on())} can go on"
         )
+    if kind.remembers_in_itself:
+        raise ValueError(
+            f"the strategy {recipe.strategy!r} needs the importances of weights, which a finished "
+            f"run does not keep; runs of {', '.join(_can_go_on())} can go on"
+        )
     for each in changes:
         if each not in MAY_CHANGE:
             raise ValueError(
@@ -169,7 +174,9 @@ def _recipe(folder: Path, before: Results, changes: Mapping[str, Any]) -> Recipe
 
 def _can_go_on() -> list[str]:
     return [
-        name for name, kind in STRATEGIES.items() if kind.training_tasks is Strategy.training_tasks
+        name
+        for name, kind in STRATEGIES.items()
+        if kind.training_tasks is Strategy.training_tasks and not kind.remembers_in_itself
     ]
 
 

@@ -28,6 +28,7 @@ from ritornello.experiments.ranks.launch import restarted
 from ritornello.experiments.ranks.place import Place, accelerator_named, device_named
 from ritornello.experiments.ranks.progress import say
 from ritornello.experiments.recipes.recipe import DESCRIPTIONS, Recipe
+from ritornello.experiments.recipes.several_ranks import check_several_ranks
 from ritornello.experiments.results.reading import runs_in
 from ritornello.experiments.results.run_folder import locked, write_json
 from ritornello.experiments.results.writing import Results
@@ -251,6 +252,7 @@ def check(recipe: Recipe, num_ranks: int) -> None:
     """
     kind = strategy_named(recipe.strategy)
     recipe.check(num_ranks)
+    check_several_ranks(recipe, num_ranks, kind.rehearses)
     if recipe.device not in ("auto", "cpu"):
         accelerator_named(recipe.device)
     for name, allowed in (
@@ -287,6 +289,8 @@ def check(recipe: Recipe, num_ranks: int) -> None:
                 f"one after another in {', '.join(IN_CLASS_ORDER)} alone"
             )
     check_stores(recipe)
+    if kind.remembers_in_itself and not recipe.si_damping > 0:
+        raise ValueError(f"si_damping={recipe.si_damping}: it must be above 0")
     if recipe.remembers == "last-epoch" and kind.observes:
         raise ValueError(
             f"remembers='last-epoch' with strategy={recipe.strategy!r}: it sees a task's samples "

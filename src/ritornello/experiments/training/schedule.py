@@ -18,11 +18,13 @@ from ritornello.experiments.data.stream import (
     positions_of_passes,
     steps_per_pass,
 )
+from ritornello.experiments.data.unlike_ranks import batches_of_own, rank_of_samples
 from ritornello.experiments.ranks.place import Place
 from ritornello.experiments.recipes.recipe import Recipe
 from ritornello.experiments.strategies import Strategy
 from ritornello.experiments.training import exemplars
 from ritornello.loaders.composition import ComposedSteps
+from ritornello.records.shard import rows_of_rank
 
 
 class Schedule:
@@ -41,6 +43,11 @@ class Schedule:
     ) -> None:
         self._recipe, self._data, self._tasks = recipe, data, tasks
         self._strategy, self._place = strategy, place
+        self._ranks: NDArray[np.int64] | None = None
+        """Of each training sample, where ranks have samples of their own."""
+        if recipe.ranks_differ is not None:
+            labels, num_ranks = data.train.labels, place.num_ranks
+            self._ranks = rank_of_samples(labels, num_ranks, recipe.ranks_differ, recipe.seed)
         self.is_composed = recipe.is_proportional and strategy.rehearses
         # One task's: its steps are asked for again and again.
         self._composed = lru_cache(maxsize=1)(self._composed_steps)
@@ -54,6 +61,30 @@ class Schedule:
         num_new = 0 if strategy.observes else recipe.global_batch_size
         num_draws = 0 if strategy.buffer is None else strategy.buffer.num_draws
         return num_new + num_draws * recipe.global_num_representatives
+
+    def num_new(self, number: int) -> int:
+        """New samples in each step of a task, of all ranks; with local steps, of this one alone."""
+        recipe, num_ranks = self._recipe, self._place.num_ranks
+        counts = self.num_own(number) if self._training_tasks(number) else [1] * num_ranks
+        sizes = [
+            rows_of_rank(recipe.global_batch_size, rank, num_ranks) * (count > 0)
+            for rank, count in enumerate(counts)
+        ]
+        return sizes[self._place.rank] if recipe.local_steps else sum(sizes)
+
+    def num_own(self, number: int) -> list[int]:
+        """How many of the samples that are trained on in a task each rank has as its own."""
+        assert self._ranks is not None
+        held = self._ranks[_indices_of(self._training_tasks(number))]
+        return [int(each) for each in np.bincount(held, minlength=self._place.num_ranks)]
+
+    def of_unlike_ranks(self) -> dict[str, list[list[int]]]:
+        """What the results say of ranks with unlike data: of each task, each rank's samples."""
+        if self._ranks is None:
+            return {}
+        held = [self._ranks[task.train_indices] for task in self._tasks]
+        counts = [np.bincount(each, minlength=self._place.num_ranks).tolist() for each in held]
+        return {"train_samples_per_rank": counts}
 
     def num_past(self, number: int, step: int) -> int | None:
         """How many past samples join a step of a task on each rank; None: as many as always.
@@ -105,7 +136,16 @@ class Schedule:
         if images is None:
             return
         positions: Iterator[NDArray[np.int64]]
-        if self.is_composed:
+        if self._ranks is not None:
+            of_rank = self._ranks[_indices_of(self._training_tasks(number))]
+            own = np.flatnonzero(of_rank == self._place.rank)
+            num_batches = num_passes * steps_per_pass(len(images), self._recipe.global_batch_size)
+            if not len(own):
+                nothing = exemplars.nothing_like(self._data.train, self._place.device)
+                yield from repeat(nothing, num_batches - first)
+                return
+            positions = self._own_positions(number, own, num_batches, first)
+        elif self.is_composed:
             positions = self._composed_positions(number, first)
         else:
             positions = positions_of_passes(
@@ -118,6 +158,18 @@ class Schedule:
                 first=first,
             )
         yield from load_batches(images, positions, self._recipe.num_workers, self._place.device)
+
+    def _own_positions(
+        self, number: int, own: NDArray[np.int64], num_batches: int, first: int
+    ) -> Iterator[NDArray[np.int64]]:
+        recipe, rank = self._recipe, self._place.rank
+        return batches_of_own(
+            own,
+            rows_of_rank(recipe.global_batch_size, rank, self._place.num_ranks),
+            (recipe.seed, number, rank),
+            num_batches=num_batches,
+            first=first,
+        )
 
     def _composed_positions(self, number: int, first: int) -> Iterator[NDArray[np.int64]]:
         steps = self._composed(number)
@@ -155,3 +207,8 @@ class Schedule:
         """The samples that the strategy trains on when a task has come; None: no training yet."""
         tasks = self._training_tasks(number)
         return TaskImages(self._data.train, tasks) if tasks else None
+
+
+def _indices_of(tasks: Sequence[Task]) -> NDArray[np.int64]:
+    """The training samples of some tasks, one after another, as ``TaskImages`` counts them."""
+    return np.concatenate([task.train_indices for task in tasks])

@@ -38,6 +38,7 @@ def check_stores(recipe: Recipe) -> None:
             f"one of {', '.join(SELECTIONS)}",
         ),
         (recipe.fixed_shares, "fixed_shares=True", "fixed_shares=False"),
+        (recipe.ranks_differ is not None, f"ranks_differ={recipe.ranks_differ}", "ranks alike"),
         (
             recipe.scenario in ("domain-incremental-permuted", "domain-incremental-rotated"),
             f"scenario={recipe.scenario!r}, whose images are not those of the files",

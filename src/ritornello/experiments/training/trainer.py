@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
@@ -147,6 +148,7 @@ class Trainer:
             **setting_of(self.recipe, self.data, self.tasks, self.place),
             **outcome_of(self.log, self.seconds),
             "samples_per_step": self.schedule.samples_per_step,
+            **self.schedule.of_unlike_ranks(),
             "resumed": self.num_resumed,
             "seconds_saving": self.seconds.saving,
             "buffer": self.strategy.stats(),
@@ -178,6 +180,9 @@ class Trainer:
         position, buffer = self.position, self.strategy.buffer
         self._task_began = time.perf_counter() - position.seconds
         self.strategy.begin_task(number, self.tasks[number].classes)
+        if self.recipe.ranks_differ is not None and self.strategy.sizes is not None:
+            num_new = self.schedule.num_new(number)
+            self.strategy.sizes = replace(self.strategy.sizes, num_new=num_new)
         if buffer is not None and position == Position(task=number, count=position.count):
             buffer.begin_task(self.tasks[number].name)
         if position.step == 0:
@@ -202,7 +207,10 @@ class Trainer:
             loss = self.strategy.backward(self.network, images, labels, self._backward)
             self.scaler.step(self.optimiser)
             self.scaler.update()
+            self.strategy.end_step(self.network)
             self.network.follow_step()
+            num_past = 0 if buffer is None else buffer.num_past
+            self.network.end_local_step(position.step + 1, len(labels) + num_past)
             self.seconds.load += loaded - began
             self.seconds.step += time.perf_counter() - loaded
             self.seconds.num_steps += 1
@@ -214,7 +222,7 @@ class Trainer:
             self.between_steps()
             bar.advance()
         self.network.agree()
-        self._end_task()
+        self._end_task(number)
         if not self.recipe.offers_stream and buffer is not None:
             tasks, embed = self.tasks[: number + 1], self.network.features
             self.seconds.step += exemplars.remember(
@@ -233,9 +241,12 @@ class Trainer:
         if num_past is not None:
             buffer.num_representatives = num_past
 
-    def _end_task(self) -> None:
+    def _end_task(self, number: int) -> None:
         """Lets the strategy look at the model that has learnt the task."""
         began = time.perf_counter()
+        reviewed = islice(self.schedule.batches(number, 0), self.strategy.num_reviews)
+        for images, labels, _ in reviewed:
+            self.strategy.review(self.network, images, labels)
         self.strategy.end_task(self.network)
         self.seconds.step += time.perf_counter() - began
 
@@ -258,10 +269,10 @@ class Trainer:
         """Measures what the sampling policy goes by, if it goes by anything."""
         buffer = self.strategy.buffer
         if buffer is not None and self.strategy.goes_by_distances:
-            self.network.agree()
-            len(buffer)  # the buffer counts itself what it waits for its round
-            began = time.perf_counter()
-            buffer.measure_distances(lambda batch: self.network.features(batch[0]))
+            with self.network.agreed():
+                len(buffer)  # the buffer counts itself what it waits for its round
+                began = time.perf_counter()
+                buffer.measure_distances(lambda batch: self.network.features(batch[0]))
             self.seconds.in_buffer += time.perf_counter() - began
             self.seconds.step += time.perf_counter() - began
 
@@ -297,7 +308,18 @@ class Trainer:
         """All that ``go_on`` needs. Waits for the buffer's round."""
         self._count_buffer_seconds()
         buffer, average = self.strategy.buffer, self.network.average
-        of_rank = {"random_state": torch.get_rng_state(), "strategy": self.strategy.state_dict()}
+        of_rank: dict[str, Any] = {
+            "random_state": torch.get_rng_state(),
+            "strategy": self.strategy.state_dict(),
+        }
+        trained = {
+            "model": self.network.model.state_dict(),
+            "average": None if average is None else average.state_dict(),
+            "optimiser": None if self.optimiser is None else self.optimiser.state_dict(),
+            "scaler": self.scaler.state_dict(),
+        }
+        if self.network.is_local:
+            of_rank["trained"] = {**trained, "alone": list(self.network.alone)}
         device = self.place.device
         if device.type != "cpu":
             of_rank[self._random_state_name] = accelerators.random_state(device)
@@ -314,12 +336,7 @@ class Trainer:
                 "seconds": asdict(self.seconds),
                 "log": asdict(self.log),
             },
-            tensors={
-                "model": self.network.model.state_dict(),
-                "average": None if average is None else average.state_dict(),
-                "optimiser": None if self.optimiser is None else self.optimiser.state_dict(),
-                "scaler": self.scaler.state_dict(),
-            },
+            tensors=trained,
             of_rank=of_rank,
             save_buffer=None if buffer is None else buffer.save,
         )
@@ -333,7 +350,7 @@ class Trainer:
         Raises:
             CheckpointError: on every rank; the buffer cannot be read.
         """
-        saved, tensors = checkpoint.description, checkpoint.tensors
+        saved, tensors = checkpoint.description, checkpoint.trained(self.place)
         if self.strategy.buffer is not None:
             self.strategy.buffer.load(checkpoint.buffer_folder)
             self._buffer_seconds = self._seconds_of_buffer()
@@ -348,6 +365,7 @@ class Trainer:
             batch_size = -(-self.recipe.global_batch_size // self.place.num_ranks)
             self.network.rehearse_step(image.new_zeros((max(2, batch_size), *image.shape[1:])))
         self.network.model.load_state_dict(tensors["model"])
+        self.network.alone = tensors.get("alone", (0, 0))
         if tensors.get("average") is None:  # of a version that had none
             self.network.begin_average(tensors["model"])
         elif self.network.average is not None:
@@ -364,6 +382,7 @@ class Trainer:
                 name = self._random_state_name
                 accelerators.set_random_state(self.place.device, own[name])
         else:
+            self.strategy.adopt([each["strategy"] for each in checkpoint.of_ranks])
             self._seed_this_rank()
 
     def follow(
@@ -437,9 +456,9 @@ class Trainer:
         assert self._probe is not None
         accelerators.synchronize(self.place.device)
         began = time.perf_counter()
-        self.network.agree()
         number = self.position.task
-        top1 = self._probe.accuracies(self.network, num_tasks=number + 1).top1
+        with self.network.agreed():
+            top1 = self._probe.accuracies(self.network, num_tasks=number + 1).top1
         self.log.probes.append({"step": self.num_steps_done, "task": number, "top1": top1})
         self.network.train()
         if self._figures is not None:

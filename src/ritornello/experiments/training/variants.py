@@ -21,6 +21,7 @@ def variants(
     representatives: Sequence[int] = (),
     candidates: Sequence[int] = (),
     samplings: Sequence[str] = (),
+    draws: Sequence[str] = (),
     selections: Sequence[str] = (),
     class_orders: Sequence[int] = (),
     seeds: Sequence[int] = (),
@@ -39,6 +40,7 @@ def variants(
         representatives: of all ranks together.
         candidates: of all ranks together.
         samplings: sampling policies.
+        draws: where a rank draws from.
         selections: selection policies.
         class_orders: numbers that draw the order in which classes arrive.
         seeds: of everything random.
@@ -59,6 +61,7 @@ def variants(
         "global_num_candidates": candidates,
         "selection": selections,
         "sampling": samplings,
+        "draws": draws,
     }
     varied = {name: values for name, values in buffer_settings.items() if values}
     recipes: dict[Recipe, None] = {}  # An ordered set: what is given twice runs once.

@@ -1,0 +1,1 @@
+"""Strategies that can do without stored samples."""
