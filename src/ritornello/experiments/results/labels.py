@@ -14,18 +14,33 @@ from ritornello.experiments.strategies import STRATEGIES
 WITHOUT_BUFFER = tuple(name for name, each in STRATEGIES.items() if not each.rehearses)
 """Strategies that have none."""
 
+WITHOUT_PAST = tuple(name for name, each in STRATEGIES.items() if not each.num_draws)
+"""Strategies whose steps have no past samples."""
+
+PAST_SETTINGS = ("alpha", "distance", "loss_weights", "global_num_representatives")
+"""Settings that change nothing without past samples."""
+
+GENERATOR_SETTINGS = (
+    "prior",
+    "prior_concentration",
+    "latents",
+    "generator_units",
+    "generator_learning_rate",
+    "conditional",
+    "distillation",
+)
+"""Settings that change nothing where no past samples are generated."""
+
 REHEARSAL_SETTINGS = (
-    "alpha",
     "beta",
-    "loss_weights",
     "composition",
     "samples_per_step",
     "first_share",
     "share_floor",
     "soft_targets",
     "soft_temperature",
+    "generated_share",
     "capacity",
-    "global_num_representatives",
     "global_num_candidates",
     "remembers",
     "selection",
@@ -46,6 +61,12 @@ def settings_of(run: Results) -> dict[str, Any]:
     left_out = {*DESCRIPTIONS, "strategy", "seed"}
     if run["strategy"] in WITHOUT_BUFFER:
         left_out.update(REHEARSAL_SETTINGS)
+    if run["strategy"] in WITHOUT_PAST:
+        left_out.update(PAST_SETTINGS)
+    if run["strategy"] != "generative" and not run["config"].get("generated_share"):
+        left_out.update(GENERATOR_SETTINGS)
+    if run["config"].get("prior") != "dirichlet":
+        left_out.add("prior_concentration")
     if run["config"].get("composition") != "proportional":
         left_out.update(PROPORTIONAL_SETTINGS)
     return {

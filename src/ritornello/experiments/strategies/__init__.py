@@ -25,6 +25,11 @@ from ritornello.experiments.strategies.incremental import Incremental
 from ritornello.experiments.strategies.joint import Joint
 from ritornello.experiments.strategies.rehearsal import Rehearsal
 from ritornello.experiments.strategies.soft_targets import SoftTargets
+from ritornello.experiments.strategies.without_samples.generated import GeneratedPast
+from ritornello.experiments.strategies.without_samples.generative import (
+    Generative,
+    PartlyGenerated,
+)
 from ritornello.policies.class_shares import (
     ClassBalanced,
     FirstOffered,
@@ -41,6 +46,7 @@ STRATEGIES: dict[str, type[Strategy]] = {
     "der++": DERPlusPlus,
     "a-gem": AGEM,
     "gdumb": GDumb,
+    "generative": Generative,
     "from-scratch": FromScratch,
     "joint": Joint,
 }
@@ -61,9 +67,12 @@ __all__ = [
     "DERPlusPlus",
     "FromScratch",
     "GDumb",
+    "GeneratedPast",
+    "Generative",
     "GlobalSizes",
     "Incremental",
     "Joint",
+    "PartlyGenerated",
     "Rehearsal",
     "RehearsalStrategy",
     "SoftTargets",
@@ -106,6 +115,7 @@ def strategy_of(
     kind = strategy_named(recipe.strategy)
     common: dict[str, Any] = {"criterion": criterion}
     rate: dict[str, Any] = {"num_representatives": 0}
+    num_drawn = recipe.global_num_representatives - recipe.global_num_generated
     if recipe.is_proportional and kind.rehearses:  # all ranks have equally many samples
         rate["most_representatives"] = recipe.composed_samples // num_ranks - 1
     else:
@@ -113,11 +123,15 @@ def strategy_of(
             rank,
             num_ranks,
             recipe.global_batch_size,
-            max(num_ranks, recipe.global_num_representatives),  # 0 where a step is composed
+            max(num_ranks, num_drawn),  # 0 where a step is composed, or nothing is stored
             recipe.seed,
         )
         # The largest part; ranks whose part is smaller leave one out.
-        rate["num_representatives"] = -(-recipe.global_num_representatives // num_ranks)
+        rate["num_representatives"] = -(-num_drawn // num_ranks)
+    if recipe.generated_share and kind is Rehearsal:
+        kind = PartlyGenerated
+    if issubclass(kind, Generative):
+        common["num_classes"] = num_classes
     if recipe.soft_targets and kind is Rehearsal:
         kind, common["num_classes"] = SoftTargets, num_classes
     new_buffer = partial(

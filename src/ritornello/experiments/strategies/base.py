@@ -98,7 +98,13 @@ class Strategy:
     """Whether a task's samples only pass by, before it trains on the buffer alone: ``observe``."""
     stores_logits: ClassVar[bool] = False
     """Whether what is stored has the model's logits with it."""
+    num_draws: ClassVar[int] = 0
+    """How often a step draws past samples, stored or generated."""
+    goes_on: ClassVar[bool] = True
+    """Whether model and buffer are all that a finished run needs to go on."""
 
+    loss_weights: str = "by-sample"
+    """How ``weighed`` weighs new and past samples."""
     buffer: RehearsalBuffer | None = None
     """The rehearsal buffer; None if there is none."""
     goes_by_distances: bool = False
@@ -110,6 +116,7 @@ class Strategy:
         self.criterion, self.sizes = criterion, sizes
         self.task_number = 0
         self._has_begun = False
+        self._num_past: int | None = None  # that all ranks have just drawn
 
     def training_tasks(self, tasks: Sequence[Task], number: int) -> Sequence[Task]:
         """The tasks, of all, whose samples are trained on when task ``number`` has come."""
@@ -168,6 +175,24 @@ class Strategy:
         """The mean over the new samples of all ranks, where DDP averages over the ranks."""
         return self._mean(losses, self.sizes.num_new if self.sizes else None)
 
+    def mean_past(self, losses: Tensor) -> Tensor:
+        """The mean over the past samples that all ranks have just drawn."""
+        return self._mean(losses, self._num_past)
+
+    def mean_all(self, losses: Tensor) -> Tensor:
+        """The mean over the augmented mini-batches of all ranks."""
+        if self.sizes is None or self._num_past is None:
+            return losses.mean()
+        return self._mean(losses, self.sizes.num_new + self._num_past)
+
+    def weighed(self, losses: Tensor, num_new: int) -> Tensor:
+        """The mean of the losses of an augmented mini-batch, new samples first."""
+        if self.loss_weights == "by-sample" or len(losses) == num_new:
+            return self.mean_all(losses)
+        weight = 1 / (self.task_number + 1)
+        new, past = losses.split([num_new, len(losses) - num_new])
+        return weight * self.mean_new(new) + (1 - weight) * self.mean_past(past)
+
     def widening(self, num_classes: int) -> Callable[[Any], Any] | None:
         """What makes representatives of fewer classes fit a model of more; None: they do."""
         return None
@@ -185,6 +210,20 @@ class Strategy:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from what ``state_dict`` gave."""
+
+    def shared_state_dict(self) -> dict[str, Any]:
+        """What the strategy needs to go on that all ranks have alike; see ``state_dict``.
+
+        That of one rank is enough, for any number of ranks.
+        """
+        return {}
+
+    def load_shared_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from what ``shared_state_dict`` gave."""
+
+    def outcome(self) -> dict[str, Any]:
+        """What the results say of the strategy besides, at the end, in terms of JSON."""
+        return {}
 
     def close(self) -> None:
         """Gives back what the strategy holds."""
@@ -262,7 +301,6 @@ class RehearsalStrategy(Strategy):
             )
         self.buffer, self.offers_stream = buffer, offers_stream
         self.goes_by_distances = goes_by_distances
-        self._num_past: int | None = None
         self._dice = np.random.default_rng([sizes.seed, sizes.rank] if sizes else 0)
 
     @classmethod
@@ -320,16 +358,6 @@ class RehearsalStrategy(Strategy):
             return leaves
         pairs = zip(leaves, past[0], strict=False)  # behind them past logits that are None
         return tuple(torch.cat((new, old)) for new, old in pairs if old is not None)
-
-    def mean_past(self, losses: Tensor) -> Tensor:
-        """The mean over the representatives that all ranks have just drawn."""
-        return self._mean(losses, self._num_past)
-
-    def mean_all(self, losses: Tensor) -> Tensor:
-        """The mean over the augmented mini-batches of all ranks."""
-        if self.sizes is None or self._num_past is None:
-            return losses.mean()
-        return self._mean(losses, self.sizes.num_new + self._num_past)
 
     def stats(self) -> dict[str, Any]:
         """The buffer's own."""

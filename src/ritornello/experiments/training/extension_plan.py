@@ -23,6 +23,7 @@ MAY_CHANGE = (
     *("epochs", "iterations", "global_batch_size"),
     *("optimiser", "keeps_optimiser", "learning_rate", "momentum", "weight_decay"),
     *("warmup_epochs", "milestones", "alpha", "beta", "loss_weights"),
+    "distance",
     *("composition", "samples_per_step", "first_share", "share_floor"),
     *("soft_targets", "soft_temperature"),
     *("capacity", "global_num_representatives", "global_num_candidates", "sampling"),
@@ -137,6 +138,12 @@ def _recipe(folder: Path, before: Results, changes: Mapping[str, Any]) -> Recipe
             f"the strategy {recipe.strategy!r} trains on the data of all tasks, and those of "
             f"earlier ones are not kept; runs of {', '.join(_can_go_on())} can go on"
         )
+    if not kind.goes_on or recipe.generated_share:
+        what = f"generated_share={recipe.generated_share}" if kind.goes_on else kind.__name__
+        raise ValueError(
+            f"{what}: past samples are generated, and the generator is not kept when a run has "
+            f"ended; runs of {', '.join(_can_go_on())} can go on, without generated_share"
+        )
     for each in changes:
         if each not in MAY_CHANGE:
             raise ValueError(
@@ -165,7 +172,9 @@ def _recipe(folder: Path, before: Results, changes: Mapping[str, Any]) -> Recipe
 
 def _can_go_on() -> list[str]:
     return [
-        name for name, kind in STRATEGIES.items() if kind.training_tasks is Strategy.training_tasks
+        name
+        for name, kind in STRATEGIES.items()
+        if kind.goes_on and kind.training_tasks is Strategy.training_tasks
     ]
 
 

@@ -32,6 +32,7 @@ from ritornello.experiments.results.reading import runs_in
 from ritornello.experiments.results.run_folder import locked, write_json
 from ritornello.experiments.results.writing import Results
 from ritornello.experiments.strategies import Rehearsal, strategy_named
+from ritornello.experiments.strategies.without_samples import generative
 from ritornello.experiments.training import exemplars
 from ritornello.experiments.training.checkpoints import Checkpoints
 from ritornello.experiments.training.saver import CheckpointSettings, Saver
@@ -270,13 +271,15 @@ def check(recipe: Recipe, num_ranks: int) -> None:
     for name, is_set in (
         ("composition", recipe.is_proportional),
         ("soft_targets", recipe.soft_targets > 0),
+        ("generated_share", recipe.generated_share > 0),
     ):
-        if is_set and kind.rehearses and kind is not Rehearsal:
+        if is_set and kind.num_draws and kind is not Rehearsal:
             without = "append" if name == "composition" else 0
             raise ValueError(
                 f"{name}={getattr(recipe, name)!r} with strategy={recipe.strategy!r}: it weighs "
                 f"new and past samples in its own way; use 'rehearsal', or {name}={without!r}"
             )
+    generative.check(recipe)
     if isinstance(recipe.class_order, int):
         if recipe.class_order < 0:
             raise ValueError(f"class_order={recipe.class_order}: it must not be negative")

@@ -51,8 +51,7 @@ class Schedule:
         if self.is_composed:
             return recipe.composed_samples
         num_new = 0 if strategy.observes else recipe.global_batch_size
-        num_draws = 0 if strategy.buffer is None else strategy.buffer.num_draws
-        return num_new + num_draws * recipe.global_num_representatives
+        return num_new + strategy.num_draws * recipe.global_num_representatives
 
     def num_past(self, number: int, step: int) -> int | None:
         """How many past samples join a step of a task on each rank; None: as many as always.

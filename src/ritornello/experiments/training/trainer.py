@@ -149,6 +149,7 @@ class Trainer:
             "seconds_saving": self.seconds.saving,
             "buffer": self.strategy.stats(),
             "weights_sha256": weights_digest(self.network.model),
+            **self.strategy.outcome(),
             **self._of_average(),
         }
 
@@ -316,6 +317,7 @@ class Trainer:
                 "average": None if average is None else average.state_dict(),
                 "optimiser": None if self.optimiser is None else self.optimiser.state_dict(),
                 "scaler": self.scaler.state_dict(),
+                "strategy": self.strategy.shared_state_dict(),
             },
             of_rank=of_rank,
             save_buffer=None if buffer is None else buffer.save,
@@ -353,6 +355,8 @@ class Trainer:
             self.optimiser = optimiser_of(self.recipe, self.network.model)
             self.optimiser.load_state_dict(tensors["optimiser"])
         self.scaler.load_state_dict(tensors["scaler"])
+        if tensors.get("strategy"):  # there was none in earlier versions
+            self.strategy.load_shared_state_dict(tensors["strategy"])
         if len(checkpoint.of_ranks) == self.place.num_ranks:
             own = checkpoint.of_ranks[self.place.rank]
             self.strategy.load_state_dict(own["strategy"])
