@@ -489,6 +489,14 @@ def test_runs_that_cannot_go_on(
             ValueError, match=f"the strategy '{strategy}' trains on the data of all"
         ):
             extend(folder, new)
+    for changes, what in (
+        ({"strategy": "generative"}, "the strategy 'generative'"),
+        ({"generated_share": 0.5}, "generated_share=0.5"),
+    ):
+        folder = tmp_path / what
+        train.run(recipe_of(arrived, epochs=1, **changes), str(folder))
+        with pytest.raises(ValueError, match=f"{what}: past samples come from a generator, which"):
+            extend(folder, new)
     (tmp_path / "none").mkdir()
     with pytest.raises(FileNotFoundError, match="holds no finished run: give the output folder of"):
         extend(tmp_path / "none", new)

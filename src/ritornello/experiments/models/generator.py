@@ -37,8 +37,8 @@ class GeneratorSettings:
     prior: str = "gaussian"
     """"gaussian": latents are normal, each by itself; "dirichlet": they are shares, which sum up
     to one."""
-    concentration: float = 0.3
-    """Of a Dirichlet prior: below 1, few latents have most of a sample."""
+    concentration: float = 3.0
+    """Of a Dirichlet prior: the lower, the fewer latents have most of a sample."""
     num_latents: int = 100
     num_units: int = 400
     """Of the two hidden layers of either half."""

@@ -10,6 +10,10 @@ AMP_MODES = ("off", "bfloat16", "float16")
 
 OPTIMISERS = ("sgd", "adam")
 
+DISTANCES = ("mse", "js")
+
+PRIORS = ("gaussian", "dirichlet")
+
 COMPOSITIONS: dict[str, dict[str, Any]] = {
     "append": {"sampling": "uniform", "loss_weights": "by-task"},
     "proportional": {"sampling": "earlier-tasks", "loss_weights": "by-sample"},
@@ -166,7 +170,7 @@ class Recipe:
     # The generator, where past samples are generated. See ``models.generator``.
     prior: str = "gaussian"
     """Of its latents: "gaussian" or "dirichlet"."""
-    prior_concentration: float = 0.3
+    prior_concentration: float = 3.0
     """Of a Dirichlet prior."""
     latents: int = 100
     generator_units: int = 400
@@ -285,8 +289,8 @@ class Recipe:
             ("loss_weights", ("by-sample", "by-task")),
             ("logits_dtype", ("float32", "float16")),
             ("composition", tuple(COMPOSITIONS)),
-            ("distance", ("mse", "js")),
-            ("prior", ("gaussian", "dirichlet")),
+            ("distance", DISTANCES),
+            ("prior", PRIORS),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r}: there are {', '.join(allowed)}")

@@ -17,7 +17,7 @@ WITHOUT_BUFFER = tuple(name for name, each in STRATEGIES.items() if not each.reh
 WITHOUT_PAST = tuple(name for name, each in STRATEGIES.items() if not each.num_draws)
 """Strategies whose steps have no past samples."""
 
-PAST_SETTINGS = ("alpha", "distance", "loss_weights", "global_num_representatives")
+PAST_SETTINGS = ("distance", "loss_weights", "global_num_representatives")
 """Settings that change nothing without past samples."""
 
 GENERATOR_SETTINGS = (
@@ -32,6 +32,7 @@ GENERATOR_SETTINGS = (
 """Settings that change nothing where no past samples are generated."""
 
 REHEARSAL_SETTINGS = (
+    "alpha",
     "beta",
     "composition",
     "samples_per_step",

@@ -139,10 +139,12 @@ def _recipe(folder: Path, before: Results, changes: Mapping[str, Any]) -> Recipe
             f"earlier ones are not kept; runs of {', '.join(_can_go_on())} can go on"
         )
     if not kind.goes_on or recipe.generated_share:
-        what = f"generated_share={recipe.generated_share}" if kind.goes_on else kind.__name__
+        what = f"the strategy {recipe.strategy!r}"
+        if kind.goes_on:
+            what = f"generated_share={recipe.generated_share}"
         raise ValueError(
-            f"{what}: past samples are generated, and the generator is not kept when a run has "
-            f"ended; runs of {', '.join(_can_go_on())} can go on, without generated_share"
+            f"{what}: past samples come from a generator, which is not kept when a run has ended; "
+            f"runs of {', '.join(_can_go_on())} can go on, without generated_share"
         )
     for each in changes:
         if each not in MAY_CHANGE:
