@@ -214,7 +214,7 @@ def test_generated_samples_undo_forgetting_alone_and_beside_stored_ones() -> Non
     assert results["generated"]["buffer"] is None
     assert results["both"]["buffer"]["num_held"] == 40
     assert results["generated"]["generator"]["held_bytes"] > 0
-    assert results["both"]["generated"]["shape"] == [120, 1, 8, 8]
+    assert results["both"]["generated"]["shape"] == [100, 1, 8, 8]
     assert "generated" not in results["nothing"]
 
 

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 from ritornello.buffer import RehearsalBuffer
+from ritornello.experiments.models.generator import GeneratorSettings
 from ritornello.experiments.recipes.recipe import Recipe
 from ritornello.experiments.strategies.a_gem import AGEM
 from ritornello.experiments.strategies.base import (
@@ -69,6 +70,7 @@ __all__ = [
     "GDumb",
     "GeneratedPast",
     "Generative",
+    "GeneratorSettings",
     "GlobalSizes",
     "Incremental",
     "Joint",

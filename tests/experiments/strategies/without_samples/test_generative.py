@@ -363,7 +363,7 @@ def test_examples_are_of_the_first_classes_and_change_nothing() -> None:
     assert examples.labels.tolist() == [0, 0, 0, 1, 1, 1]
     assert examples.images.shape == (6, *SHAPE)
     outcome = strategy.outcome()
-    assert outcome["generated"]["shape"] == [48, *SHAPE]
+    assert outcome["generated"]["shape"] == [40, *SHAPE]
     num_weights = sum(each.numel() for each in strategy.past._generator.parameters())  # type: ignore[union-attr]
     costs = {"held_bytes": 4 * 4 * num_weights, "sent_bytes_per_step": 0}
     assert outcome["generator"] == costs  # weights, two moments, and what is frozen
@@ -471,3 +471,30 @@ def test_after_a_step_that_failed_the_next_ones_go_on() -> None:
                 strategy.backward(model, *batch(step, classes=(2, 3)))
         assert buffer.stats().num_rounds == 6
         assert np.isclose(len(buffer), 20)
+
+
+@pytest.mark.accelerator
+def test_on_a_device_it_draws_what_it_draws_elsewhere(accelerator: str) -> None:
+    """But for rounding; and what was saved there goes on here."""
+    drawn = {}
+    for device in ("cpu", accelerator):
+        model = Model().to(device)
+        strategy = Generative(past_of(4, is_conditional=False))
+        for number, classes in enumerate([(0, 1), (2, 3)]):
+            strategy.begin_task(number, classes)
+            for step in range(2):
+                images, labels = batch(step, classes=classes)
+                strategy.backward(model, images.to(device), labels.to(device))
+            strategy.end_task(model)
+        saved = {name: copy.deepcopy(value) for name, value in strategy.shared_state_dict().items()}
+        drawn[device] = strategy.past.draw(model, images.to(device))
+        here = Generative(past_of(4, is_conditional=False))
+        here.load_shared_state_dict(saved)
+        again = here.past.draw(Model(), torch.zeros(0))
+        assert again is not None
+        assert (again.images.int() - drawn[device].images.cpu().int()).abs().max() <= 1
+        here.begin_task(2, (0,))
+        here.backward(Model(), *batch(0, classes=(0,)))
+    assert drawn[accelerator].images.device.type == torch.device(accelerator).type
+    shape = drawn["cpu"].images.shape
+    assert drawn[accelerator].images.shape == shape

@@ -24,7 +24,7 @@ from ritornello.experiments.strategies.distances import distance_named
 from ritornello.experiments.strategies.rehearsal import Rehearsal, checked_weights
 from ritornello.experiments.strategies.without_samples.generated import GeneratedPast
 
-NUM_EXAMPLES = 12
+NUM_EXAMPLES = 10
 """Of each class, that the results show."""
 
 MOST_CLASSES = 20
