@@ -58,7 +58,11 @@ SHORT_NAMES = {"global_num_representatives": "r", "global_num_candidates": "c"}
 
 
 def settings_of(run: Results) -> dict[str, Any]:
-    """Everything that a run's outcome may depend on, and the number of ranks."""
+    """Everything that a run's outcome may depend on, and the number of ranks.
+
+    A distance that results do not name is the only one that there was then.
+    """
+    config = {"distance": "mse", **run["config"]}
     left_out = {*DESCRIPTIONS, "strategy", "seed"}
     if run["strategy"] in WITHOUT_BUFFER:
         left_out.update(REHEARSAL_SETTINGS)
@@ -74,7 +78,7 @@ def settings_of(run: Results) -> dict[str, Any]:
         "recipe": run["recipe"],
         "strategy": run["strategy"],
         "world_size": run["world_size"],
-        **{name: value for name, value in run["config"].items() if name not in left_out},
+        **{name: value for name, value in config.items() if name not in left_out},
         "seed": run["seed"],
     }
 

@@ -100,8 +100,6 @@ class Strategy:
     """Whether what is stored has the model's logits with it."""
     num_draws: ClassVar[int] = 0
     """How often a step draws past samples, stored or generated."""
-    goes_on: ClassVar[bool] = True
-    """Whether model and buffer are all that a finished run needs to go on."""
 
     loss_weights: str = "by-sample"
     """How ``weighed`` weighs new and past samples."""
@@ -214,12 +212,12 @@ class Strategy:
     def shared_state_dict(self) -> dict[str, Any]:
         """What the strategy needs to go on that all ranks have alike; see ``state_dict``.
 
-        That of one rank is enough, for any number of ranks.
+        That of one rank is enough, for any number of ranks. A finished run leaves it, too.
         """
         return {}
 
     def load_shared_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from what ``shared_state_dict`` gave."""
+        """Goes on from what ``shared_state_dict`` gave, perhaps with fewer classes than now."""
 
     def outcome(self) -> dict[str, Any]:
         """What the results say of the strategy besides, at the end, in terms of JSON."""

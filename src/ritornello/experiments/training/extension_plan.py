@@ -138,13 +138,10 @@ def _recipe(folder: Path, before: Results, changes: Mapping[str, Any]) -> Recipe
             f"the strategy {recipe.strategy!r} trains on the data of all tasks, and those of "
             f"earlier ones are not kept; runs of {', '.join(_can_go_on())} can go on"
         )
-    if not kind.goes_on or recipe.generated_share:
-        what = f"the strategy {recipe.strategy!r}"
-        if kind.goes_on:
-            what = f"generated_share={recipe.generated_share}"
-        raise ValueError(
-            f"{what}: past samples come from a generator, which is not kept when a run has ended; "
-            f"runs of {', '.join(_can_go_on())} can go on, without generated_share"
+    generates = kind.num_draws and recipe.global_num_generated
+    if generates and not part_of(folder, "strategy.pt").exists():
+        raise FileNotFoundError(
+            f"{folder} has no strategy.pt: without its generator this run cannot go on"
         )
     for each in changes:
         if each not in MAY_CHANGE:
@@ -174,9 +171,7 @@ def _recipe(folder: Path, before: Results, changes: Mapping[str, Any]) -> Recipe
 
 def _can_go_on() -> list[str]:
     return [
-        name
-        for name, kind in STRATEGIES.items()
-        if kind.goes_on and kind.training_tasks is Strategy.training_tasks
+        name for name, kind in STRATEGIES.items() if kind.training_tasks is Strategy.training_tasks
     ]
 
 

@@ -119,9 +119,9 @@ def run(
 
     Args:
         recipe: what to run.
-        output: the folder for ``results.json``, ``model.pt``, ``averaged.pt``, ``buffer`` and
-            ``checkpoints``, by the first rank's word; None: nothing is written. All ranks must see
-            the folder.
+        output: the folder for ``results.json``, ``model.pt``, ``averaged.pt``, ``strategy.pt``,
+            ``buffer`` and ``checkpoints``, by the first rank's word; None: nothing is written. All
+            ranks must see the folder.
         data: the data set, or what loads it, if it is not the recipe's own.
         command: what was typed, for the results.
         saving: whether and when there are checkpoints, and whether to go on from one. A rank that
@@ -393,6 +393,9 @@ def write_outcome(
             if (average := trainer.network.average) is not None:
                 with new_file(folder / "averaged.pt") as file:
                     torch.save(average.module.state_dict(), file)
+            if state := trainer.strategy.shared_state_dict():
+                with new_file(folder / "strategy.pt") as file:
+                    torch.save(state, file)
         if keep_buffer and buffer is not None:
             buffer.save(folder / "buffer")
     with ranks.together(f"cannot write into {folder}"):

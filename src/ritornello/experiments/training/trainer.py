@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
@@ -373,6 +373,7 @@ class Trainer:
         weights: Mapping[str, Tensor],
         buffer: Path | None,
         averaged: Mapping[str, Tensor] | None = None,
+        strategy: dict[str, Any] | None = None,
     ) -> None:
         """Takes the place of a run that has ended, to go on with the last task.
 
@@ -385,6 +386,7 @@ class Trainer:
             weights: of the run's model.
             buffer: the folder of its buffer, where the strategy has one.
             averaged: their running average; None: it begins with the weights themselves.
+            strategy: what its strategy has left, if anything.
 
         Raises:
             CheckpointError: on every rank; the buffer cannot be read.
@@ -402,6 +404,8 @@ class Trainer:
             self._buffer_seconds = self._seconds_of_buffer()
         for earlier in range(number):
             self.strategy.begin_task(earlier, self.tasks[earlier].classes)
+        if strategy is not None:
+            self.strategy.load_shared_state_dict(strategy)
         self.position, self.log = Position(task=number, count=number), log
         self._seed_this_rank()
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 
+from ritornello.experiments.models.build import widened
 from ritornello.experiments.models.generator import Generator, GeneratorSettings, prior_of
 from ritornello.experiments.strategies.base import GlobalSizes, Past
 from ritornello.records import accelerators
@@ -160,6 +161,7 @@ class GeneratedPast:
         return {
             "step": self._step,
             "classes": self._classes,
+            "num_classes": self.num_classes,
             "sample_shape": None if generator is None else list(generator.sample_shape),
             "dtype": None if generator is None else str(generator.dtype).removeprefix("torch."),
             "generator": None if generator is None else generator.state_dict(),
@@ -169,7 +171,11 @@ class GeneratedPast:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from what ``state_dict`` gave, on any number of ranks."""
+        """Goes on from what ``state_dict`` gave, on any number of ranks.
+
+        Where the model knows further classes now, the generator does, too, and its optimiser
+        begins anew.
+        """
         self._step, self._classes = state["step"], list(state["classes"])
         self._model_then = dict(state["model_then"])
         self._generator = self._optimiser = self._frozen = None
@@ -178,11 +184,13 @@ class GeneratedPast:
         shape, dtype = state["sample_shape"], getattr(torch, state["dtype"])
         device = next(iter(state["generator"].values())).device
         generator, optimiser = self._make(shape, dtype, device)
+        fresh = copy.deepcopy(generator.state_dict())
         if state["frozen"] is not None:
-            generator.load_state_dict(state["frozen"])
+            generator.load_state_dict(widened(state["frozen"], fresh))
             self._frozen = copy.deepcopy(generator).eval().requires_grad_(False)
-        generator.load_state_dict(state["generator"])
-        optimiser.load_state_dict(state["optimiser"])
+        generator.load_state_dict(widened(state["generator"], fresh))
+        if state["num_classes"] == self.num_classes:
+            optimiser.load_state_dict(state["optimiser"])
 
     def examples(self, num_per_class: int, most_classes: int) -> Past | None:
         """Some samples as they would be drawn now, on the CPU; None before the first task's end.
@@ -246,6 +254,9 @@ class GeneratedPast:
             then = self._model_then = {name: each.to(samples.device) for name, each in then.items()}
         with in_evaluation(model):
             logits: Tensor = functional_call(model, then, (samples,))
+        if (num_further := self.num_classes - logits.shape[1]) > 0:  # it did not know them
+            lowest = logits.min(dim=1, keepdim=True).values
+            logits = torch.cat((logits, lowest.expand(-1, num_further)), dim=1)
         return logits
 
     def _made_for(self, samples: Tensor) -> tuple[Generator, torch.optim.Optimizer]:

@@ -50,7 +50,6 @@ class Generative(Strategy):
     """
 
     num_draws: ClassVar[int] = 1
-    goes_on: ClassVar[bool] = False
 
     def __init__(
         self,
