@@ -735,7 +735,7 @@ class RehearsalBuffer:
                 before they were offered, copies of one differ.
         """
         self._check_process("stats")
-        return self._steps.stats(per_class, distinct)
+        return BufferStats.of(self._steps, per_class=per_class, distinct=distinct)
 
     def close(self) -> None:
         """Finishes the running round and ends the worker. May be called twice.

@@ -62,7 +62,8 @@ EXPERIMENTS: Floors = [
     ("reporting",),
     ("training",),
     ("results",),
-    ("strategies", "models"),
+    ("strategies",),
+    ("models",),
     ("data", "ranks"),
     ("recipes",),
 ]

@@ -113,3 +113,12 @@ def test_memory_that_is_given_away_after_a_copy() -> None:
 def test_a_copy_for_a_device_without_streams_blocks() -> None:
     values = torch.arange(3)
     assert torch.equal(accelerators.copied_to(torch.device("cpu"), values), values)
+
+
+def test_seeded_random_numbers_are_those_of_the_seed_and_leave_all_others_as_they_were() -> None:
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    with accelerators.seeded(torch.device("cpu"), 7):
+        drawn = torch.rand(3)
+    assert torch.equal(before, torch.get_rng_state())
+    assert torch.equal(drawn, torch.rand(3, generator=torch.Generator().manual_seed(7)))

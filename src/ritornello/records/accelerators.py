@@ -158,6 +158,17 @@ def forked_random_state(device: torch.device) -> AbstractContextManager[Any]:
     return torch.random.fork_rng([device], device_type=device.type)
 
 
+@contextmanager
+def seeded(device: torch.device, seed: int) -> Iterator[None]:
+    """A context in which the device's global random numbers are those of a seed; then as before."""
+    with forked_random_state(device):
+        if device.type == "cpu":  # torch.manual_seed would also seed all accelerators
+            torch.default_generator.manual_seed(seed)
+        else:
+            _module(device).manual_seed(seed)
+        yield
+
+
 def use_number(number: int) -> torch.device:
     """Makes one accelerator this thread's: of a rank's number, they take turns."""
     module = _module(_kind())

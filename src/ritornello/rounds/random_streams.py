@@ -25,6 +25,7 @@ class Purpose(IntEnum):
     RATE = 5
     COMPOSITION = 6
     PROTECTION = 7
+    GENERATION = 8
 
 
 class Streams:

@@ -129,20 +129,6 @@ class Rounds:
         return int(self.limits[self.transport.rank])
 
     @property
-    def num_bytes(self) -> int:
-        """Bytes of this rank's shard, with all its pages."""
-        in_pages = self.paged.pages.num_bytes if self.paged is not None else 0
-        return in_pages + (self.shard.num_bytes if self.shard is not None else 0)
-
-    @property
-    def num_used_bytes(self) -> int:
-        """How many of them are in use."""
-        if self.shard is None:
-            return 0
-        in_pages = self.paged.num_used_bytes if self.paged is not None else 0
-        return in_pages + self.num_held * self._layout.record_bytes
-
-    @property
     def num_held(self) -> int:
         """Representatives in this rank's shard."""
         return int(self.contents.sizes[self.transport.rank])

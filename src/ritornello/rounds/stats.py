@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 
 from ritornello.rounds.round import Rounds
+from ritornello.rounds.steps import Steps
 
 MILLI, MEGA = 1e3, 1e-6
 
@@ -51,40 +52,38 @@ class BufferStats:
     if asked, else None."""
 
     @classmethod
-    def of(
-        cls,
-        rounds: Rounds,
-        record_bytes: int,
-        *,
-        per_class: bool,
-        distinct: bool,
-        **of_trainer: Any,
-    ) -> Self:
-        """Those of a buffer, while no round runs.
+    def of(cls, steps: Steps, *, per_class: bool, distinct: bool) -> Self:
+        """Those of a buffer. Waits for the running round.
 
         Args:
-            rounds: of the buffer.
-            record_bytes: see there.
+            steps: of the buffer.
             per_class: whether to count classes.
             distinct: whether to count distinct samples where nothing identifies them.
-            of_trainer: what the trainer's side has counted.
         """
+        steps.settle()
+        rounds, begun = steps.rounds, steps.begun
+        record_bytes = begun.layout.record_bytes if begun else 0
         labels = rounds.labels() if per_class else np.zeros(0, dtype=np.int64)
         labels, counts = np.unique(labels, return_counts=True)
+        shard_bytes, used_bytes = _bytes_of(rounds, record_bytes)
         return cls(
             capacity=rounds.capacity,
             num_held=rounds.contents.num_held,
             held_per_rank=rounds.contents.sizes.tolist(),
             held_per_class=dict(zip(labels.tolist(), counts.tolist(), strict=True)),
             record_bytes=record_bytes,
-            shard_bytes=rounds.num_bytes,
-            used_bytes=rounds.num_used_bytes,
+            shard_bytes=shard_bytes,
+            used_bytes=used_bytes,
             num_rounds=rounds.num_rounds,
+            num_given=steps.training.num_given,
+            num_steps_without=steps.training.optimisers.num_steps,
             bytes_sent=rounds.bytes_sent,
             bytes_received=rounds.bytes_received,
+            seconds_waited=steps.seconds_waited,
+            seconds_joining=steps.outputs.seconds,
+            seconds_offering=steps.seconds_offering,
             seconds_per_stage=dict(rounds.seconds_per_stage),
             num_distinct=rounds.num_distinct(distinct),
-            **of_trainer,
         )
 
     @property
@@ -172,3 +171,14 @@ class BufferStats:
         if self.num_rounds:
             found |= {name: total / self.num_rounds for name, total in totals.items()}
         return {f"{prefix}/{name}": float(figure) for name, figure in found.items()}
+
+
+def _bytes_of(rounds: Rounds, record_bytes: int) -> tuple[int, int]:
+    """Bytes of a rank's shard, with all its pages, and how many of them are in use."""
+    if rounds.shard is None:
+        return 0, 0
+    whole, used = rounds.shard.num_bytes, rounds.num_held * record_bytes
+    if rounds.paged is not None:
+        whole += rounds.paged.pages.num_bytes
+        used += rounds.paged.num_used_bytes
+    return whole, used

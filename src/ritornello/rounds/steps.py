@@ -35,7 +35,6 @@ from ritornello.rounds.joining import Outputs
 from ritornello.rounds.random_streams import Purpose, Streams
 from ritornello.rounds.round import Rounds
 from ritornello.rounds.staging import Staging, WorkerStreams
-from ritornello.rounds.stats import BufferStats
 from ritornello.rounds.watching import Training
 from ritornello.rounds.worker import Errand, Pace, Worker
 from ritornello.transports.watch import Watch, meet
@@ -486,22 +485,6 @@ class Steps:
         if type(error) not in (TypeError, ValueError):
             return error
         return type(error)(self.here(str(error) + advice))
-
-    def stats(self, per_class: bool, distinct: bool) -> BufferStats:
-        """See ``RehearsalBuffer.stats``."""
-        self.settle()
-        begun = self.begun
-        return BufferStats.of(
-            self.rounds,
-            begun.layout.record_bytes if begun else 0,
-            per_class=per_class,
-            distinct=distinct,
-            num_given=self.training.num_given,
-            num_steps_without=self.training.optimisers.num_steps,
-            seconds_waited=self.seconds_waited,
-            seconds_joining=self.outputs.seconds,
-            seconds_offering=self.seconds_offering,
-        )
 
     # For who fills it.
 

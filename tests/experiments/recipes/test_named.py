@@ -47,7 +47,7 @@ def test_an_unknown_recipe() -> None:
 
 def test_every_row_of_the_two_split_mnist_tables() -> None:
     assert len(BUZZEGA_MNIST) == 12
-    assert len(VAN_DE_VEN_MNIST) == 4
+    assert len(VAN_DE_VEN_MNIST) == 5
     recipe = recipe_named("buzzega-mnist-der++-500")
     assert recipe.published is not None
     assert (recipe.published.top1, recipe.published.spread) == (91.00, 1.49)

@@ -1,20 +1,32 @@
 from __future__ import annotations
 
+import base64
 import dataclasses
+import io
 import re
+import zlib
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL.Image
 import pytest
 from matplotlib.figure import Figure
 from rich.console import Console
 from synthetic_results import probed, results_of, results_of_variant
 
 from ritornello.experiments.recipes.recipe import Published, Recipe
-from ritornello.experiments.reporting import colours, figures, report, stream, summaries, trade_offs
+from ritornello.experiments.reporting import (
+    colours,
+    figures,
+    generated,
+    report,
+    stream,
+    summaries,
+    trade_offs,
+)
 from ritornello.experiments.results.groups import Group, groups_of
 from ritornello.experiments.results.writing import Results
 from ritornello.experiments.training.variants import variants
@@ -564,3 +576,49 @@ def test_it_is_said_what_was_tested_on_and_what_settings_were_chosen_by(tmp_path
     assert "on 10 % of the training samples, held out." in page
     assert "<dt>Tested on</dt><dd>10 % of the training samples, held out</dd>" in page
     assert "<dt>Settings chosen by</dt><dd>a holdout</dd>" in page
+
+
+def generating(labels: list[int] | None, seed: int = 0) -> Results:
+    """A run whose generator makes six images, number i of brightness 40 i."""
+    images = np.repeat(np.arange(0, 240, 40, dtype=np.uint8), 9).reshape(6, 1, 3, 3)
+    return results_of(
+        "generative",
+        0.7,
+        seed=seed,
+        class_names=["a", "<b>", "c"],
+        generated={
+            "shape": list(images.shape),
+            "labels": labels,
+            "pixels": base64.b64encode(zlib.compress(images.tobytes())).decode(),
+        },
+    )
+
+
+def test_what_a_generator_makes_is_shown_class_by_class(tmp_path: Path) -> None:
+    runs = [generating([0, 0, 1, 1, 2, 2], seed) for seed in (0, 1)]
+    groups = groups_of([results_of("incremental"), *runs])
+    [(label, strips)] = generated.strips_of(groups)
+    assert label == "generative"
+    assert [name for name, _ in strips] == ["a", "<b>", "c"]
+    text = page_of(groups, tmp_path)
+    assert 'id="generated"' in text
+    assert text.count('alt="generated images') == 3
+    assert 'alt="generated images of &lt;b&gt;"' in text
+    source = re.findall(r"base64,([^\"]+)", str(strips[1][1]))[0]
+    pixels = np.asarray(PIL.Image.open(io.BytesIO(base64.b64decode(source))))
+    assert pixels.shape[:2] == (3, 7)
+    assert pixels[:, :, 0].tolist() == [[80, 80, 80, 0, 120, 120, 120]] * 3
+    assert 'id="generated"' not in page_of(groups_of([results_of("incremental")]), tmp_path)
+
+
+def test_what_a_generator_makes_that_knows_no_class(tmp_path: Path) -> None:
+    [(_, strips)] = generated.strips_of(groups_of([generating(None)]))
+    assert [name for name, _ in strips] == [""] * 5
+    assert "generated images" in page_of(groups_of([generating(None)]), tmp_path)
+
+
+def test_a_strategy_that_generates_is_in_the_summary() -> None:
+    groups = groups_of([results_of("incremental"), generating(None)])
+    text = summaries.summary_of(groups)
+    assert "With generative it ends at 79.3 %, in 1.2 times the time." in text
+    assert "representatives" not in text

@@ -55,6 +55,12 @@ def test_figures_stand_beside_the_published_ones() -> None:
     assert rows[2][6] == f"{100 * ours.mean - 80:+.1f}"
 
 
+def test_what_is_generated_has_no_capacity() -> None:
+    runs = runs_of("incremental", "generative")
+    _, _, *rows = rows_of(page_of(runs, "ritornello results runs"), "digits")
+    assert [row[:2] for row in rows] == [["incremental", "-"], ["generative", "none, r = 16"]]
+
+
 def test_the_first_paragraph_says_how_the_page_is_made() -> None:
     page = page_of(runs_of("rehearsal"), "ritornello results docs/results.json")
     title, paragraph = page.split("\n\n")[:2]

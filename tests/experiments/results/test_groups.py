@@ -100,8 +100,37 @@ def test_what_is_given_twice_runs_once() -> None:
 def test_strategies_without_a_buffer_have_no_settings_of_it(strategy: str) -> None:
     made = variants(RECIPE, [strategy], capacities=[1, 2])
     assert len(made) == (2 if uses_buffer(strategy) else 1)
-    without = ("incremental", "from-scratch", "joint", "si", "fedssi")
+    without = ("incremental", "generative", "from-scratch", "joint", "si", "fedssi")
     assert uses_buffer(strategy) == (strategy not in without)
+
+
+def test_what_is_generated_varies_with_how_much_of_it_there_is_and_who_makes_it() -> None:
+    lists: dict[str, Any] = {"capacities": [1, 2], "representatives": [8, 16]}
+    strategies = ["incremental", "generative"]
+    assert list(variants(RECIPE, strategies, **lists)) == [
+        "incremental",
+        "generative, r 8",
+        "generative, r 16",
+    ]
+    made = [
+        dataclasses.replace(RECIPE, strategy="generative", **changes)
+        for changes in (
+            {},
+            {"prior": "dirichlet", "prior_concentration": 5.0},
+            {"conditional": False, "capacity": 7, "beta": 3.0, "sampling": "grasp"},
+            {"prior_concentration": 5.0},
+            {"distillation": 0.5, "distance": "js"},
+        )
+    ]
+    assert sweep.labels_of([results_of_variant(each) for each in made]) == [
+        "generative, distance mse, prior gaussian, conditional on, distillation 0",
+        "generative, distance mse, prior dirichlet, conditional on, distillation 0",
+        "generative, distance mse, prior gaussian, conditional off, distillation 0",
+        "generative, distance mse, prior gaussian, conditional on, distillation 0",
+        "generative, distance js, prior gaussian, conditional on, distillation 0.5",
+    ]
+    plain = [dataclasses.replace(RECIPE, **changes) for changes in ({}, {"prior": "dirichlet"})]
+    assert sweep.labels_of([results_of_variant(each) for each in plain]) == ["rehearsal"] * 2
 
 
 def test_strategies_that_are_not_there() -> None:

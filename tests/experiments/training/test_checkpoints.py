@@ -29,12 +29,15 @@ from ritornello.experiments.results.writing import Results
 from ritornello.experiments.strategies import STRATEGIES
 from ritornello.experiments.training import checkpoints
 from ritornello.experiments.training import run as train
+from ritornello.experiments.training.checkpoints import Checkpoint
 from ritornello.experiments.training.saver import CheckpointSettings, Saver
 
 EVERY_7 = CheckpointSettings(save_every=7, resume=True)
 
 FEW_STEPS = {"num_tasks": 2, "epochs": 1, "global_batch_size": 128, "global_num_candidates": None}
 """Of models that are slow: 6 steps, one more for the end of the task, and 5."""
+
+SMALL_GENERATOR = {"generator_units": 32, "latents": 8}
 
 IF_MEASURED = ("averaged_sha256", "averaged_top1", "probes", "stability_gap")
 
@@ -128,6 +131,7 @@ def test_every_strategy_goes_on_bit_by_bit(strategy: str, tmp_path: Path, stop_a
         {"averaged": 0.9, "probe_every": 4},
         {"strategy": "der", "logits_dtype": "float16", "augmentation": "crop-flip"},
         {"composition": "proportional", "first_share": 0.7, "soft_targets": 1.0},
+        {"generated_share": 0.5, "prior": "dirichlet", "conditional": False, **SMALL_GENERATOR},
     ],
     ids=lambda changes: "-".join(map(str, changes.values())),
 )
@@ -173,6 +177,7 @@ ON_RANKS: dict[int, list[dict[str, Any]]] = {
         {"sampling": "grasp", "selection": "grasp"},
         {"strategy": "der++", "model": "resnet10t", **FEW_STEPS},
         {"strategy": "gdumb"},
+        {"strategy": "generative", "distillation": 0.5, "num_tasks": 2, **SMALL_GENERATOR},
         {"composition": "proportional", "first_share": 0.6},
     ],
     3: [
@@ -236,6 +241,31 @@ def test_other_ranks_go_on_from_the_mean_of_local_steps() -> None:
     assert trained["model"]["count"] == 7
     assert trained["optimiser"] == {"of": "the first rank"}
     assert "alone" not in trained
+
+
+def test_what_all_ranks_have_alike_goes_on_with_another_number_of_them(
+    tmp_path: Path, stop_at: StopAt
+) -> None:
+    recipe = quick(strategy="generative", **SMALL_GENERATOR)
+    stop_at(80, preempt)  # in the second task
+    with pytest.raises(RunInterruptedError):
+        train.run(recipe, str(tmp_path), saving=EVERY_7)
+    stop_at(-1, crash)
+    [path] = (tmp_path / "checkpoints").glob("step-00000080")
+    state = torch.load(path / "trainer.pt", weights_only=True)
+    saved = Checkpoint(
+        path, json.loads((path / "run.json").read_text()), state["trainer"], 2 * state["ranks"]
+    )
+    place = Place(0, 1, torch.device("cpu"))
+    with train.Trainer(recipe, train.load("digits"), place) as trainer:
+        trainer.go_on(saved)
+        found = trainer.strategy.shared_state_dict()
+    expected = state["trainer"]["strategy"]
+    assert found["step"] == expected["step"] == 79
+    assert found["classes"] == list(range(4))
+    for part in ("generator", "frozen"):
+        for name, value in expected[part].items():
+            assert torch.equal(found[part][name], value)
 
 
 def crash_at(recipe: Recipe, folder: str, count: int) -> None:

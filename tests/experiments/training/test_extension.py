@@ -478,6 +478,31 @@ def test_what_cannot_be_changes_nothing(
     assert contents(living) == before
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"strategy": "generative", "distillation": 0.1},
+        {"strategy": "generative", "conditional": False, "distillation": 0.1, "distance": "js"},
+        {"generated_share": 0.5},
+    ],
+    ids=["conditional", "unconditional", "partly"],
+)
+def test_a_generator_goes_on_with_further_classes(
+    changes: dict[str, Any], arrived: Path, tmp_path: Path
+) -> None:
+    small = {"generator_units": 64, "latents": 8, "generator_learning_rate": 0.005}
+    train.run(recipe_of(arrived, num_tasks=1, **small, **changes), str(tmp_path))
+    left = torch.load(tmp_path / "strategy.pt", weights_only=True)
+    results = extend(tmp_path, arrived / "second.npz")
+    state = torch.load(tmp_path / "strategy.pt", weights_only=True)
+    assert (left["num_classes"], state["num_classes"]) == (6, 8)
+    assert state["classes"] == list(range(8))
+    assert state["step"] == left["step"] + results["steps_per_task"][-1]
+    assert results["average_top1"] > 0.65  # the newest task alone would make a half
+    if changes.get("conditional", True):
+        assert state["frozen"]["classes.0.weight"].shape == (8, 64)
+
+
 def test_runs_that_cannot_go_on(
     finished: Path, living: Path, arrived: Path, tmp_path: Path
 ) -> None:
@@ -492,6 +517,11 @@ def test_runs_that_cannot_go_on(
     train.run(recipe_of(arrived, strategy="si", epochs=1), str(tmp_path / "si"))
     with pytest.raises(ValueError, match="the strategy 'si' needs the importances of weights, wh"):
         extend(tmp_path / "si", new)
+    generative = tmp_path / "generative"
+    train.run(recipe_of(arrived, epochs=1, strategy="generative"), str(generative))
+    (generative / "strategy.pt").unlink()
+    with pytest.raises(FileNotFoundError, match=r"has no strategy.pt: without its generator"):
+        extend(generative, new)
     (tmp_path / "none").mkdir()
     with pytest.raises(FileNotFoundError, match="holds no finished run: give the output folder of"):
         extend(tmp_path / "none", new)

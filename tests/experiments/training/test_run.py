@@ -193,6 +193,31 @@ def test_steps_composed_in_proportion_learn_as_well_on_several_ranks(num_ranks: 
     assert abs(several["average_top1"] - alone["average_top1"]) < 0.06
 
 
+def test_generated_samples_undo_forgetting_alone_and_beside_stored_ones() -> None:
+    fast = {"epochs": 5, "generator_learning_rate": 0.003, "generator_units": 128, "latents": 16}
+    top1, results = {}, {}
+    for name, changes in {
+        "nothing": {"strategy": "incremental"},
+        "generated": {"strategy": "generative"},
+        "both": {"capacity": 40, "generated_share": 0.5, "global_num_representatives": 32},
+        "task": {"strategy": "generative", "scenario": "task-incremental"},
+    }.items():
+        made = quick(**(fast | {"num_tasks": 2} | changes))
+        results[name] = train.run(made)
+        top1[name] = results[name]["average_top1"]
+    assert top1["nothing"] < 0.55
+    assert top1["generated"] > 0.75
+    assert top1["both"] > 0.8
+    assert top1["task"] > 0.9
+    assert results["both"]["samples_per_step"] == 48
+    assert results["generated"]["samples_per_step"] == 32
+    assert results["generated"]["buffer"] is None
+    assert results["both"]["buffer"]["num_held"] == 40
+    assert results["generated"]["generator"]["held_bytes"] > 0
+    assert results["both"]["generated"]["shape"] == [100, 1, 8, 8]
+    assert "generated" not in results["nothing"]
+
+
 def test_strategies_without_a_buffer_know_no_composition() -> None:
     for strategy in ("incremental", "from-scratch"):
         plain = quick(strategy=strategy, epochs=1)
@@ -294,6 +319,29 @@ def test_gdumb_with_more_to_remember_than_a_task_brings() -> None:
             "composition='proportional' with strategy='er-ace': .* use 'rehearsal', or composition=",
         ),
         ({"soft_targets": 1.0, "strategy": "der"}, "'rehearsal', or soft_targets=0"),
+        ({"soft_targets": 1.0, "strategy": "generative"}, "'rehearsal', or soft_targets=0"),
+        ({"composition": "proportional", "strategy": "generative"}, "or composition='append'"),
+        ({"generated_share": 0.5, "strategy": "der"}, "'rehearsal', or generated_share=0"),
+        (
+            {"generated_share": 0.5, "strategy": "generative"},
+            "generated_share=0.5 with strategy='generative': it generates all .* use 'rehearsal'",
+        ),
+        (
+            {"generated_share": 0.5, "soft_targets": 1.0},
+            "soft_targets=1.0 with generated_share=0.5: .* use soft_targets=0, or generated_share",
+        ),
+        (
+            {"generated_share": 0.5, "composition": "proportional"},
+            "composition='proportional' with generated_share=0.5: .* use composition='append'",
+        ),
+        (
+            {"strategy": "generative", "sampling": "grasp"},
+            "sampling='grasp' with strategy='generative': nothing is stored that it could choose",
+        ),
+        (
+            {"strategy": "generative", "scenario": "task-incremental", "conditional": False},
+            "conditional=False with strategy='generative' and scenario='task-incremental': the mo",
+        ),
         ({"soft_targets": 1.0, "remembers": "random"}, "exemplars are stored without logits"),
         ({"global_batch_size": 0}, "global_batch_size=0: it must be at least 1"),
     ],

@@ -42,6 +42,9 @@ class TaskChanges:
     are averaged in every step."""
     alpha: float | None = None
     """DER, DER++: weight of the distance to the logits that the buffer remembers."""
+    distance: str | None = None
+    """Of logits, for --alpha and --distillation: mse, or js (Jensen-Shannon divergence of their
+    softmaxes)."""
     beta: float | None = None
     """DER++: weight of the labels of a second draw."""
     si_strength: float | None = None
@@ -110,7 +113,7 @@ class TaskChanges:
         changes = {
             fields.get(name, name): value for name, value in vars(self).items() if value is not None
         }
-        for each in ("compile", "channels_last", "keeps_optimiser", "fixed_shares"):
+        for each in ("compile", "channels_last", "keeps_optimiser", "fixed_shares", "conditional"):
             if each in changes:
                 changes[each] = changes[each] == "on"
         if changes.get("class_order") == "ascending":
@@ -152,6 +155,25 @@ class Changes(TaskChanges):
     """What the model sees, in pixels, where crops are smaller than the images."""
     model: str | None = None
     """mlp, mlp-400, small-cnn, strided-cnn, halving-cnn, cifar-resnet18, or a model of timm."""
+
+    # What is generated.
+    generated_share: float | None = None
+    """rehearsal: the share of the past samples that a generator makes, instead of the buffer."""
+    prior: str | None = None
+    """generative: of the generator's latents: gaussian or dirichlet."""
+    prior_concentration: float | None = None
+    """With --prior dirichlet: the lower, the fewer latents a sample has."""
+    latents: int | None = None
+    """generative: how many latents the generator has."""
+    generator_units: int | None = None
+    """generative: of the generator's hidden layers."""
+    generator_learning_rate: float | None = None
+    """generative: of the generator's own Adam."""
+    conditional: Switch | None = None
+    """generative: whether the generator is told the class; if not, the model labels what it makes,
+    as it was when the last task had ended."""
+    distillation: float | None = None
+    """generative: weight of the distance to the logits of the model as it was then."""
 
     # What it remembers.
     logits_dtype: str | None = None

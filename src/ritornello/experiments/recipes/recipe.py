@@ -10,6 +10,10 @@ AMP_MODES = ("off", "bfloat16", "float16")
 
 OPTIMISERS = ("sgd", "adam")
 
+DISTANCES = ("mse", "js")
+
+PRIORS = ("gaussian", "dirichlet")
+
 COMPOSITIONS: dict[str, dict[str, Any]] = {
     "append": {"sampling": "uniform", "loss_weights": "by-task"},
     "proportional": {"sampling": "earlier-tasks", "loss_weights": "by-sample"},
@@ -97,6 +101,8 @@ class Recipe:
     """See ``strategies``."""
     alpha: float = 0.5
     """Weight of the distance to stored logits (DER, DER++)."""
+    distance: str = "mse"
+    """Of logits: "mse", squared; or "js", the Jensen-Shannon divergence of their softmaxes."""
     beta: float = 0.5
     """Weight of the second draw's labels (DER++)."""
     si_strength: float = 0.1
@@ -149,6 +155,8 @@ class Recipe:
     task had ended; 0: nothing of that is stored."""
     soft_temperature: float = 2.0
     """What logits are divided by for it."""
+    generated_share: float = 0.0
+    """Rehearsal: the share of the past samples that are generated instead of drawn; 0: none."""
     averaged: float = 0.0
     """The decay of a running average of the weights, which is tested beside them; 0: there is
     none. See ``models.network``."""
@@ -180,6 +188,22 @@ class Recipe:
     """Where a rank draws from: "global" (all shards) or "local" (its own)."""
     logits_dtype: str = "float32"
     """How logits are stored: "float32" or "float16"."""
+
+    # The generator, where past samples are generated. See ``models.generator``.
+    prior: str = "gaussian"
+    """Of its latents: "gaussian" or "dirichlet"."""
+    prior_concentration: float = 3.0
+    """Of a Dirichlet prior."""
+    latents: int = 100
+    generator_units: int = 400
+    """Of the two hidden layers of either half."""
+    generator_learning_rate: float = 0.001
+    """Of its own Adam, which goes on from task to task."""
+    conditional: bool = True
+    """Whether it is told the class. If not, what it makes has the label that the model gave it
+    when the last task had ended."""
+    distillation: float = 0.0
+    """Weight of the distance of what is generated to the logits of the model as it was then."""
 
     # The machine.
     scales_with_ranks: bool = False
@@ -262,6 +286,12 @@ class Recipe:
             return self.global_batch_size + self.global_num_representatives
         return self.samples_per_step
 
+    @property
+    def global_num_generated(self) -> int:
+        """Of the past samples of a step, those that are generated, on all ranks together."""
+        share = 1.0 if self.strategy == "generative" else self.generated_share
+        return round(share * self.global_num_representatives)
+
     def num_stored(self, num_train_samples: int) -> int:
         """The capacity in representatives."""
         if self.capacity < 1:
@@ -282,10 +312,12 @@ class Recipe:
             ("logits_dtype", ("float32", "float16")),
             ("stores", ("pixels", "files")),
             ("composition", tuple(COMPOSITIONS)),
+            ("distance", DISTANCES),
+            ("prior", PRIORS),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r}: there are {', '.join(allowed)}")
-        counts = ["epochs", "iterations", "global_batch_size"]
+        counts = ["epochs", "iterations", "global_batch_size", "latents", "generator_units"]
         if not self.is_proportional:
             counts.append("global_num_representatives")
         for name in counts:
@@ -297,16 +329,18 @@ class Recipe:
                 f"capacity={self.capacity}: it must be at least 1, or a fraction of the training "
                 "samples between 0 and 1"
             )
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate={self.learning_rate}: it must be above 0")
-        for name in ("alpha", "beta", "si_strength", "soft_targets", "global_num_representatives"):
+        for name in ("learning_rate", "generator_learning_rate", "prior_concentration"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name)}: it must be above 0")
+        weights = ("alpha", "beta", "si_strength", "soft_targets", "distillation")
+        for name in (*weights, "global_num_representatives"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)}: it must not be negative")
         if not 0 <= self.blur < 1:
             raise ValueError(f"blur={self.blur}: it must be from 0 to below 1")
         self._check_composition()
         self._check_soft_targets()
-        for name in ("averaged", "holdout"):
+        for name in ("averaged", "holdout", "generated_share"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(
                     f"{name}={getattr(self, name)}: it must be from 0 (off) to below 1"
@@ -335,6 +369,24 @@ class Recipe:
                 "compare the classes of all tasks; leave them out"
             )
 
+    def _check_generated(self, num_ranks: int) -> None:
+        """Of a recipe with sizes of all ranks."""
+        if self.strategy == "generative":
+            raise ValueError(
+                f"generated_share={self.generated_share} with strategy='generative': it generates "
+                "all past samples; use 'rehearsal', which draws the others from its buffer, or "
+                "generated_share=0"
+            )
+        num_generated = self.global_num_generated
+        num_drawn = self.global_num_representatives - num_generated
+        if min(num_generated, num_drawn) < num_ranks:
+            raise ValueError(
+                f"generated_share={self.generated_share} of global_num_representatives="
+                f"{self.global_num_representatives}: {num_generated} would be generated and "
+                f"{num_drawn} drawn; there must be at least as many of either as ranks "
+                f"({num_ranks})"
+            )
+
     def _check_split(self, num_ranks: int) -> None:
         sizes = self.on(num_ranks)
         if sizes.global_batch_size < num_ranks:
@@ -349,6 +401,8 @@ class Recipe:
                 f"global_num_representatives={sizes.global_num_representatives}: it must be at "
                 f"least the number of ranks ({num_ranks}), so that every rank draws one"
             )
+        elif sizes.generated_share:
+            sizes._check_generated(num_ranks)
         candidates = sizes.global_num_candidates
         if candidates is not None and candidates % num_ranks:
             below = candidates // num_ranks * num_ranks

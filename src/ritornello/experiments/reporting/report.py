@@ -18,6 +18,7 @@ import ritornello
 from ritornello.experiments.recipes.published import family_of
 from ritornello.experiments.reporting import colours, figures, stream, trade_offs
 from ritornello.experiments.reporting.figures import Drawing, svg
+from ritornello.experiments.reporting.generated import strips_of
 from ritornello.experiments.reporting.provenance import commands_of, origin_of, tested_on
 from ritornello.experiments.reporting.summaries import (
     buffer_of,
@@ -252,6 +253,7 @@ def _contents(groups: Sequence[Group]) -> dict[str, Any]:
             )
             for group in in_time
         ],
+        "generated": strips_of(groups),
         "origin": origin_of(groups),
         "commands": commands_of(groups),
         "tasks": _tasks(groups),

@@ -11,7 +11,7 @@ from ritornello.experiments.recipes.published import family_of
 from ritornello.experiments.reporting.provenance import commands_of, origin_of
 from ritornello.experiments.reporting.summaries import families_of, times_incremental
 from ritornello.experiments.results.groups import Group, Statistic, groups_of, reference_for
-from ritornello.experiments.results.labels import WITHOUT_BUFFER, labels_of
+from ritornello.experiments.results.labels import WITHOUT_BUFFER, WITHOUT_PAST, labels_of
 from ritornello.experiments.results.writing import Results
 
 HAVE_COLUMNS = ("seed", "capacity", "global_num_representatives", "world_size")
@@ -157,11 +157,13 @@ def _num_published(group: Group) -> str:
 
 def _buffer(group: Group) -> str:
     """The capacity and the representatives per step, of all ranks together."""
-    if group.strategy in WITHOUT_BUFFER:
+    if group.strategy in WITHOUT_PAST:
         return NOTHING
     config = group.first["config"]
     capacity = config["capacity"]
     text = f"{100 * capacity:g} % of the data" if capacity < 1 else f"{capacity:,}"
+    if group.strategy in WITHOUT_BUFFER:
+        text = "none"
     drawn = config.get("global_num_representatives")
     return text if drawn is None else f"{text}, r = {drawn}"
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from ritornello.experiments.recipes.published import family_of
 from ritornello.experiments.results.groups import Group, num_train_samples, reference_for
-from ritornello.experiments.results.labels import WITHOUT_BUFFER
+from ritornello.experiments.results.labels import WITHOUT_BUFFER, WITHOUT_PAST
 
 
 def summary_of(groups: Sequence[Group]) -> str:
@@ -97,7 +97,7 @@ def _summary(groups: Sequence[Group]) -> str:
             text += f": it has lost {lost} points on the earlier ones"
         parts.append(text + ".")
     for strategy, alike in by_strategy.items():
-        if strategy in WITHOUT_BUFFER:
+        if strategy in WITHOUT_PAST:
             continue
         best = max(alike, key=lambda group: group.average_top1.mean)
         ends = "it ends at" if parts else "the model ends at"
@@ -134,6 +134,8 @@ def _relative_time(group: Group, groups: Sequence[Group]) -> str:
 
 
 def _share(group: Group) -> str:
+    if group.strategy in WITHOUT_BUFFER:
+        return ""
     capacity = group.capacity or 0
     num_samples = num_train_samples(group.first)
     if capacity >= num_samples:

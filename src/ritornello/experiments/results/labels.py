@@ -14,18 +14,34 @@ from ritornello.experiments.strategies import STRATEGIES
 WITHOUT_BUFFER = tuple(name for name, each in STRATEGIES.items() if not each.rehearses)
 """Strategies that have none."""
 
+WITHOUT_PAST = tuple(name for name, each in STRATEGIES.items() if not each.num_draws)
+"""Strategies whose steps have no past samples."""
+
+PAST_SETTINGS = ("distance", "loss_weights", "global_num_representatives")
+"""Settings that change nothing without past samples."""
+
+GENERATOR_SETTINGS = (
+    "prior",
+    "prior_concentration",
+    "latents",
+    "generator_units",
+    "generator_learning_rate",
+    "conditional",
+    "distillation",
+)
+"""Settings that change nothing where no past samples are generated."""
+
 REHEARSAL_SETTINGS = (
     "alpha",
     "beta",
-    "loss_weights",
     "composition",
     "samples_per_step",
     "first_share",
     "share_floor",
     "soft_targets",
     "soft_temperature",
+    "generated_share",
     "capacity",
-    "global_num_representatives",
     "global_num_candidates",
     "remembers",
     "selection",
@@ -43,17 +59,27 @@ SHORT_NAMES = {"global_num_representatives": "r", "global_num_candidates": "c"}
 
 
 def settings_of(run: Results) -> dict[str, Any]:
-    """Everything that a run's outcome may depend on, and the number of ranks."""
+    """Everything that a run's outcome may depend on, and the number of ranks.
+
+    A distance that results do not name is the only one that there was then.
+    """
+    config = {"distance": "mse", **run["config"]}
     left_out = {*DESCRIPTIONS, "strategy", "seed"}
     if run["strategy"] in WITHOUT_BUFFER:
         left_out.update(REHEARSAL_SETTINGS)
+    if run["strategy"] in WITHOUT_PAST:
+        left_out.update(PAST_SETTINGS)
+    if run["strategy"] != "generative" and not run["config"].get("generated_share"):
+        left_out.update(GENERATOR_SETTINGS)
+    if run["config"].get("prior") != "dirichlet":
+        left_out.add("prior_concentration")
     if run["config"].get("composition") != "proportional":
         left_out.update(PROPORTIONAL_SETTINGS)
     return {
         "recipe": run["recipe"],
         "strategy": run["strategy"],
         "world_size": run["world_size"],
-        **{name: value for name, value in run["config"].items() if name not in left_out},
+        **{name: value for name, value in config.items() if name not in left_out},
         "seed": run["seed"],
     }
 

@@ -49,6 +49,7 @@ ARCHIVED = (
     "train_samples",
     "samples_per_step",
     "buffer",
+    "generator",
 )
 """What an archive keeps of a run."""
 

@@ -2,7 +2,7 @@
 
 A run that is extended is replaced as a whole, and goes on living under the same names::
 
-    FOLDER/results.json, model.pt, buffer/     the run as it is (and averaged.pt)
+    FOLDER/results.json, model.pt, buffer/     the run as it is (and averaged.pt, strategy.pt)
     FOLDER/extension/                          what will take its place; of no importance until ...
     FOLDER/extended/                           ... it is renamed to this, when all is on disk
 
@@ -33,7 +33,7 @@ from ritornello.saving.files import (
 
 IN_WORK, COMPLETE = "extension", "extended"
 
-PARTS = ("model.pt", "averaged.pt", "buffer", "results.json")
+PARTS = ("model.pt", "averaged.pt", "strategy.pt", "buffer", "results.json")
 
 
 def part_of(folder: Path, name: str) -> Path:

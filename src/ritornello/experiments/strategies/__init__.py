@@ -8,6 +8,7 @@ from typing import Any
 
 from ritornello.buffer import RehearsalBuffer
 from ritornello.experiments.data.decoding import Decoding
+from ritornello.experiments.models.generator import GeneratorSettings
 from ritornello.experiments.recipes.recipe import Recipe
 from ritornello.experiments.strategies.a_gem import AGEM
 from ritornello.experiments.strategies.base import (
@@ -27,6 +28,11 @@ from ritornello.experiments.strategies.joint import Joint
 from ritornello.experiments.strategies.rehearsal import Rehearsal
 from ritornello.experiments.strategies.soft_targets import SoftTargets
 from ritornello.experiments.strategies.without_samples.fedssi import FedSSI
+from ritornello.experiments.strategies.without_samples.generated import GeneratedPast
+from ritornello.experiments.strategies.without_samples.generative import (
+    Generative,
+    PartlyGenerated,
+)
 from ritornello.experiments.strategies.without_samples.synaptic_intelligence import SI, SIRehearsal
 from ritornello.policies.class_shares import (
     ClassBalanced,
@@ -47,6 +53,7 @@ STRATEGIES: dict[str, type[Strategy]] = {
     "si": SI,
     "si-rehearsal": SIRehearsal,
     "fedssi": FedSSI,
+    "generative": Generative,
     "from-scratch": FromScratch,
     "joint": Joint,
 }
@@ -69,9 +76,13 @@ __all__ = [
     "FedSSI",
     "FromScratch",
     "GDumb",
+    "GeneratedPast",
+    "Generative",
+    "GeneratorSettings",
     "GlobalSizes",
     "Incremental",
     "Joint",
+    "PartlyGenerated",
     "Rehearsal",
     "RehearsalStrategy",
     "SIRehearsal",
@@ -119,6 +130,7 @@ def strategy_of(
     kind = strategy_named(recipe.strategy)
     common: dict[str, Any] = {"criterion": criterion}
     rate: dict[str, Any] = {"num_representatives": 0}
+    num_drawn = recipe.global_num_representatives - recipe.global_num_generated
     if recipe.is_proportional and kind.rehearses:  # all ranks have equally many samples
         rate["most_representatives"] = recipe.composed_samples // num_ranks - 1
     else:
@@ -126,12 +138,16 @@ def strategy_of(
             rank,
             num_ranks,
             recipe.global_batch_size,
-            max(num_ranks, recipe.global_num_representatives),  # 0 where a step is composed
+            max(num_ranks, num_drawn),  # 0 where a step is composed, or nothing is stored
             recipe.seed,
         )
         common["sizes"] = sizes.of_one_rank() if recipe.local_steps else sizes
         # The largest part; ranks whose part is smaller leave one out.
-        rate["num_representatives"] = -(-recipe.global_num_representatives // num_ranks)
+        rate["num_representatives"] = -(-num_drawn // num_ranks)
+    if recipe.generated_share and kind is Rehearsal:
+        kind = PartlyGenerated
+    if issubclass(kind, Generative):
+        common["num_classes"] = num_classes
     if recipe.soft_targets and kind is Rehearsal:
         kind, common["num_classes"] = SoftTargets, num_classes
     new_buffer = partial(

@@ -103,17 +103,19 @@ class Strategy:
     """Whether a task's samples only pass by, before it trains on the buffer alone: ``observe``."""
     stores_logits: ClassVar[bool] = False
     """Whether what is stored has the model's logits with it."""
-
+    num_draws: ClassVar[int] = 0
+    """How often a step draws past samples, stored or generated."""
     remembers_in_itself: ClassVar[bool] = False
     """Whether what it needs of earlier tasks is neither in weights nor in the buffer."""
     num_reviews: int = 0
     """Mini-batches of a task that it sees once more at the task's end: ``review``."""
-
+    loss_weights: str = "by-sample"
+    """How ``weighed`` weighs new and past samples."""
     buffer: RehearsalBuffer | None = None
     """The rehearsal buffer; None if there is none."""
     goes_by_distances: bool = False
     """Whether the buffer's distances are to be measured before each epoch."""
-    stored: tuple[Any, ...] | None = None
+    encoded: tuple[Any, ...] | None = None
     """What the buffer stores in place of the next mini-batch's images and labels, such as the files
     that they were decoded from; set before ``observe`` and ``backward``. None: these."""
 
@@ -123,6 +125,7 @@ class Strategy:
         self.criterion, self.sizes = criterion, sizes
         self.task_number = 0
         self._has_begun = False
+        self._num_past: int | None = None  # that all ranks have just drawn
 
     def training_tasks(self, tasks: Sequence[Task], number: int) -> Sequence[Task]:
         """The tasks, of all, whose samples are trained on when task ``number`` has come."""
@@ -190,6 +193,24 @@ class Strategy:
         """The mean over the new samples of all ranks, where DDP averages over the ranks."""
         return self._mean(losses, self.sizes.num_new if self.sizes else None)
 
+    def mean_past(self, losses: Tensor) -> Tensor:
+        """The mean over the past samples that all ranks have just drawn."""
+        return self._mean(losses, self._num_past)
+
+    def mean_all(self, losses: Tensor) -> Tensor:
+        """The mean over the augmented mini-batches of all ranks."""
+        if self.sizes is None or self._num_past is None:
+            return losses.mean()
+        return self._mean(losses, self.sizes.num_new + self._num_past)
+
+    def weighed(self, losses: Tensor, num_new: int) -> Tensor:
+        """The mean of the losses of an augmented mini-batch, new samples first."""
+        if self.loss_weights == "by-sample" or len(losses) == num_new:
+            return self.mean_all(losses)
+        weight = 1 / (self.task_number + 1)
+        new, past = losses.split([num_new, len(losses) - num_new])
+        return weight * self.mean_new(new) + (1 - weight) * self.mean_past(past)
+
     def widening(self, num_classes: int) -> Callable[[Any], Any] | None:
         """What makes representatives of fewer classes fit a model of more; None: they do."""
         return None
@@ -210,6 +231,20 @@ class Strategy:
 
     def adopt(self, states: list[dict[str, Any]]) -> None:
         """Goes on from what another number of ranks gave, as far as that can be."""
+
+    def shared_state_dict(self) -> dict[str, Any]:
+        """What the strategy needs to go on that all ranks have alike; see ``state_dict``.
+
+        That of one rank is enough, for any number of ranks. A finished run leaves it, too.
+        """
+        return {}
+
+    def load_shared_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from what ``shared_state_dict`` gave, perhaps with fewer classes than now."""
+
+    def outcome(self) -> dict[str, Any]:
+        """What the results say of the strategy besides, at the end, in terms of JSON."""
+        return {}
 
     def close(self) -> None:
         """Gives back what the strategy holds."""
@@ -287,7 +322,6 @@ class RehearsalStrategy(Strategy):
             )
         self.buffer, self.offers_stream = buffer, offers_stream
         self.goes_by_distances = goes_by_distances
-        self._num_past: int | None = None
         self._dice = np.random.default_rng([sizes.seed, sizes.rank] if sizes else 0)
 
     @classmethod
@@ -317,8 +351,8 @@ class RehearsalStrategy(Strategy):
 
     def offer(self, *leaves: Tensor) -> None:
         """Offers a mini-batch, and so starts the round that draws for the next step."""
-        if self.stored is not None:
-            leaves = (*self.stored, *(leaf.cpu() for leaf in leaves[2:]))
+        if self.encoded is not None:
+            leaves = (*self.encoded, *(leaf.cpu() for leaf in leaves[2:]))
         self.buffer.offer(leaves if self.offers_stream else tuple(leaf[:0] for leaf in leaves))
 
     def augment(self, *leaves: Tensor) -> tuple[Tensor, ...]:
@@ -330,7 +364,7 @@ class RehearsalStrategy(Strategy):
         Raises:
             TypeError, ValueError: the buffer refuses it.
         """
-        if self.offers_stream and not self._leaves_out and self.stored is None:
+        if self.offers_stream and not self._leaves_out and self.encoded is None:
             try:
                 joined = self.buffer.update(leaves)
             except (TypeError, ValueError):
@@ -347,16 +381,6 @@ class RehearsalStrategy(Strategy):
             return leaves
         pairs = zip(leaves, past[0], strict=False)  # behind them past logits that are None
         return tuple(torch.cat((new, old)) for new, old in pairs if old is not None)
-
-    def mean_past(self, losses: Tensor) -> Tensor:
-        """The mean over the representatives that all ranks have just drawn."""
-        return self._mean(losses, self._num_past)
-
-    def mean_all(self, losses: Tensor) -> Tensor:
-        """The mean over the augmented mini-batches of all ranks."""
-        if self.sizes is None or self._num_past is None:
-            return losses.mean()
-        return self._mean(losses, self.sizes.num_new + self._num_past)
 
     def stats(self) -> dict[str, Any]:
         """The buffer's own."""

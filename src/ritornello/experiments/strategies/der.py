@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ritornello.buffer import RehearsalBuffer
 from ritornello.experiments.recipes.recipe import Recipe
 from ritornello.experiments.strategies.base import Past, RehearsalStrategy
+from ritornello.experiments.strategies.distances import distance_named
 from ritornello.experiments.strategies.finite_logits import FiniteLogits
 
 
@@ -26,8 +27,9 @@ class DER(RehearsalStrategy):
 
     Args:
         buffer: of (images, labels, logits).
-        alpha: weight of the squared distance between logits, averaged over the classes.
+        alpha: weight of the distance between logits.
         logits_dtype: of the stored logits, such as ``torch.float16``.
+        distance: one of ``distances.DISTANCES``: "mse", as published, or "js".
         others: see ``RehearsalStrategy``.
     """
 
@@ -39,16 +41,22 @@ class DER(RehearsalStrategy):
         *,
         alpha: float,
         logits_dtype: torch.dtype = torch.float32,
+        distance: str = "mse",
         **others: Any,
     ) -> None:
         super().__init__(buffer, **others)
         self.alpha, self.logits_dtype = alpha, logits_dtype
+        self.distance = distance_named(distance)
         self._finite_logits = FiniteLogits()
 
     @classmethod
     def options(cls, recipe: Recipe) -> dict[str, Any]:
         """See ``RehearsalStrategy.options``."""
-        return {"alpha": recipe.alpha, "logits_dtype": getattr(torch, recipe.logits_dtype)}
+        return {
+            "alpha": recipe.alpha,
+            "logits_dtype": getattr(torch, recipe.logits_dtype),
+            "distance": recipe.distance,
+        }
 
     def loss(self, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
         """Cross-entropy of the new samples, and ``alpha`` times the distance of the past ones."""
@@ -58,7 +66,7 @@ class DER(RehearsalStrategy):
         self.offer_with_logits(images, labels, new)
         loss = self.mean_new(self.criterion(new, labels))
         if draws:
-            loss = loss + self.alpha * self.mean_past(distance(old[0], draws[0].logits))
+            loss = loss + self.alpha * self.mean_past(self.distance(old[0], draws[0].logits))
         return loss
 
     def draw(self) -> list[Past]:
@@ -92,12 +100,6 @@ class DER(RehearsalStrategy):
         """
         self._finite_logits.check(self.task_number, wait=True)
         return super().state_dict()
-
-
-def distance(logits: Tensor, stored: Tensor | None) -> Tensor:
-    """The squared distance of each sample's logits to the stored ones, mean over the classes."""
-    assert stored is not None
-    return (logits - stored.to(logits.dtype)).square().mean(dim=1)
 
 
 def with_further_logits(batch: tuple[Tensor, Tensor, Tensor], num_classes: int) -> Any:

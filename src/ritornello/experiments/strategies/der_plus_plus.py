@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ritornello.buffer import RehearsalBuffer
 from ritornello.experiments.recipes.recipe import Recipe
-from ritornello.experiments.strategies.der import DER, distance
+from ritornello.experiments.strategies.der import DER
 
 
 class DERPlusPlus(DER):
@@ -46,6 +46,6 @@ class DERPlusPlus(DER):
         self.offer_with_logits(images, labels, new)
         loss = self.mean_new(self.criterion(new, labels))
         if draws:
-            loss = loss + self.alpha * self.mean_past(distance(old[0], draws[0].logits))
+            loss = loss + self.alpha * self.mean_past(self.distance(old[0], draws[0].logits))
             loss = loss + self.beta * self.mean_past(self.criterion(old[1], draws[1].labels))
         return loss

@@ -36,9 +36,7 @@ class Rehearsal(RehearsalStrategy):
         self, buffer: RehearsalBuffer, *, loss_weights: str = "by-sample", **others: Any
     ) -> None:
         super().__init__(buffer, **others)
-        if loss_weights not in LOSS_WEIGHTS:
-            raise ValueError(f"loss_weights={loss_weights!r}: there are {', '.join(LOSS_WEIGHTS)}")
-        self.loss_weights = loss_weights
+        self.loss_weights = checked_weights(loss_weights)
 
     @classmethod
     def options(cls, recipe: Recipe) -> dict[str, Any]:
@@ -57,10 +55,13 @@ class Rehearsal(RehearsalStrategy):
         images, labels = self.augment(images, labels)
         return self.weighed(self.criterion(model(images), labels), num_new)
 
-    def weighed(self, losses: Tensor, num_new: int) -> Tensor:
-        """The mean of the losses of an augmented mini-batch, new samples first."""
-        if self.loss_weights == "by-sample" or len(losses) == num_new:
-            return self.mean_all(losses)
-        weight = 1 / (self.task_number + 1)
-        new, past = losses.split([num_new, len(losses) - num_new])
-        return weight * self.mean_new(new) + (1 - weight) * self.mean_past(past)
+
+def checked_weights(loss_weights: str) -> str:
+    """The same.
+
+    Raises:
+        ValueError: they are not among ``LOSS_WEIGHTS``.
+    """
+    if loss_weights not in LOSS_WEIGHTS:
+        raise ValueError(f"loss_weights={loss_weights!r}: there are {', '.join(LOSS_WEIGHTS)}")
+    return loss_weights

@@ -190,16 +190,20 @@ def _say_what_comes(
 
 def _follow(trainer: Trainer, extension: Extension, ranks: Ranks) -> None:
     """Begins where the run has ended, and measures what it could do where that is not known."""
-    model, average = (part_of(extension.folder, name) for name in ("model.pt", "averaged.pt"))
-    weights = averaged = None
+    names = ("model.pt", "averaged.pt", "strategy.pt")
+    model, average, left = (part_of(extension.folder, name) for name in names)
+    weights = averaged = strategy = None
     with ranks.together(f"cannot read {model}"):
         weights = torch.load(model, map_location="cpu", weights_only=True)
     if extension.recipe.averaged and extension.before["config"].get("averaged"):
         with ranks.together(f"cannot read {average}"):
             averaged = torch.load(average, map_location="cpu", weights_only=True)
+    if left.exists():
+        with ranks.together(f"cannot read {left}"):
+            strategy = torch.load(left, map_location="cpu", weights_only=True)
     log = _log_of(extension.before, extension.recipe)
     buffer = part_of(extension.folder, "buffer")
-    trainer.follow(log, weights, buffer, averaged)
+    trainer.follow(log, weights, buffer, averaged, strategy)
     accuracies = trainer.evaluation.accuracies(trainer.network)
     pairs_of = [(getattr(log, name), measured) for name, measured in vars(accuracies).items()]
     if trainer.network.average is not None:

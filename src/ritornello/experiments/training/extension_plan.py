@@ -23,6 +23,7 @@ MAY_CHANGE = (
     *("epochs", "iterations", "global_batch_size"),
     *("optimiser", "keeps_optimiser", "learning_rate", "momentum", "weight_decay"),
     *("warmup_epochs", "milestones", "alpha", "beta", "loss_weights"),
+    "distance",
     *("composition", "samples_per_step", "first_share", "share_floor"),
     *("soft_targets", "soft_temperature"),
     *("capacity", "global_num_representatives", "global_num_candidates", "sampling"),
@@ -141,6 +142,11 @@ def _recipe(folder: Path, before: Results, changes: Mapping[str, Any]) -> Recipe
         raise ValueError(
             f"the strategy {recipe.strategy!r} needs the importances of weights, which a finished "
             f"run does not keep; runs of {', '.join(_can_go_on())} can go on"
+        )
+    generates = kind.num_draws and recipe.global_num_generated
+    if generates and not part_of(folder, "strategy.pt").exists():
+        raise FileNotFoundError(
+            f"{folder} has no strategy.pt: without its generator this run cannot go on"
         )
     for each in changes:
         if each not in MAY_CHANGE:

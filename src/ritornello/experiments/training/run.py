@@ -33,6 +33,7 @@ from ritornello.experiments.results.reading import runs_in
 from ritornello.experiments.results.run_folder import locked, write_json
 from ritornello.experiments.results.writing import Results
 from ritornello.experiments.strategies import Rehearsal, strategy_named
+from ritornello.experiments.strategies.without_samples import generative
 from ritornello.experiments.training import exemplars
 from ritornello.experiments.training.checkpoints import Checkpoints
 from ritornello.experiments.training.saver import CheckpointSettings, Saver
@@ -120,9 +121,9 @@ def run(
 
     Args:
         recipe: what to run.
-        output: the folder for ``results.json``, ``model.pt``, ``averaged.pt``, ``buffer`` and
-            ``checkpoints``, by the first rank's word; None: nothing is written. All ranks must see
-            the folder.
+        output: the folder for ``results.json``, ``model.pt``, ``averaged.pt``, ``strategy.pt``,
+            ``buffer`` and ``checkpoints``, by the first rank's word; None: nothing is written. All
+            ranks must see the folder.
         data: the data set, or what loads it, if it is not the recipe's own.
         command: what was typed, for the results.
         saving: whether and when there are checkpoints, and whether to go on from one. A rank that
@@ -273,13 +274,15 @@ def check(recipe: Recipe, num_ranks: int) -> None:
     for name, is_set in (
         ("composition", recipe.is_proportional),
         ("soft_targets", recipe.soft_targets > 0),
+        ("generated_share", recipe.generated_share > 0),
     ):
-        if is_set and kind.rehearses and kind is not Rehearsal:
+        if is_set and kind.num_draws and kind is not Rehearsal:
             without = "append" if name == "composition" else 0
             raise ValueError(
                 f"{name}={getattr(recipe, name)!r} with strategy={recipe.strategy!r}: it weighs "
                 f"new and past samples in its own way; use 'rehearsal', or {name}={without!r}"
             )
+    generative.check(recipe)
     if isinstance(recipe.class_order, int):
         if recipe.class_order < 0:
             raise ValueError(f"class_order={recipe.class_order}: it must not be negative")
@@ -396,6 +399,9 @@ def write_outcome(
             if (average := trainer.network.average) is not None:
                 with new_file(folder / "averaged.pt") as file:
                     torch.save(average.module.state_dict(), file)
+            if state := trainer.strategy.shared_state_dict():
+                with new_file(folder / "strategy.pt") as file:
+                    torch.save(state, file)
         if keep_buffer and buffer is not None:
             buffer.save(folder / "buffer")
     with ranks.together(f"cannot write into {folder}"):

@@ -59,8 +59,7 @@ class Schedule:
         if self.is_composed:
             return recipe.composed_samples
         num_new = 0 if strategy.observes else recipe.global_batch_size
-        num_draws = 0 if strategy.buffer is None else strategy.buffer.num_draws
-        return num_new + num_draws * recipe.global_num_representatives
+        return num_new + strategy.num_draws * recipe.global_num_representatives
 
     def num_new(self, number: int) -> int:
         """New samples in each step of a task, of all ranks; with local steps, of this one alone."""

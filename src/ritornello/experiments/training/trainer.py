@@ -153,6 +153,7 @@ class Trainer:
             "seconds_saving": self.seconds.saving,
             "buffer": self.strategy.stats(),
             "weights_sha256": weights_digest(self.network.model),
+            **self.strategy.outcome(),
             **self._of_average(),
         }
 
@@ -199,7 +200,7 @@ class Trainer:
             for group in self.optimiser.param_groups:
                 group["lr"] = self.recipe.learning_rate * factor
             began = time.perf_counter()
-            images, labels, self.strategy.stored = next(batches)
+            images, labels, self.strategy.encoded = next(batches)
             loaded = time.perf_counter()
             if buffer is not None:
                 self._set_sizes(buffer, number, step, step + steps_per_epoch >= num_steps)
@@ -254,7 +255,7 @@ class Trainer:
         """What comes before the first step of a task."""
         if self.strategy.observes:
             for batch in self.schedule.observed(number, self.position.num_observed):
-                images, labels, self.strategy.stored = batch
+                images, labels, self.strategy.encoded = batch
                 began = time.perf_counter()
                 self.strategy.observe(images, labels)
                 self.seconds.step += time.perf_counter() - began
@@ -317,6 +318,7 @@ class Trainer:
             "average": None if average is None else average.state_dict(),
             "optimiser": None if self.optimiser is None else self.optimiser.state_dict(),
             "scaler": self.scaler.state_dict(),
+            "strategy": self.strategy.shared_state_dict(),
         }
         if self.network.is_local:
             of_rank["trained"] = {**trained, "alone": list(self.network.alone)}
@@ -374,6 +376,8 @@ class Trainer:
             self.optimiser = optimiser_of(self.recipe, self.network.model)
             self.optimiser.load_state_dict(tensors["optimiser"])
         self.scaler.load_state_dict(tensors["scaler"])
+        if tensors.get("strategy"):  # there was none in earlier versions
+            self.strategy.load_shared_state_dict(tensors["strategy"])
         if len(checkpoint.of_ranks) == self.place.num_ranks:
             own = checkpoint.of_ranks[self.place.rank]
             self.strategy.load_state_dict(own["strategy"])
@@ -391,6 +395,7 @@ class Trainer:
         weights: Mapping[str, Tensor],
         buffer: Path | None,
         averaged: Mapping[str, Tensor] | None = None,
+        strategy: dict[str, Any] | None = None,
     ) -> None:
         """Takes the place of a run that has ended, to go on with the last task.
 
@@ -403,6 +408,7 @@ class Trainer:
             weights: of the run's model.
             buffer: the folder of its buffer, where the strategy has one.
             averaged: their running average; None: it begins with the weights themselves.
+            strategy: what its strategy has left, if anything.
 
         Raises:
             CheckpointError: on every rank; the buffer cannot be read.
@@ -420,6 +426,8 @@ class Trainer:
             self._buffer_seconds = self._seconds_of_buffer()
         for earlier in range(number):
             self.strategy.begin_task(earlier, self.tasks[earlier].classes)
+        if strategy is not None:
+            self.strategy.load_shared_state_dict(strategy)
         self.position, self.log = Position(task=number, count=number), log
         self._seed_this_rank()
 

@@ -29,8 +29,8 @@ def variants(
     """The product of everything given; what is not given is as in the recipe.
 
     A strategy without a buffer appears once per order of classes and seed, not once per setting of
-    the buffer. Nothing appended (no representatives, where several compositions are compared) is
-    incremental training, and left out.
+    the buffer; one that generates past samples once per number of these. Nothing appended (no
+    representatives, where several compositions are compared) is incremental training, and left out.
 
     Args:
         recipe: what all of them have in common.
@@ -67,6 +67,8 @@ def variants(
     recipes: dict[Recipe, None] = {}  # An ordered set: what is given twice runs once.
     for strategy in strategies:
         settings = dict(varied) if uses_buffer(strategy) else {}
+        if strategy_named(strategy).num_draws and representatives:
+            settings["global_num_representatives"] = representatives
         if class_orders:
             settings["class_order"] = class_orders
         for values in itertools.product(*settings.values(), seeds or (recipe.seed,)):
