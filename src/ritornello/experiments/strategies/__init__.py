@@ -127,6 +127,8 @@ def strategy_of(
         num_candidates=recipe.own_candidates(num_ranks),
         selection=_selection_of(recipe, num_classes),
         sampling=recipe.sampling,
+        # Tensors are no labels: what is kept is then a sample of the whole stream.
+        label=None if recipe.predicts_tensors else 1,
         seed=recipe.seed,
     )
     return kind.of(recipe, new_buffer, **common)

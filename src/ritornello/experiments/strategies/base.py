@@ -17,7 +17,10 @@ from ritornello.records import accelerators
 from ritornello.records.shard import rows_of_rank
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
-"""Logits ``[n, num_classes]`` and labels ``[n]`` to one loss per sample, ``[n]``."""
+"""Logits ``[n, num_classes]`` and labels ``[n]`` to one loss per sample, ``[n]``.
+
+Where targets are tensors these stand for the labels, and what the model says of them for logits.
+"""
 
 Backward = Callable[[Tensor], None]
 
@@ -98,6 +101,8 @@ class Strategy:
     """Whether a task's samples only pass by, before it trains on the buffer alone: ``observe``."""
     stores_logits: ClassVar[bool] = False
     """Whether what is stored has the model's logits with it."""
+    takes_tensors: ClassVar[bool] = False
+    """Whether targets may be tensors, with a criterion of theirs; else they are classes."""
 
     buffer: RehearsalBuffer | None = None
     """The rehearsal buffer; None if there is none."""
@@ -150,7 +155,7 @@ class Strategy:
         Args:
             model: maps images to logits.
             images: ``[b, ...]``.
-            labels: int64 ``[b]``.
+            labels: int64 ``[b]``, or targets ``[b, ...]`` where the strategy ``takes_tensors``.
             backward: what is done with a loss to get gradients, such as scaling it before.
 
         Returns:

@@ -22,16 +22,19 @@ class DER(RehearsalStrategy):
     """New samples by their labels; past ones by the distance to their stored logits.
 
     New and past samples go through the model in one forward pass. Without batch normalisation
-    that is the same as in two.
+    that is the same as in two. Where targets are tensors, what the model says takes the logits'
+    place, such as images.
 
     Args:
         buffer: of (images, labels, logits).
-        alpha: weight of the squared distance between logits, averaged over the classes.
+        alpha: weight of the squared distance between logits, averaged over the classes (or
+            over all numbers of a tensor).
         logits_dtype: of the stored logits, such as ``torch.float16``.
         others: see ``RehearsalStrategy``.
     """
 
     stores_logits: ClassVar[bool] = True
+    takes_tensors: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -95,9 +98,12 @@ class DER(RehearsalStrategy):
 
 
 def distance(logits: Tensor, stored: Tensor | None) -> Tensor:
-    """The squared distance of each sample's logits to the stored ones, mean over the classes."""
+    """The squared distance of each sample's logits to the stored ones, mean over the classes.
+
+    Of what the model says of targets that are tensors, the mean over all their numbers.
+    """
     assert stored is not None
-    return (logits - stored.to(logits.dtype)).square().mean(dim=1)
+    return (logits - stored.to(logits.dtype)).square().flatten(1).mean(dim=1)
 
 
 def with_further_logits(batch: tuple[Tensor, Tensor, Tensor], num_classes: int) -> Any:

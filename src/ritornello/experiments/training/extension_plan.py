@@ -137,6 +137,11 @@ def _recipe(folder: Path, before: Results, changes: Mapping[str, Any]) -> Recipe
             f"the strategy {recipe.strategy!r} trains on the data of all tasks, and those of "
             f"earlier ones are not kept; runs of {', '.join(_can_go_on())} can go on"
         )
+    if recipe.predicts_tensors:
+        raise ValueError(
+            f"the run was made with loss={recipe.loss!r}, whose targets are tensors, and only runs "
+            "of classes can go on"
+        )
     for each in changes:
         if each not in MAY_CHANGE:
             raise ValueError(
