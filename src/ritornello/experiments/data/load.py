@@ -47,7 +47,10 @@ FOLDERS: dict[str, tuple[Callable[[Path, int], DataSet], int]] = {
 """Data sets whose images are decoded from files: how to read them, and their image_size if none
 is given. ImageNet's is above the usual 224, so that random crops have something to choose from."""
 
-NAMES = ("digits", "mnist", "cifar10", "cifar100", "npz", *FOLDERS)
+OF_OBJECTS = ("digits", "mnist", "cifar10", "cifar100", "npz")
+"""Data sets whose images become objects of diffraction patterns, with ``diffraction.SUFFIX``."""
+
+NAMES = (*OF_OBJECTS, *FOLDERS, *(name + diffraction.SUFFIX for name in OF_OBJECTS))
 
 
 def load(name: str, path: str | None = None, image_size: int | None = None) -> DataSet:
@@ -74,7 +77,7 @@ def load(name: str, path: str | None = None, image_size: int | None = None) -> D
         FileNotFoundError: no such file or folder.
         ConnectionError: a download failed; says what to do instead.
     """
-    if name.endswith(diffraction.SUFFIX):
+    if name in NAMES and name.endswith(diffraction.SUFFIX):
         objects = load(name.removesuffix(diffraction.SUFFIX), path)
         return diffraction.simulated(objects, image_size)
     if path is not None and path.endswith(".npz"):

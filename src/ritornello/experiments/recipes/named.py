@@ -211,11 +211,11 @@ def ptychography() -> Recipe:
     )
 
 
-def ptychography_cifar10() -> Recipe:
+def ptycho_cifar10() -> Recipe:
     """As ``ptychography``, with objects of CIFAR-10: each scan has pictures of one class."""
     return replace(
         ptychography(),
-        name="ptychography-cifar10",
+        name="ptycho-cifar10",
         description="reconstruction; reduced: 10 simulated scans of CIFAR-10 objects",
         data="cifar10-diffraction",
     )
@@ -248,7 +248,7 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
         for recipe in (
             *(digits, mnist, cifar10, cifar10_quick, cifar10_frontier),
             *(frontier, folder, arrivals),
-            *(ptychography, ptychography_cifar10, regression),
+            *(ptychography, ptycho_cifar10, regression),
         )
     },
     **PUBLISHED,
