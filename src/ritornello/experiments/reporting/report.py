@@ -137,7 +137,7 @@ def table_of(groups: Sequence[Group], width: int = 80) -> Table:
     """
     measure, rows = _measure(groups), _rows(groups)
     columns = dict(TERMINAL_COLUMNS)
-    dispensable_ones = list(DISPENSABLE)
+    dispensable_ones: list[tuple[str, ...]] = [(each,) for each in DISPENSABLE]
     if measure.lower_is_better:
         columns = {
             "avg error": "average",
@@ -148,7 +148,7 @@ def table_of(groups: Sequence[Group], width: int = 80) -> Table:
                 if name not in ("average", *OF_CLASSES)
             },
         }
-        dispensable_ones[1:1] = rows[0].parts
+        dispensable_ones.insert(1, tuple(rows[0].parts))
     if all(row.seeds == "1" for row in rows):
         del columns["seeds"]
     columns = {
@@ -164,7 +164,7 @@ def table_of(groups: Sequence[Group], width: int = 80) -> Table:
         ]
         if min(longest_label, LABEL_LETTERS) + 1 + sum(widths) <= width:
             break
-        columns = {header: name for header, name in columns.items() if name != dispensable}
+        columns = {header: name for header, name in columns.items() if name not in dispensable}
     table = Table(box=None, padding=(0, 1, 0, 0))
     table.add_column("strategy", no_wrap=longest_label <= LABEL_LETTERS, overflow="fold")
     for header in columns:

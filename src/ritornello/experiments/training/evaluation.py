@@ -105,7 +105,7 @@ class Evaluation:
     def pictures(self, network: Network) -> dict[str, Any]:
         """What the model says of one test sample of each task: ``pictures``, if they are images.
 
-        Of ``MOST_TASKS`` tasks at most, evenly spread over the stream.
+        Of ``MOST_TASKS`` tasks at most, evenly spread over the stream; of each the middle sample.
         """
         ends = np.cumsum([len(task.test_indices) for task in self._tasks])
         tested = [n for n, task in enumerate(self._tasks) if len(task.test_indices)]
@@ -113,9 +113,9 @@ class Evaluation:
             return {}
         places = np.linspace(0, len(tested) - 1, min(MOST_TASKS, len(tested))).round().astype(int)
         shown = [tested[place] for place in places.tolist()]
-        firsts = [int(ends[n]) - len(self._tasks[n].test_indices) for n in shown]
+        middles = [int(ends[n]) - 1 - len(self._tasks[n].test_indices) // 2 for n in shown]
         network.eval()
-        images, targets = self._images.__getitems__(firsts)
+        images, targets = self._images.__getitems__(middles)
         outputs = network(images.to(self._place.device)).cpu()
         pictures = pictures_of(shown, images, targets, outputs, self._targets.parts)
         return {"pictures": pictures} if pictures else {}

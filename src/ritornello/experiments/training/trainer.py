@@ -152,11 +152,7 @@ class Trainer:
             "buffer": self.strategy.stats(),
             "weights_sha256": weights_digest(self.network.model),
             **self._of_average(),
-            **(
-                {"pictures": pictures}
-                if (pictures := self.evaluation.pictures(self.network))
-                else {}
-            ),
+            **self.evaluation.pictures(self.network),
         }
 
     def evaluate(self) -> None:
