@@ -111,13 +111,13 @@ def test_the_summary_of_several_seeds_and_settings() -> None:
     found = sweep("incremental", "rehearsal", "joint", capacities=[30, 0.5], seeds=[0, 1])
     summary, groups = summaries.summary_of(found), {group.label: group for group in found}
     best = groups["rehearsal, capacity 0.5"]
-    assert best.average_top1.mean > groups["rehearsal, capacity 30"].average_top1.mean
+    assert best.average.mean > groups["rehearsal, capacity 30"].average.mean
     assert (
         f"With rehearsal from 150 representatives (50.0 % of the data) it ends at "
-        f"{best.average_top1.in_percent()}, the best of 2 settings (rehearsal, capacity 0.5), in "
+        f"{best.average.in_percent()}, the best of 2 settings (rehearsal, capacity 0.5), in "
         in summary
     )
-    assert f"at once reaches {groups['joint'].average_top1.in_percent()}" in summary
+    assert f"at once reaches {groups['joint'].average.in_percent()}" in summary
     assert summary.endswith(". (Means of 2 seeds, ± the sample standard deviation.)")
 
 
@@ -208,7 +208,7 @@ def test_the_table_of_several_seeds_has_means_and_deviations() -> None:
     assert header.split()[:2] == ["strategy", "seeds"]
     assert row.split()[:2] == ["rehearsal", "3"]
     assert re.search(r" \d\d\.\d ± \d\.\d % ", row)
-    assert group.average_top1.in_percent() in row
+    assert group.average.in_percent() in row
     assert row.rstrip().endswith("85.6 ± 1.4 %")
 
 
@@ -338,7 +338,7 @@ def test_accuracy_against_the_size_of_the_buffer() -> None:
     lines = [container for container in axes.containers if container.get_label()]
     assert [line.get_label() for line in lines] == ["rehearsal, r 8", "rehearsal, r 16"]
     assert list(lines[0].lines[0].get_xdata()) == [30, 60, 200]
-    accuracies = {group.label: 100 * group.average_top1.mean for group in groups}
+    accuracies = {group.label: 100 * group.average.mean for group in groups}
     assert list(lines[0].lines[0].get_ydata()) == pytest.approx(
         [accuracies[f"rehearsal, capacity {size}, r 8"] for size in ("0.1", "60", "200")]
     )
@@ -410,8 +410,8 @@ def test_closeness_against_runtime() -> None:
     assert list(lines["incremental"].get_xdata()) == [1.0]
     assert list(lines["from-scratch"].get_ydata()) == [100.0]
     assert len(lines["rehearsal, append"].get_xdata()) == 2
-    best = next(each for each in groups if each.strategy == "from-scratch").average_top1.mean
-    of = {group.label: group.average_top1.mean for group in groups}
+    best = next(each for each in groups if each.strategy == "from-scratch").average.mean
+    of = {group.label: group.average.mean for group in groups}
     assert list(lines["rehearsal, proportional"].get_ydata()) == pytest.approx(
         [100 * of[f"rehearsal, proportional, r {r}"] / best for r in (0, 8, 32)]
     )
@@ -557,9 +557,9 @@ def test_losses_stand_beside_accuracies(tmp_path: Path) -> None:
 def test_orders_of_classes_have_a_mean_and_a_worst(tmp_path: Path) -> None:
     groups = sweep("incremental", "rehearsal", class_orders=[0, 1, 2], seeds=[0, 1])
     page = page_of(groups, tmp_path)
-    assert groups[1].worst_top1 is not None
+    assert groups[1].worst is not None
     cells = cells_of(page, "rehearsal")
-    assert cells[1] == groups[1].worst_top1.in_percent()
+    assert cells[1] == groups[1].worst.in_percent()
     assert cells[-2:] == ["2", "3"]
     assert "over the seeds and the orders of classes" in page
     assert "worst order" in lines_of(groups, 120)[0]

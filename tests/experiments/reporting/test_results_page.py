@@ -50,7 +50,7 @@ def test_figures_stand_beside_the_published_ones() -> None:
     ]
     assert [row[5] for row in rows] == ["-", "-", "80.0 ± 1.4 (10 runs)", "-"]
     groups = {group.label: group for group in groups_of(runs)}
-    ours = groups["rehearsal, capacity 100"].average_top1
+    ours = groups["rehearsal, capacity 100"].average
     assert rows[2][4] == ours.in_percent().removesuffix(" %")
     assert rows[2][6] == f"{100 * ours.mean - 80:+.1f}"
 
@@ -191,7 +191,7 @@ def test_averaged_weights_and_worst_orders_have_columns() -> None:
     assert header[-2:] == ["averaged weights", "worst order"]
     assert first[-2] == "-"
     assert second[-2] == "90.0 ± 0.0"
-    worst = groups_of(runs)[1].worst_top1
+    worst = groups_of(runs)[1].worst
     assert worst is not None
     assert second[-1] == f"{100 * worst.mean:.1f}"
     assert "- Class orders: 0, 1" in page

@@ -131,11 +131,12 @@ class Changes(TaskChanges):
     data: str | None = None
     """An npz file, a folder of images, or where torchvision keeps the data set."""
     image_size: int | None = None
-    """What images of a folder are resized to and cropped at the centre, in pixels."""
+    """What images of a folder are resized to and cropped at the centre, in pixels; with recipes for
+    diffraction patterns, their size, a multiple of 16."""
     scenario: str | None = None
     """How the data become a stream of tasks: class-incremental, task-incremental,
     domain-incremental-permuted, domain-incremental-rotated, instance-incremental, blurry or
-    arrivals."""
+    arrivals; group-incremental where targets are tensors."""
     tasks: int | None = None
     """How many tasks there are."""
     class_order: Literal["ascending", "by-seed"] | int | None = None
@@ -154,7 +155,10 @@ class Changes(TaskChanges):
     crop_size: int | None = None
     """What the model sees, in pixels, where crops are smaller than the images."""
     model: str | None = None
-    """mlp, mlp-400, small-cnn, strided-cnn, halving-cnn, cifar-resnet18, or a model of timm."""
+    """mlp, mlp-400, small-cnn, strided-cnn, halving-cnn, cifar-resnet18, or a model of timm; for
+    diffraction patterns ptychonn, or with more channels than 8 ptychonn-32."""
+    loss: str | None = None
+    """Where targets are tensors: mae or mse, which is also the error in the results."""
 
     # What is generated.
     generated_share: float | None = None

@@ -1,13 +1,15 @@
-"""What a data set is: labelled images for training and for testing.
+"""What a data set is: images for training and for testing, with what is to be predicted of them.
 
-Images stay uint8 ``[C, H, W]`` everywhere; they become normalised floats on the device, after
-the mini-batch was joined with representatives (``augmentation.py``).
+That is a class, or a tensor (``Targets``). Images stay uint8 ``[C, H, W]`` everywhere; they become
+normalised floats on the device, after the mini-batch was joined with representatives
+(``augmentation.py``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,8 +24,11 @@ LabelledBatch = tuple[Tensor, Tensor, *tuple[list[bytes], ...]]
 class LabelledImages(Dataset[LabelledBatch]):
     """A data set that gives whole mini-batches: images ``[b, C, H, W]`` uint8, labels ``[b]``.
 
+    Where targets are tensors, ``[b, *shape]`` of them take the labels' place in a mini-batch.
+
     Attributes:
-        labels: int64 ``[n]``, known without reading an image.
+        labels: int64 ``[n]``, known without reading an image; where targets are tensors, the
+            group of each sample.
     """
 
     labels: NDArray[np.int64]
@@ -54,19 +59,25 @@ class InMemoryImages(LabelledImages):
     """Images in one array.
 
     Args:
-        images: uint8 ``[n, C, H, W]``.
-        labels: int64 ``[n]``.
+        images: uint8 ``[n, C, H, W]``; beside tensors as targets float32, too.
+        labels: int64 ``[n]``, of classes or groups.
+        targets: float32 ``[n, *shape]``; None: the labels.
     """
 
-    def __init__(self, images: NDArray[np.uint8], labels: NDArray[np.int64]) -> None:
+    def __init__(
+        self,
+        images: NDArray[Any],
+        labels: NDArray[np.int64],
+        targets: NDArray[np.float32] | None = None,
+    ) -> None:
         self.images = torch.from_numpy(np.ascontiguousarray(images))
         self.labels = labels
-        self._labels = torch.from_numpy(labels)
+        self._targets = torch.from_numpy(labels if targets is None else targets)
 
     def __getitems__(self, indices: Sequence[int]) -> LabelledBatch:
         """See ``LabelledImages``."""
         index = torch.as_tensor(indices)
-        return self.images[index], self._labels[index]
+        return self.images[index], self._targets[index]
 
 
 class Relabelled(LabelledImages):
@@ -158,26 +169,81 @@ class Arrival:
 
 
 @dataclass(frozen=True)
+class Targets:
+    """What is to be predicted of a sample where it is no class: a tensor."""
+
+    shape: tuple[int, ...]
+    parts: tuple[str, ...] = ()
+    """Names of what lies along the first axis, if each part has an error of its own."""
+
+
+@dataclass(frozen=True)
 class DataSet:
-    """A data set for classification."""
+    """A data set for classification, or for regression in groups."""
 
     name: str
     train: LabelledImages
     test: LabelledImages
     class_names: tuple[str, ...]
+    """Where targets are tensors, the names of the groups."""
     mean: tuple[float, ...]
     """Per channel, of pixels scaled to [0, 1]."""
     std: tuple[float, ...]
     arrivals: tuple[Arrival, ...] | None = None
     """In the order of time; None: nothing is known of when the samples arrived."""
+    targets: Targets | None = None
+    """None: a sample's class."""
 
     @property
     def num_classes(self) -> int:
-        """How many classes there are."""
+        """How many classes there are, or groups."""
         return len(self.class_names)
+
+    @property
+    def output_shape(self) -> tuple[int, ...]:
+        """Of what a model says of one sample: a logit for each class, or a target."""
+        return (self.num_classes,) if self.targets is None else self.targets.shape
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """``(C, H, W)``."""
         channels, height, width = self.train[0][0].shape
         return channels, height, width
+
+
+def in_memory(
+    name: str,
+    train: tuple[NDArray[Any], NDArray[np.int64]],
+    test: tuple[NDArray[Any], NDArray[np.int64]],
+    class_names: tuple[str, ...],
+) -> DataSet:
+    """A data set of images ``[n, H, W]`` or ``[n, H, W, C]`` with the labels of their classes."""
+    parts = []
+    for images, labels in (train, test):
+        channels_last = images[..., None] if images.ndim == 3 else images
+        parts.append(InMemoryImages(np.moveaxis(channels_last, 3, 1), labels))
+    return of_parts(name, parts[0], parts[1], class_names)
+
+
+def of_parts(
+    name: str,
+    train: InMemoryImages,
+    test: InMemoryImages,
+    class_names: tuple[str, ...],
+    targets: Targets | None = None,
+) -> DataSet:
+    """A data set whose pixels are normalised by those of its training images."""
+    pixels = train.images.numpy()
+    mean = pixels.mean(axis=(0, 2, 3), dtype=np.float64) / 255
+    std = pixels.std(axis=(0, 2, 3), dtype=np.float64) / 255
+    if targets is not None:
+        std[std == 0] = 1  # of a feature that is the same in all samples
+    return DataSet(
+        name,
+        train,
+        test,
+        class_names,
+        tuple(mean.tolist()),
+        tuple(std.tolist()),
+        targets=targets,
+    )

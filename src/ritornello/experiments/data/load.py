@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import io
-import zipfile
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from ritornello.experiments.data import diffraction
 from ritornello.experiments.data.data_set import (
     Arrival,
     DataSet,
     InMemoryImages,
     LabelledBatch,
     LabelledImages,
+    in_memory,
 )
 from ritornello.experiments.data.folders import (
     FileImages,
@@ -27,6 +24,7 @@ from ritornello.experiments.data.folders import (
     one_arrival,
     tiny_imagenet,
 )
+from ritornello.experiments.data.npz import read_npz
 
 __all__ = [
     "Arrival",
@@ -49,7 +47,10 @@ FOLDERS: dict[str, tuple[Callable[[Path, int], DataSet], int]] = {
 """Data sets whose images are decoded from files: how to read them, and their image_size if none
 is given. ImageNet's is above the usual 224, so that random crops have something to choose from."""
 
-NAMES = ("digits", "mnist", "cifar10", "cifar100", "npz", *FOLDERS)
+OF_OBJECTS = ("digits", "mnist", "cifar10", "cifar100", "npz")
+"""Data sets whose images become objects of diffraction patterns, with ``diffraction.SUFFIX``."""
+
+NAMES = (*OF_OBJECTS, *FOLDERS, *(name + diffraction.SUFFIX for name in OF_OBJECTS))
 
 
 def load(name: str, path: str | None = None, image_size: int | None = None) -> DataSet:
@@ -63,19 +64,24 @@ def load(name: str, path: str | None = None, image_size: int | None = None) -> D
             "folder" holds ``train/CLASS`` and ``val/CLASS`` or ``test/CLASS``;
             "imagenet" is the same, stored somewhat larger than models take it;
             "tiny-imagenet" is the folder as it was published;
-            "arrivals" is a folder of folders that arrived over time (``folders.arrivals``).
+            "arrivals" is a folder of folders that arrived over time (``folders.arrivals``);
+            with "-diffraction" behind it: diffraction patterns of objects made from its images, to
+            find the objects from (``diffraction``).
         path: an npz file, which then takes the place of a download; the folder; else where
             torchvision keeps its files (``data`` if not given).
-        image_size: of folders only: what is decoded is resized (its shorter side) and cropped at
-            the centre to it; None: see ``FOLDERS``.
+        image_size: of folders: what is decoded is resized (its shorter side) and cropped at
+            the centre to it; None: see ``FOLDERS``. Of diffraction patterns their height and width.
 
     Raises:
         ValueError: unknown name, or content that does not fit; names file and rule.
         FileNotFoundError: no such file or folder.
         ConnectionError: a download failed; says what to do instead.
     """
+    if name in NAMES and name.endswith(diffraction.SUFFIX):
+        objects = load(name.removesuffix(diffraction.SUFFIX), path)
+        return diffraction.simulated(objects, image_size)
     if path is not None and path.endswith(".npz"):
-        return _npz(name, Path(path))
+        return read_npz(name, Path(path))
     if name == "digits":
         return _digits()
     if name in ("mnist", "cifar10", "cifar100"):
@@ -104,7 +110,7 @@ def load_arrival(path: Path, image_shape: tuple[int, int, int]) -> DataSet:
     """
     channels, height, width = image_shape
     if path.suffix == ".npz":
-        data = _npz("npz", path)
+        data = read_npz("npz", path)
         if data.image_shape != image_shape:
             raise ValueError(
                 f"data: {path} has images of {_shape_text(data.image_shape)}, but those before "
@@ -134,7 +140,7 @@ def _digits() -> DataSet:
     order = np.argsort(labels, kind="stable")
     is_test = np.zeros(len(labels), dtype=bool)
     is_test[order[::4]] = True
-    return _in_memory(
+    return in_memory(
         "digits",
         (images[~is_test], labels[~is_test]),
         (images[is_test], labels[is_test]),
@@ -161,85 +167,4 @@ def _torchvision(name: str, folder: str) -> DataSet:
     arrays = [
         (np.asarray(part.data), np.asarray(part.targets, dtype=np.int64)) for part in (train, test)
     ]
-    return _in_memory(name, arrays[0], arrays[1], tuple(train.classes))
-
-
-def _npz(name: str, path: Path) -> DataSet:
-    if not path.exists():
-        raise FileNotFoundError(f"data: there is no file {path}")
-    if not zipfile.is_zipfile(path):
-        raise ValueError(f"data: {path} is damaged, or no npz file")
-    with np.load(path, allow_pickle=False) as archive:
-        parts = [_npz_part(path, archive, part) for part in ("train", "test")]
-        num_classes = int(max(labels.max(initial=0) for _, labels in parts)) + 1
-        names = tuple(str(number) for number in range(num_classes))
-        if "class_names" in archive:
-            names = tuple(map(str, archive["class_names"]))
-    if len(names) < num_classes:
-        raise ValueError(
-            f"data: {path} has {len(names)} class_names, but labels up to {num_classes - 1}"
-        )
-    return _in_memory(path.stem if name == "npz" else name, parts[0], parts[1], names)
-
-
-def _npz_part(path: Path, archive: Any, part: str) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    keys = [f"{part}_images"]
-    if keys[0] not in archive and f"{part}_jpeg" in archive:
-        keys = [f"{part}_jpeg", f"{part}_offsets"]
-    missing = [key for key in [*keys, f"{part}_labels"] if key not in archive]
-    if missing:
-        raise ValueError(
-            f"data: {path} has no {', '.join(missing)}: it must hold {part}_images (or "
-            f"{part}_jpeg with {part}_offsets) and {part}_labels; it holds {archive.files}"
-        )
-    labels = archive[f"{part}_labels"]
-    if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer) or np.any(labels < 0):
-        raise ValueError(
-            f"data: {path}: {part}_labels is {labels.dtype} {list(labels.shape)}: it must be a "
-            "list of non-negative integers"
-        )
-    if len(keys) == 2:
-        images = _decode_jpegs(archive[keys[0]], archive[keys[1]])
-    else:
-        images = archive[keys[0]]
-    if images.dtype != np.uint8 or images.ndim not in (3, 4):
-        raise ValueError(
-            f"data: {path}: {keys[0]} is {images.dtype} {list(images.shape)}: it must be uint8 "
-            "[n, height, width] or [n, height, width, channels]"
-        )
-    if len(images) != len(labels) or len(labels) == 0:
-        raise ValueError(
-            f"data: {path} has {len(images)} {keys[0]} but {len(labels)} {part}_labels"
-        )
-    return images, labels.astype(np.int64)
-
-
-def _decode_jpegs(stream: NDArray[np.uint8], offsets: NDArray[np.int64]) -> NDArray[np.uint8]:
-    """Decodes JPEG files that stand one after another in ``stream``."""
-    from PIL import Image
-
-    def decode(number: int) -> NDArray[np.uint8]:
-        with Image.open(
-            io.BytesIO(stream[offsets[number] : offsets[number + 1]].tobytes())
-        ) as image:
-            return np.asarray(image)
-
-    with ThreadPoolExecutor() as pool:
-        return np.stack(list(pool.map(decode, range(len(offsets) - 1), chunksize=256)))
-
-
-def _in_memory(
-    name: str,
-    train: tuple[NDArray[np.uint8], NDArray[np.int64]],
-    test: tuple[NDArray[np.uint8], NDArray[np.int64]],
-    class_names: tuple[str, ...],
-) -> DataSet:
-    """A data set of images ``[n, H, W]`` or ``[n, H, W, C]``."""
-    parts = []
-    for images, labels in (train, test):
-        channels_last = images[..., None] if images.ndim == 3 else images
-        parts.append(InMemoryImages(np.moveaxis(channels_last, 3, 1), labels))
-    pixels = parts[0].images.numpy()
-    mean = pixels.mean(axis=(0, 2, 3), dtype=np.float64) / 255
-    std = pixels.std(axis=(0, 2, 3), dtype=np.float64) / 255
-    return DataSet(name, parts[0], parts[1], class_names, tuple(mean.tolist()), tuple(std.tolist()))
+    return in_memory(name, arrays[0], arrays[1], tuple(train.classes))

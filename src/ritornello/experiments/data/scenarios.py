@@ -77,6 +77,18 @@ def class_incremental(
     ]
 
 
+def group_incremental(
+    data: DataSet, num_tasks: int, group_order: Sequence[int] | None = None
+) -> list[Task]:
+    """As ``class_incremental``, of groups of samples whose targets are tensors.
+
+    Raises:
+        ValueError: as there.
+    """
+    _check_num_tasks(num_tasks, data.num_classes, f"groups of {data.name}")
+    return class_incremental(data, num_tasks, group_order)
+
+
 def task_mask(tasks: Sequence[Task], num_classes: int) -> Tensor:
     """Which outputs compete for a sample whose task is known: those of its task's classes.
 
@@ -225,6 +237,9 @@ def _by_class(data: DataSet, recipe: Recipe) -> list[Task]:
 SCENARIOS: dict[str, Callable[[DataSet, Recipe], list[Task]]] = {
     "class-incremental": _by_class,
     "task-incremental": _by_class,
+    "group-incremental": lambda data, recipe: group_incremental(
+        data, recipe.num_tasks, class_order(data, recipe)
+    ),
     "domain-incremental-permuted": lambda data, recipe: permuted(
         data, recipe.num_tasks, recipe.seed
     ),
@@ -240,7 +255,8 @@ SCENARIOS: dict[str, Callable[[DataSet, Recipe], list[Task]]] = {
 """Scenario to what makes its tasks.
 
 "class-incremental": each task brings new classes. "task-incremental": the same tasks, but the
-model is told a sample's task, in training and in testing (``task_mask``).
+model is told a sample's task, in training and in testing (``task_mask``). "group-incremental":
+each task brings new groups of samples, whose targets are tensors.
 "domain-incremental-permuted", "domain-incremental-rotated": all classes in every task, each time
 seen differently. "instance-incremental": all classes in every task, each time other samples.
 "blurry": as class-incremental, without clear borders. "arrivals": as the data arrived; the number
@@ -251,8 +267,8 @@ any of them.
 """
 
 
-IN_CLASS_ORDER = ("class-incremental", "task-incremental", "blurry")
-"""Scenarios that bring classes one after another, so that their order matters."""
+IN_CLASS_ORDER = ("class-incremental", "task-incremental", "group-incremental", "blurry")
+"""Scenarios that bring classes (or groups) one after another, so that their order matters."""
 
 
 def scenario_of(data: DataSet, recipe: Recipe) -> list[Task]:
@@ -263,6 +279,16 @@ def scenario_of(data: DataSet, recipe: Recipe) -> list[Task]:
     """
     if recipe.scenario not in SCENARIOS:
         raise ValueError(f"scenario={recipe.scenario!r}: there are {', '.join(SCENARIOS)}")
+    if data.targets is None and recipe.predicts_tensors:
+        raise ValueError(
+            f"loss={recipe.loss!r} is for targets that are tensors, but those of {data.name} are "
+            "classes: take loss='cross-entropy', or data with train_targets"
+        )
+    if data.targets is not None and not recipe.predicts_tensors:
+        raise ValueError(
+            f"loss={recipe.loss!r} is for classes, but the targets of {data.name} are tensors of "
+            f"{list(data.targets.shape)}: take the recipe 'regression', or loss='mae' or 'mse'"
+        )
     return SCENARIOS[recipe.scenario](data, recipe)
 
 

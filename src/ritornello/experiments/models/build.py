@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ritornello.experiments.models.ptychonn import NAME, is_ptychonn, ptychonn
+
 
 def build(
     name: str, num_classes: int, image_shape: tuple[int, int, int], dropout: float = 0.0
@@ -17,7 +19,7 @@ def build(
 
     Args:
         name: one of ``OWN``, or a model of timm such as "resnet18".
-        num_classes: outputs.
+        num_classes: outputs; also the numbers of a target that is a tensor.
         image_shape: ``(C, H, W)``.
         dropout: the share of features that are dropped before the last layer, in training.
 
@@ -28,9 +30,11 @@ def build(
         raise ValueError(f"dropout={dropout}: it must be from 0 to below 1")
     if name == "cifar-resnet18":
         return cifar_resnet18(num_classes, image_shape, dropout)
+    if dropout and (name in SEQUENTIAL or is_ptychonn(name)):
+        raise ValueError(f"dropout={dropout}: the model {name!r} has none; it must be 0")
+    if is_ptychonn(name):
+        return ptychonn(name, num_classes, image_shape)
     if name in SEQUENTIAL:
-        if dropout:
-            raise ValueError(f"dropout={dropout}: the model {name!r} has none; it must be 0")
         return SEQUENTIAL[name](num_classes, image_shape)
     import timm
 
@@ -174,7 +178,7 @@ SEQUENTIAL: dict[str, Callable[[int, tuple[int, int, int]], nn.Sequential]] = {
     "halving-cnn": halving_cnn,
 }
 
-OWN = (*SEQUENTIAL, "cifar-resnet18")
+OWN = (*SEQUENTIAL, "cifar-resnet18", NAME)
 """Models that are not timm's."""
 
 

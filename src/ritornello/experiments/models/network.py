@@ -1,7 +1,8 @@
-"""The model as strategies see it: stored images in, logits out."""
+"""The model as strategies see it: stored images in, logits (or tensors to predict) out."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
@@ -51,8 +52,12 @@ class Network(nn.Module):
             torch.channels_last if recipe.channels_last else torch.contiguous_format
         )
         self.pixels = Pixels.of(recipe, data).to(device)
+        self._output_shape = data.output_shape
         self.model = models.build(
-            recipe.model, data.num_classes, self.pixels.image_shape, recipe.dropout
+            recipe.model,
+            math.prod(self._output_shape),
+            self.pixels.image_shape,
+            recipe.dropout,
         )
         self.model.to(device).to(memory_format=self._memory_format)
         # In tuples, so that its parameters are not counted a second time.
@@ -68,13 +73,16 @@ class Network(nn.Module):
         self._parallel = (parallel,)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits, float32 ``[b, num_classes]``, of uint8 images ``[b, C, H, W]``."""
+        """Logits, float32 ``[b, num_classes]``, of uint8 images ``[b, C, H, W]``.
+
+        Where targets are tensors, what the model says of them, ``[b, *shape]``.
+        """
         # In evaluation ranks may have unequally many mini-batches: each runs the model alone.
         model = self._parallel[0] if self.training else self._evaluated[0]
         pixels = self.pixels.for_training if self.training else self.pixels.for_evaluation
         with self._autocast():
             logits: Tensor = model(pixels(images).contiguous(memory_format=self._memory_format))
-        return logits.float()
+        return logits.float().reshape(len(images), *self._output_shape)
 
     @property
     def is_local(self) -> bool:

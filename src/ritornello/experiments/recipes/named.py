@@ -182,12 +182,73 @@ def arrivals() -> Recipe:
     return with_changes(recipe, composition="proportional")
 
 
+def ptychography() -> Recipe:
+    """Reconstruction from simulated diffraction patterns: targets are images, measured by errors.
+
+    The single pass and the share of the buffer are those of the journal extension of Bouvier et
+    al. (Future Generation Computer Systems, 2025). All else is smaller: there 156 measured scans,
+    32 channels, and 16 new and 24 past samples in a step.
+    """
+    return Recipe(
+        name="ptychography",
+        description="reconstruction; reduced: 10 simulated scans of MNIST objects, 8 channels",
+        data="mnist-diffraction",
+        scenario="group-incremental",
+        num_tasks=10,
+        model="ptychonn",
+        loss="mae",
+        alpha=1.0,
+        beta=1.0,
+        optimiser="adam",
+        keeps_optimiser=True,
+        global_batch_size=8,
+        learning_rate=1e-3,
+        capacity=0.3,
+        global_num_representatives=8,
+        global_num_candidates=4,
+        selection="reservoir",
+        tuned_on="patterns of MNIST objects, held out",
+    )
+
+
+def ptycho_cifar10() -> Recipe:
+    """As ``ptychography``, with objects of CIFAR-10: each scan has pictures of one class."""
+    return replace(
+        ptychography(),
+        name="ptycho-cifar10",
+        description="reconstruction; reduced: 10 simulated scans of CIFAR-10 objects",
+        data="cifar10-diffraction",
+    )
+
+
+def regression() -> Recipe:
+    """Your own regression: tensors to predict, in groups that come one after another."""
+    return Recipe(
+        name="regression",
+        description="your own regression (--data FILE.npz with train_targets), groups in turn",
+        data="npz",
+        scenario="group-incremental",
+        num_tasks=5,
+        model="mlp",
+        loss="mse",
+        optimiser="adam",
+        keeps_optimiser=True,
+        epochs=3,
+        global_batch_size=16,
+        learning_rate=1e-3,
+        capacity=500,
+        global_num_representatives=16,
+        selection="reservoir",
+    )
+
+
 RECIPES: dict[str, Callable[[], Recipe]] = {
     **{
         recipe.__name__.replace("_", "-"): recipe
         for recipe in (
             *(digits, mnist, cifar10, cifar10_quick, cifar10_frontier),
             *(frontier, folder, arrivals),
+            *(ptychography, ptycho_cifar10, regression),
         )
     },
     **PUBLISHED,

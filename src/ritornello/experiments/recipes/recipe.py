@@ -13,6 +13,7 @@ OPTIMISERS = ("sgd", "adam")
 DISTANCES = ("mse", "js")
 
 PRIORS = ("gaussian", "dirichlet")
+LOSSES = ("cross-entropy", "mae", "mse")
 
 COMPOSITIONS: dict[str, dict[str, Any]] = {
     "append": {"sampling": "uniform", "loss_weights": "by-task"},
@@ -62,7 +63,8 @@ class Recipe:
     """See ``data.load``."""
     data_path: str | None = None
     image_size: int | None = None
-    """Images that are decoded from files are resized to it and cropped at the centre."""
+    """Images that are decoded from files are resized to it and cropped at the centre; diffraction
+    patterns have this height and width."""
     scenario: str = "class-incremental"
     """See ``scenarios.SCENARIOS``."""
     num_tasks: int = 5
@@ -97,6 +99,9 @@ class Recipe:
     """Mixed precision: "off", "bfloat16" or "float16"."""
 
     # How it learns.
+    loss: str = "cross-entropy"
+    """"cross-entropy" of classes; of targets that are tensors "mae", the mean absolute error, or
+    "mse", the mean squared one; of targets in parts, the sum of the parts' errors."""
     strategy: str = "rehearsal"
     """See ``strategies``."""
     alpha: float = 0.5
@@ -259,6 +264,11 @@ class Recipe:
         )
 
     @property
+    def predicts_tensors(self) -> bool:
+        """Whether targets are tensors, so that models are measured by errors; else classes."""
+        return self.loss != "cross-entropy"
+
+    @property
     def is_proportional(self) -> bool:
         """Whether steps are composed in proportion."""
         return self.composition == "proportional"
@@ -307,6 +317,7 @@ class Recipe:
         for name, allowed in (
             ("amp", AMP_MODES),
             ("optimiser", OPTIMISERS),
+            ("loss", LOSSES),
             ("pixels", ("standardised", "unit")),
             ("loss_weights", ("by-sample", "by-task")),
             ("logits_dtype", ("float32", "float16")),

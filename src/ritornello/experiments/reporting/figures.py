@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 
 from ritornello.experiments.reporting.colours import COLOURS, INK, PALETTE, themed
 from ritornello.experiments.results.groups import Group
-from ritornello.experiments.results.metrics import average_after_each_task, matrix_of
+from ritornello.experiments.results.measures import Measure, number_text
+from ritornello.experiments.results.metrics import average_after_each_task
 
 MARKERS = "osD^vP*X<"
 """As many as make marker and colour together repeat late."""
@@ -35,6 +36,9 @@ LETTER_WIDTH = 0.53
 
 MAX_LINES = 12
 """Tasks that one picture can show a line each of, or a number each."""
+
+MAX_ERRORS = 5
+"""The same for errors, whose numbers are longer."""
 
 NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
 """A kilobyte less, and the same bytes every time."""
@@ -60,28 +64,29 @@ def colours_of(groups: Sequence[Group]) -> list[str]:
 
 
 def average_over_time(groups: Sequence[Group]) -> Drawing:
-    """Mean accuracy over the tasks seen so far; a band of one standard deviation of the seeds."""
+    """Mean accuracy or error over the tasks so far; a band of one standard deviation of seeds."""
     names = [group.label for group in groups]
 
     def draw(axes: Axes) -> None:
         for number, (group, colour) in enumerate(zip(groups, colours_of(groups), strict=True)):
-            runs = np.array([average_after_each_task(matrix_of(run["top1"])) for run in group.runs])
-            values, x = 100 * runs.mean(axis=0), range(1, runs.shape[1] + 1)
+            scale = group.measure.scale
+            runs = scale * np.array([average_after_each_task(each) for each in group.matrices])
+            values, x = runs.mean(axis=0), range(1, runs.shape[1] + 1)
             marker = MARKERS[number % len(MARKERS)]
             if group.strategy == "joint":  # before the last task it has learnt nothing
                 values, x = values[-1:], x[-1:]
             axes.plot(x, values, marker=marker, markersize=5, color=colour, label=group.label)
             if group.num_runs > 1 and len(x) > 1:
-                band = 100 * runs.std(axis=0, ddof=1)
+                band = runs.std(axis=0, ddof=1)
                 axes.fill_between(x, values - band, values + band, color=colour, alpha=0.2, lw=0)
-        accuracy_axes(axes, max(group.num_tasks for group in groups))
+        axes_over_tasks(axes, max(group.num_tasks for group in groups), groups[0].measure)
         legend(axes, names)
 
     return (WIDTH, 2.7 + legend_inches(names)), draw
 
 
 def tasks_over_time(group: Group) -> Drawing:
-    """Accuracy on each task from the moment when it was learnt; mean over the seeds."""
+    """Accuracy (or error) on each task from the moment when it was learnt; mean over the seeds."""
     names = _task_names(group)
 
     def draw(axes: Axes) -> None:
@@ -95,32 +100,38 @@ def tasks_over_time(group: Group) -> Drawing:
                 color=PALETTE[task % len(PALETTE)],
                 label=name,
             )
-        accuracy_axes(axes, len(matrix))
+        axes_over_tasks(axes, len(matrix), group.measure)
         legend(axes, names, SMALL_WIDTH)
 
     return (SMALL_WIDTH, 2.4 + legend_inches(names, SMALL_WIDTH)), draw
 
 
 def heat_map(group: Group) -> Drawing:
-    """The accuracy matrix; mean over the seeds."""
+    """The matrix of accuracies or errors; mean over the seeds."""
+    is_error = group.measure.lower_is_better
 
     def draw(axes: Axes) -> None:
         matrix = _mean_matrix(group)
         num_tasks = len(matrix)
-        image = axes.imshow(matrix, cmap="viridis", vmin=0, vmax=100, aspect="auto")
-        axes.set_xlabel("accuracy on task (%)")
+        # The brighter, the better.
+        colours, most = ("viridis_r", np.nanmax(matrix)) if is_error else ("viridis", 100)
+        image = axes.imshow(matrix, cmap=colours, vmin=0, vmax=most, aspect="auto")
+        axes.set_xlabel(f"{group.measure.noun} on task" + " (%)" * (not is_error))
         axes.set_ylabel("after task")
         every = range(0, num_tasks, 1 + num_tasks // MAX_LINES)
         axes.set_xticks(every, [str(i + 1) for i in every])
         axes.set_yticks(every, [str(i + 1) for i in every])
         axes.spines[:].set_visible(False)
-        if num_tasks > MAX_LINES:
+        if num_tasks > (MAX_ERRORS if is_error else MAX_LINES):
             figure = axes.figure
             assert isinstance(figure, Figure)
-            figure.colorbar(image, ax=axes, label="%").outline.set_visible(False)
+            label = "error" if is_error else "%"
+            figure.colorbar(image, ax=axes, label=label).outline.set_visible(False)
             return
         for (row, column), value in np.ndenumerate(matrix):
-            text, colour = f"{value:.0f}", colour_on_heat_map(value)
+            text, colour = _shortly(group, value), colour_on_heat_map(value)
+            if is_error:
+                colour = colour_on_heat_map(100 * (1 - value / (most or 1)))
             if np.isnan(value):
                 text, colour = "-", INK
             axes.text(column, row, text, ha="center", va="center", color=colour)
@@ -134,10 +145,17 @@ def colour_on_heat_map(value: float) -> str:
 
 
 def last_row(group: Group) -> str:
-    """The end of the accuracy matrix, in words."""
+    """The end of the matrix, in words."""
     values = _mean_matrix(group)[-1]
-    numbers = ", ".join("-" if np.isnan(value) else f"{value:.0f}" for value in values)
+    numbers = ", ".join("-" if np.isnan(value) else _shortly(group, value) for value in values)
+    if group.measure.lower_is_better:
+        return f"after the last task the errors on all tasks are {numbers}"
     return f"after the last task the accuracies on all tasks are {numbers} %"
+
+
+def _shortly(group: Group, value: float) -> str:
+    """A value of the matrix, for little room."""
+    return number_text(value) if group.measure.lower_is_better else f"{value:.0f}"
 
 
 def legend(axes: Axes, names: Sequence[str], width: float = WIDTH) -> None:
@@ -215,10 +233,8 @@ def _letters(columns: int, width: float) -> int:
 
 
 def _mean_matrix(group: Group) -> NDArray[np.float64]:
-    """The mean of the accuracies, in percent; NaN where some run has none."""
-    mean: NDArray[np.float64] = 100 * np.mean(
-        [matrix_of(run["top1"]) for run in group.runs], axis=0
-    )
+    """The mean of the accuracies, in percent, or of the errors; NaN where some run has none."""
+    mean: NDArray[np.float64] = group.measure.scale * np.mean(group.matrices, axis=0)
     return mean
 
 
@@ -235,14 +251,29 @@ def _task_names(group: Group) -> list[str]:
     ]
 
 
-def accuracy_axes(axes: Axes, num_tasks: int) -> None:
-    """Axes of accuracy, after each of some tasks."""
-    axes.set_ylim(-3, 103)
+def value_axis(axes: Axes, measure: Measure, what: str = "", top: float = 103) -> None:
+    """The axis upwards, when all is drawn: percent up to 100, or errors from 0 on.
+
+    Args:
+        axes: whose.
+        measure: accuracies or errors.
+        what: the axis's name, if it is not the measure's.
+        top: in percent, where accuracies end.
+    """
+    if measure.lower_is_better:
+        axes.set_ylim(bottom=0)
+    else:
+        axes.set_ylim(-3, top)
+    axes.set_ylabel(what or measure.axis)
+
+
+def axes_over_tasks(axes: Axes, num_tasks: int, measure: Measure) -> None:
+    """Axes of accuracy or error, after each of some tasks."""
+    value_axis(axes, measure)
     axes.set_xlim(1 - 0.05 * num_tasks, 1.05 * num_tasks)
     if num_tasks <= MAX_LINES:
         axes.set_xticks(range(1, num_tasks + 1))
     else:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     axes.set_xlabel("after task")
-    axes.set_ylabel("top-1 accuracy (%)")
     axes.grid(axis="y", alpha=0.25)

@@ -14,7 +14,7 @@ def commands_of(groups: Sequence[Group]) -> list[str]:
 
 
 def tested_on(groups: Sequence[Group]) -> list[str]:
-    """What the accuracies are of, each once; none if all are of the test samples."""
+    """What the figures are of, each once; none if all are of the test samples."""
     shares = list(dict.fromkeys(group.holdout for group in groups))
     if shares == [0.0]:
         return []

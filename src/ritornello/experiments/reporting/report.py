@@ -29,6 +29,7 @@ from ritornello.experiments.reporting.summaries import (
 )
 from ritornello.experiments.results.groups import Group, Statistic
 from ritornello.experiments.results.labels import WITHOUT_BUFFER
+from ritornello.experiments.results.measures import Measure, common_measure
 from ritornello.experiments.results.writing import Results
 
 MAX_OPEN = 8
@@ -42,7 +43,7 @@ NO_BREAK = "\u00a0"
 
 TERMINAL_COLUMNS = {
     "seeds": "seeds",
-    "avg top-1": "top1",
+    "avg top-1": "average",
     "averaged": "averaged",
     "worst order": "worst",
     "top-5": "top5",
@@ -58,6 +59,9 @@ TERMINAL_COLUMNS = {
 SOMETIMES = ("averaged", "worst", "anytime", "gap", "published")
 """Columns that are there if some row has something to say in them."""
 
+OF_CLASSES = ("top5", "published")
+"""Columns that errors do not have."""
+
 DISPENSABLE = ("step", "top5", "seeds", "anytime", "gap", "worst")
 """Columns that a narrow terminal does without, the first one first: the report has them all."""
 
@@ -72,7 +76,8 @@ class Row:
     label: str
     seeds: str
     capacity: str
-    top1: str
+    average: str
+    """Over all tasks at the end: accuracy, or error."""
     top5: str
     forgetting: str
     backward: str
@@ -84,15 +89,17 @@ class Row:
     """Its parts, mean of all steps."""
     emphasised: bool
     averaged: str
-    """Top-1 of the running average of the weights."""
+    """The average of the running average of the weights."""
     worst: str
-    """The lowest top-1 of an order of classes."""
+    """The worst average of an order of classes."""
     orders: str
     loss: str
     risen: str
     """Forgetting in loss."""
     in_stream: dict[str, str]
     """Header to text: see ``stream.FIGURES``."""
+    parts: dict[str, str]
+    """The error of each part of the targets, where these are tensors: header to text."""
 
     @property
     def anytime(self) -> str:
@@ -114,6 +121,10 @@ class Row:
         """Such as "0.16/0.41/3.37 ms"."""
         return "/".join(f"{milliseconds:.2f}" for milliseconds in self.step_ms.values()) + " ms"
 
+    def cell(self, column: str) -> str:
+        """The text in one of ``TERMINAL_COLUMNS``, or of a part."""
+        return self.parts[column] if column in self.parts else str(getattr(self, column))
+
 
 def table_of(groups: Sequence[Group], width: int = 80) -> Table:
     """The table that a run ends with.
@@ -121,9 +132,24 @@ def table_of(groups: Sequence[Group], width: int = 80) -> Table:
     Args:
         groups: of the runs.
         width: of the terminal, in letters; columns that would be cut are left out.
+
+    Raises:
+        ValueError: some runs have accuracies, others errors.
     """
-    rows = _rows(groups)
+    measure, rows = _measure(groups), _rows(groups)
     columns = dict(TERMINAL_COLUMNS)
+    dispensable_ones: list[tuple[str, ...]] = [(each,) for each in DISPENSABLE]
+    if measure.lower_is_better:
+        columns = {
+            "avg error": "average",
+            **{header: header for header in rows[0].parts},
+            **{
+                header: name
+                for header, name in columns.items()
+                if name not in ("average", *OF_CLASSES)
+            },
+        }
+        dispensable_ones.insert(1, tuple(rows[0].parts))
     if all(row.seeds == "1" for row in rows):
         del columns["seeds"]
     columns = {
@@ -132,20 +158,20 @@ def table_of(groups: Sequence[Group], width: int = 80) -> Table:
         if name not in SOMETIMES or _says_anything(rows, name)
     }
     longest_label = max(len(row.label) for row in rows)
-    for dispensable in DISPENSABLE:
+    for dispensable in dispensable_ones:
         widths = [
-            max(len(header), *(len(getattr(row, name)) for row in rows)) + 1
+            max(len(header), *(len(row.cell(name)) for row in rows)) + 1
             for header, name in columns.items()
         ]
         if min(longest_label, LABEL_LETTERS) + 1 + sum(widths) <= width:
             break
-        columns = {header: name for header, name in columns.items() if name != dispensable}
+        columns = {header: name for header, name in columns.items() if name not in dispensable}
     table = Table(box=None, padding=(0, 1, 0, 0))
     table.add_column("strategy", no_wrap=longest_label <= LABEL_LETTERS, overflow="fold")
     for header in columns:
         table.add_column(header, justify="right", no_wrap=True)
     for row in rows:
-        texts = [getattr(row, name) for name in columns.values()]
+        texts = [row.cell(name) for name in columns.values()]
         style = "bold" if row.emphasised else None
         table.add_row(escape(row.label), *texts, style=style)
     return table
@@ -178,7 +204,11 @@ def write_report(groups: Sequence[Group], path: Path) -> None:
     Args:
         groups: of the runs.
         path: of the file; its folder is made if need be.
+
+    Raises:
+        ValueError: some runs have accuracies, others errors.
     """
+    contents = _contents(groups)
     environment = Environment(
         loader=PackageLoader("ritornello.experiments.reporting"),
         autoescape=True,
@@ -186,15 +216,20 @@ def write_report(groups: Sequence[Group], path: Path) -> None:
         lstrip_blocks=True,
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(environment.get_template("report.html.j2").render(_contents(groups)))
+    path.write_text(environment.get_template("report.html.j2").render(contents))
 
 
 def _contents(groups: Sequence[Group]) -> dict[str, Any]:
     """All that the template names."""
-    rows = _rows(groups)
+    measure, rows = _measure(groups), _rows(groups)
     in_time = [group for group in groups if group.num_tasks > 1]
+    noun = measure.noun.capitalize()
     return {
         "title": _title(groups),
+        "measure": measure,
+        "parts_of_targets": list(rows[0].parts),
+        "loss": groups[0].first["config"].get("loss"),
+        "pictures": [(group.label, pictures) for group in groups if (pictures := _pictures(group))],
         "ranks": _ranks(groups),
         "circumstances": _circumstances(groups),
         "descriptions": _descriptions(groups),
@@ -213,13 +248,13 @@ def _contents(groups: Sequence[Group]) -> dict[str, Any]:
         "any_loss": _says_anything(rows, "loss"),
         "any_worst": _says_anything(rows, "worst"),
         "tested_on": " and ".join(tested_on(groups)) or "the test samples",
-        "stream_headers": list(stream.FIGURES),
+        "stream_headers": list(stream.figures_named(measure)),
         "in_stream": [
             (
                 group.label,
                 svg(
                     stream.tasks_over_steps(group),
-                    f"Accuracy during the stream, {group.label}",
+                    f"{noun} during the stream, {group.label}",
                     stream.in_words(group),
                 ),
             )
@@ -235,8 +270,8 @@ def _contents(groups: Sequence[Group]) -> dict[str, Any]:
                 group.label,
                 svg(
                     figures.tasks_over_time(group),
-                    f"Accuracy on each task, {group.label}",
-                    "the numbers are those of the accuracy matrix",
+                    f"{noun} on each task, {group.label}",
+                    f"the numbers are those of the {measure.noun} matrix",
                 ),
             )
             for group in in_time
@@ -247,7 +282,7 @@ def _contents(groups: Sequence[Group]) -> dict[str, Any]:
                 group.label,
                 svg(
                     figures.heat_map(group),
-                    f"Accuracy matrix, {group.label}",
+                    f"{noun} matrix, {group.label}",
                     figures.last_row(group),
                 ),
             )
@@ -270,17 +305,19 @@ def _charts(
     several_seeds = any(group.num_runs > 1 for group in groups)
     several_orders = any(len(group.class_orders) > 1 for group in groups)
     from_scratch = any(group.strategy == "from-scratch" for group in groups)
+    measure = groups[0].measure
+    noun, better = measure.noun.capitalize(), "Down" if measure.lower_is_better else "Up"
     charts: list[tuple[Drawing | None, str, str, str, str]] = [
         (
             figures.average_over_time(in_time) if in_time else None,
-            "Accuracy after each task",
+            f"{noun} after each task",
             "Mean over the tasks seen so far.",
             f"Bands: one standard deviation over {'the runs' if several_orders else 'the seeds'}.",
             f"after the last task {_listed(in_time)}",
         ),
         (
             stream.average_over_stream(in_time),
-            "Accuracy during the stream",
+            f"{noun} during the stream",
             "Mean over the tasks so far, on a part of their test samples. Lines: ends of tasks.",
             f"Bands: one standard deviation over {'the runs' if several_orders else 'the seeds'}.",
             ", ".join(
@@ -291,11 +328,11 @@ def _charts(
         ),
         (
             trade_offs.accuracy_by_runtime(groups),
-            "Accuracy against training time",
-            "Up is better, left is faster."
+            f"{noun} against training time",
+            f"{better} is better, left is faster."
             + " The dotted line is what training from scratch reaches." * from_scratch,
             "Bars: one standard deviation.",
-            ", ".join(f"{row.label} {row.top1} in {row.runtime}" for row in rows),
+            ", ".join(f"{row.label} {row.average} in {row.runtime}" for row in rows),
         ),
         (
             trade_offs.closeness_by_runtime(groups),
@@ -307,8 +344,8 @@ def _charts(
         ),
         (
             trade_offs.accuracy_by_capacity(groups),
-            "Accuracy against the size of the buffer",
-            "Average top-1 at the end.",
+            f"{noun} against the size of the buffer",
+            f"Average {measure.header} at the end.",
             "Bars: one standard deviation.",
             _listed([group for group in groups if group.capacity]),
         ),
@@ -325,7 +362,34 @@ def _charts(
 
 
 def _listed(groups: Sequence[Group]) -> str:
-    return ", ".join(f"{group.label} {group.average_top1.in_percent()}" for group in groups)
+    return ", ".join(f"{group.label} {group.text(group.average)}" for group in groups)
+
+
+def _measure(groups: Sequence[Group]) -> Measure:
+    """What all models were measured by.
+
+    Raises:
+        ValueError: some by accuracies, others by errors.
+    """
+    return common_measure(group.first for group in groups)
+
+
+def _pictures(group: Group) -> list[dict[str, Any]]:
+    """The rows of a table of pictures of the first run: what it is, and one file per task."""
+    found = group.first.get("pictures", [])
+    if not found:
+        return []
+    rows = [("what the model sees", [each["input"] for each in found])]
+    for number, part in enumerate(found[0]["parts"]):
+        for what in ("truth", "prediction"):
+            pictures = [each["parts"][number][what] for each in found]
+            rows.append((f"{part['name']}: {what}", pictures))
+    names = [group.first["tasks"][each["task"]]["name"] for each in found]
+    return [
+        {"what": what, "pictures": list(zip(names, pictures, strict=True))}
+        for what, pictures in rows
+        if None not in pictures
+    ]
 
 
 def _title(groups: Sequence[Group]) -> str:
@@ -380,26 +444,25 @@ def _rows(groups: Sequence[Group]) -> list[Row]:
                 label=group.label,
                 seeds=str(len(group.seeds) if len(group.class_orders) > 1 else group.num_runs),
                 capacity=buffer_of(group),
-                top1=group.average_top1.in_percent(),
-                top5=group.average_top5.in_percent(),
-                forgetting=group.forgetting.in_percent() if changes else NOTHING,
-                backward=group.backward_transfer.in_percent("+") if changes else NOTHING,
-                forward=group.forward_transfer.in_percent("+") if changes else NOTHING,
+                average=group.text(group.average),
+                top5=group.text(group.figure("average_top5")),
+                forgetting=group.text(group.forgetting) if changes else NOTHING,
+                backward=group.text(group.backward_transfer, "+") if changes else NOTHING,
+                forward=group.text(group.forward_transfer, "+") if changes else NOTHING,
                 seconds=duration(group.seconds.mean),
                 multiple=NOTHING if multiple is None else f"{multiple:.1f}x",
                 published=_published_text(group),
                 step_ms={part: 1000 * steps[part] for part in figures.PARTS},
                 emphasised=with_buffer == 1 < len(groups) and group.strategy not in WITHOUT_BUFFER,
-                averaged=_text_of(group.figure("average_averaged_top1")),
-                worst=_text_of(group.worst_top1),
+                averaged=group.text(group.figure(f"average_averaged_{group.measure.name}")),
+                worst=group.text(group.worst),
                 orders=str(len(group.class_orders) or 1),
-                loss=_text_of(group.figure("average_loss"), in_nats=True),
-                risen=(
-                    _text_of(group.figure("forgetting_in_loss"), in_nats=True)
-                    if changes
-                    else NOTHING
-                ),
+                loss=_in_nats(group.figure("average_loss")),
+                risen=_in_nats(group.figure("forgetting_in_loss")) if changes else NOTHING,
                 in_stream=stream.figures_of(group),
+                parts={
+                    f"{part} error": group.text(group.average_of_part(part)) for part in group.parts
+                },
             )
         )
     return rows
@@ -410,10 +473,8 @@ def _says_anything(rows: Sequence[Row], name: str) -> bool:
     return any(getattr(row, name) not in ("", NOTHING) for row in rows)
 
 
-def _text_of(figure: Statistic | None, in_nats: bool = False) -> str:
-    if figure is None:
-        return NOTHING
-    return figure.in_nats() if in_nats else figure.in_percent()
+def _in_nats(figure: Statistic | None) -> str:
+    return NOTHING if figure is None else figure.in_nats()
 
 
 def _published_text(group: Group) -> str:

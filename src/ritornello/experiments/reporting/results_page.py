@@ -12,6 +12,7 @@ from ritornello.experiments.reporting.provenance import commands_of, origin_of
 from ritornello.experiments.reporting.summaries import families_of, times_incremental
 from ritornello.experiments.results.groups import Group, Statistic, groups_of, reference_for
 from ritornello.experiments.results.labels import WITHOUT_BUFFER, WITHOUT_PAST, labels_of
+from ritornello.experiments.results.measures import common_measure
 from ritornello.experiments.results.writing import Results
 
 HAVE_COLUMNS = ("seed", "capacity", "global_num_representatives", "world_size")
@@ -39,7 +40,7 @@ def page_of(runs: Sequence[Results], command: str) -> str:
         "# Results",
         f"This page is generated: `{command}` writes it from saved results. Accuracies are means "
         "over all tasks after the last one, in percent, ± the sample standard deviation over the "
-        "seeds.",
+        "seeds; errors are the same, as they are, and of them lower is better.",
     ]
     for family, groups in families.items():
         parts += [f"## {family}", *_section(groups)]
@@ -47,13 +48,14 @@ def page_of(runs: Sequence[Results], command: str) -> str:
     if any(frontiers.values()):
         parts += [
             "## Accuracy against runtime",
-            "Accuracy in percent of what training from scratch reaches, and training time in "
-            "multiples of what incremental training takes on the same machine. Where something "
-            "else ran beside some of the runs, these took longer.",
+            "Accuracy (or error) in percent of what training from scratch reaches, and training "
+            "time in multiples of what incremental training takes on the same machine. Where "
+            "something else ran beside some of the runs, these took longer.",
         ]
     for family, table in frontiers.items():
         if table:
-            parts += [f"### {family}: accuracy against runtime", table]
+            noun = families[family][0].measure.noun
+            parts += [f"### {family}: {noun} against runtime", table]
     return "\n\n".join(parts) + "\n"
 
 
@@ -80,12 +82,25 @@ def _sorted(runs: Iterable[Results]) -> list[Results]:
 def _section(groups: Sequence[Group]) -> list[str]:
     """The description, the table, and where its figures come from."""
     several_recipes = len({group.recipe for group in groups}) > 1
-    header = ["strategy", "buffer", "ranks", "seeds", "top-1", "published", "difference (points)"]
-    further = {
+    measure = common_measure(group.first for group in groups)
+    header = ["strategy", "buffer", "ranks", "seeds", measure.header]
+    further: dict[str, list[Statistic | None]] = {}
+    if measure.lower_is_better:
+        further |= {
+            f"{part} error": [group.average_of_part(part) for group in groups]
+            for part in groups[0].parts
+        }
+        further["forgetting"] = [
+            group.forgetting if _learns_in_time(group) else None for group in groups
+        ]
+    else:
+        header += ["published", "difference (points)"]
+    averaged = f"average_averaged_{measure.name}"
+    further |= {
         header: figures
         for header, figures in (
-            ("averaged weights", [group.figure("average_averaged_top1") for group in groups]),
-            ("worst order", [group.worst_top1 for group in groups]),
+            ("averaged weights", [group.figure(averaged) for group in groups]),
+            ("worst order", [group.worst for group in groups]),
         )
         if any(figures)
     }
@@ -105,9 +120,8 @@ def _section(groups: Sequence[Group]) -> list[str]:
                 str(group.first["world_size"]),
                 str(group.num_runs),
                 _percent(group, ours),
-                NOTHING if theirs is None else _percent(group, theirs) + _num_published(group),
-                NOTHING if theirs is None else f"{100 * (ours.mean - theirs.mean):+.1f}",
-                *(_cell(figures[number]) for figures in further.values()),
+                *([] if measure.lower_is_better else _beside_published(group, ours, theirs)),
+                *(_cell(group, figures[number]) for figures in further.values()),
             ]
         )
     description = str(groups[0].first["config"].get("description", ""))
@@ -119,6 +133,22 @@ def _section(groups: Sequence[Group]) -> list[str]:
         _commands(groups),
         _origin(groups),
     ]
+
+
+def _beside_published(group: Group, ours: Statistic, theirs: Statistic | None) -> list[str]:
+    """The published figure, and how far ours is above it."""
+    if theirs is None:
+        return [NOTHING, NOTHING]
+    published = _percent(group, theirs) + _num_published(group)
+    return [published, f"{100 * (ours.mean - theirs.mean):+.1f}"]
+
+
+def _learns_in_time(group: Group) -> bool:
+    """Whether tasks were learnt when they came, so that they can be forgotten.
+
+    An archive does not tell the steps of each task, but leaves out what then has no meaning.
+    """
+    return group.figure("error_when_learnt") is not None
 
 
 def _labels(groups: Sequence[Group], ignored: Collection[str]) -> list[str]:
@@ -135,17 +165,17 @@ def _ours(group: Group) -> Statistic:
     """What there is to compare with the published figure."""
     published = group.published
     only_top5 = published is not None and published.top1 is None
-    return group.average_top5 if only_top5 else group.average_top1
+    return group.average_top5 if only_top5 else group.average
 
 
 def _percent(group: Group, figure: Statistic) -> str:
     published = group.published
     only_top5 = published is not None and published.top1 is None
-    return ("top-5: " if only_top5 else "") + figure.in_percent().removesuffix(" %")
+    return ("top-5: " if only_top5 else "") + _cell(group, figure)
 
 
-def _cell(figure: Statistic | None) -> str:
-    return NOTHING if figure is None else figure.in_percent().removesuffix(" %")
+def _cell(group: Group, figure: Statistic | None) -> str:
+    return group.text(figure).removesuffix(" %")
 
 
 def _num_published(group: Group) -> str:
@@ -189,17 +219,14 @@ def _frontier(groups: Sequence[Group]) -> str | None:
         best = reference_for(group, groups, "from-scratch")
         if multiple is None or best is None:
             continue
-        scratch = best.average_top1.mean or math.nan
-        accuracy = Statistic(
-            group.average_top1.mean / scratch,
-            None if group.average_top1.std is None else group.average_top1.std / scratch,
-        )
+        scratch, ours = best.average.mean or math.nan, group.average
+        relative = Statistic(ours.mean / scratch, None if ours.std is None else ours.std / scratch)
         rows.append(
             [
                 *([group.recipe] if several_recipes else []),
                 label,
                 str(group.first["world_size"]),
-                accuracy.in_percent().removesuffix(" %"),
+                relative.in_percent().removesuffix(" %"),
                 f"{multiple:.2f}",
                 f"{group.seconds.mean:.1f}",
             ]

@@ -17,13 +17,14 @@ from ritornello.experiments.reporting.figures import (
     SMALL_WIDTH,
     WIDTH,
     Drawing,
-    accuracy_axes,
+    axes_over_tasks,
     colours_of,
     legend,
     legend_inches,
 )
 from ritornello.experiments.results.anytime import curves_of
 from ritornello.experiments.results.groups import Group
+from ritornello.experiments.results.measures import Measure
 from ritornello.experiments.results.writing import Results
 
 FIGURES = {
@@ -36,9 +37,19 @@ FIGURES = {
 }
 """Header to the figure's name in ``results.json``."""
 
+FIGURES_OF_ERRORS = {
+    "average anytime": "average_anytime_error",
+    "stability gap": "stability_gap",
+    "highest error": "max_error",
+    "worst case": "worst_case_error",
+    "average incremental": "average_incremental_error",
+    "when learnt": "error_when_learnt",
+}
+"""The same where models are measured by errors."""
+
 LINES = {
     "all tasks so far": ("average", PALETTE[1], "-"),
-    "lowest of the old ones": ("lowest_old", PALETTE[0], "-."),
+    "worst of the old ones": ("lowest_old", PALETTE[0], "-."),
     "newest task": ("newest", PALETTE[2], ":"),
 }
 """Name in the legend to the curve, its colour and its dashes."""
@@ -52,14 +63,19 @@ def is_probed(group: Group) -> bool:
     return all(run.get("probes") for run in group.runs)
 
 
+def figures_named(measure: Measure) -> dict[str, str]:
+    """``FIGURES`` of accuracies, or those of errors."""
+    return FIGURES_OF_ERRORS if measure.lower_is_better else FIGURES
+
+
 def figures_of(group: Group) -> dict[str, str]:
     """Header to text; "-" for what is not defined."""
-    found = {header: group.figure(name) for header, name in FIGURES.items()}
-    return {header: "-" if each is None else each.in_percent() for header, each in found.items()}
+    named = figures_named(group.measure)
+    return {header: group.text(group.figure(name)) for header, name in named.items()}
 
 
 def average_over_stream(groups: Sequence[Group]) -> Drawing | None:
-    """Mean accuracy over the tasks so far, from probe to probe; a band as after each task.
+    """Mean accuracy or error over the tasks so far, probe by probe; a band as after each task.
 
     Returns:
         None if nothing was probed.
@@ -73,15 +89,15 @@ def average_over_stream(groups: Sequence[Group]) -> Drawing | None:
     def draw(axes: Axes) -> None:
         for number, (group, colour) in enumerate(zip(probed, colours, strict=True)):
             x, runs = _over_stream(group, "average")
-            values = 100 * runs.mean(axis=0)
+            values = runs.mean(axis=0)
             marker = MARKERS[number % len(MARKERS)] if len(x) <= FEW_POINTS else None
             axes.plot(x, values, lw=1.3, marker=marker, markersize=5, color=colour)
             axes.plot([], [], marker=marker, color=colour, label=group.label)
             if group.num_runs > 1:
-                band = 100 * runs.std(axis=0, ddof=1)
+                band = runs.std(axis=0, ddof=1)
                 axes.fill_between(x, values - band, values + band, color=colour, alpha=0.2, lw=0)
         num_tasks = max(group.num_tasks for group in probed)
-        accuracy_axes(axes, num_tasks)
+        axes_over_tasks(axes, num_tasks, probed[0].measure)
         axes.set_xlim(-0.02 * num_tasks, 1.02 * num_tasks)
         _mark_ends(axes, range(1, num_tasks))
         axes.set_xlabel("tasks learnt")
@@ -98,7 +114,7 @@ def tasks_over_steps(group: Group) -> Drawing:
         first = group.first
         probed = curves_of(first["probes"])
         for name, (curve, colour, dashes) in LINES.items():
-            values = 100 * _over_stream(group, curve)[1].mean(axis=0)
+            values = _over_stream(group, curve)[1].mean(axis=0)
             x = probed.steps.astype(np.float64)
             if curve == "newest":  # which is another one in each task
                 borders = np.flatnonzero(np.diff(probed.tasks)) + 1
@@ -106,7 +122,7 @@ def tasks_over_steps(group: Group) -> Drawing:
             marker = "." if len(probed.steps) <= FEW_POINTS else None
             axes.plot(x, values, dashes, lw=1.3, marker=marker, color=colour, label=name)
         ends = np.cumsum(first["steps_per_task"])
-        accuracy_axes(axes, 1)
+        axes_over_tasks(axes, 1, group.measure)
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.set_xlim(-0.02 * ends[-1], 1.02 * ends[-1])
         _mark_ends(axes, ends[:-1].tolist())
@@ -127,14 +143,15 @@ def _over_stream(group: Group, curve: str) -> tuple[NDArray[np.float64], NDArray
     With other orders of classes, tasks have other numbers of steps.
 
     Returns:
-        The moments in tasks: 1.5 is the middle of the second one. ``[runs, moments]``: the curve.
+        The moments in tasks: 1.5 is the middle of the second one. ``[runs, moments]``: the curve,
+        as it is shown.
     """
     moments = _moments(group.first)
     values = [
         np.interp(moments, _moments(run), getattr(curves_of(run["probes"]), curve))
         for run in group.runs
     ]
-    return moments, np.array(values)
+    return moments, group.measure.scale * np.array(values)
 
 
 def _moments(run: Results) -> NDArray[np.float64]:

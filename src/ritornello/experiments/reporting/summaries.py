@@ -62,7 +62,7 @@ def _finding(groups: Sequence[Group]) -> str:
     rehearsing = [group for group in groups if group.strategy not in WITHOUT_BUFFER]
     if not rehearsing:
         return _summary(groups)
-    best = max(rehearsing, key=lambda group: group.average_top1.mean)
+    best = max(rehearsing, key=lambda group: group.goodness)
     incremental = reference_for(best, groups, "incremental")
     if incremental is None:
         return _summary(groups)
@@ -72,15 +72,14 @@ def _finding(groups: Sequence[Group]) -> str:
         _, _, what_varies = best.label.partition(f"{best.strategy}, ")
         name += f" ({what_varies})" if what_varies else ""
     text = (
-        f"With {name}{_share(best)}{settings} the model ends at {best.average_top1.in_percent()} "
-        f"over all tasks; trained on new data alone it ends at "
-        f"{incremental.average_top1.in_percent()}"
+        f"With {name}{_share(best)}{settings} the model ends at {_end(best)} over all tasks; "
+        f"trained on new data alone it ends at {_end(incremental)}"
     )
     for strategy, how in (("from-scratch", "retrained"), ("joint", "trained once")):
         if reference := reference_for(best, groups, strategy):
-            text += f", {how} on everything at {reference.average_top1.in_percent()}"
+            text += f", {how} on everything at {_end(reference)}"
             break
-    return text + "." + _seeds(groups)
+    return text + "." + _direction(groups) + _seeds(groups)
 
 
 def _summary(groups: Sequence[Group]) -> str:
@@ -91,17 +90,20 @@ def _summary(groups: Sequence[Group]) -> str:
     if incremental := by_strategy.get("incremental"):
         group = incremental[0]
         text = "Trained on new data alone, the model ends at "
-        text += f"{group.average_top1.in_percent()} over all tasks"
+        text += f"{_end(group)} over all tasks"
         if group.num_tasks > 1:
-            lost = group.forgetting.in_percent().removesuffix(" %")
-            text += f": it has lost {lost} points on the earlier ones"
+            lost = group.text(group.forgetting).removesuffix(" %")
+            if group.measure.lower_is_better:
+                text += f": on the earlier ones it has risen by {lost}"
+            else:
+                text += f": it has lost {lost} points on the earlier ones"
         parts.append(text + ".")
     for strategy, alike in by_strategy.items():
         if strategy in WITHOUT_PAST:
             continue
-        best = max(alike, key=lambda group: group.average_top1.mean)
+        best = max(alike, key=lambda group: group.goodness)
         ends = "it ends at" if parts else "the model ends at"
-        text = f"With {strategy}{_share(best)} {ends} {best.average_top1.in_percent()}"
+        text = f"With {strategy}{_share(best)} {ends} {_end(best)}"
         text += "" if parts else " over all tasks"
         if len(alike) > 1:
             text += f", the best of {len(alike)} settings ({best.label})"
@@ -112,10 +114,19 @@ def _summary(groups: Sequence[Group]) -> str:
     ):
         if reference := by_strategy.get(strategy):
             group = reference[0]
-            parts.append(
-                f"{text} {group.average_top1.in_percent()}{_relative_time(group, groups)}."
-            )
-    return " ".join(parts) + _seeds(groups) * bool(parts)
+            parts.append(f"{text} {_end(group)}{_relative_time(group, groups)}.")
+    return " ".join(parts) + (_direction(groups) + _seeds(groups)) * bool(parts)
+
+
+def _end(group: Group) -> str:
+    """What the models of a group can do at the end, such as "85.3 ± 0.9 %"."""
+    text = group.text(group.average)
+    return f"an error of {text}" if group.measure.lower_is_better else text
+
+
+def _direction(groups: Sequence[Group]) -> str:
+    """What is not said of accuracies, as everybody knows it."""
+    return " Of errors lower is better." * groups[0].measure.lower_is_better
 
 
 def _seeds(groups: Sequence[Group]) -> str:

@@ -21,9 +21,11 @@ from ritornello.experiments.reporting.figures import (
     colours_of,
     legend,
     legend_inches,
+    value_axis,
 )
 from ritornello.experiments.results.groups import Group, reference_for
 from ritornello.experiments.results.labels import labels_of
+from ritornello.experiments.results.measures import Measure
 
 MAX_LABELS = 6
 """Points beyond these are named in a legend; beside them there would be no room."""
@@ -44,29 +46,29 @@ def accuracy_by_capacity(groups: Sequence[Group]) -> Drawing | None:
     levels = [group for group in groups if group.capacity is None]
     colours = [colour for colour in PALETTE if colour not in colours_of(levels)]
     names = [*lines, *(group.label for group in levels)]
+    measure = groups[0].measure
 
     def draw(axes: Axes) -> None:
         for number, (label, line) in enumerate(lines.items()):
             axes.errorbar(
                 [group.capacity or 0 for group in line],
-                [100 * group.average_top1.mean for group in line],
-                yerr=[100 * (group.average_top1.std or 0.0) for group in line],
+                [measure.scale * group.average.mean for group in line],
+                yerr=[measure.scale * (group.average.std or 0.0) for group in line],
                 marker=MARKERS[number % len(MARKERS)],
                 color=colours[number % len(colours)],
                 capsize=3,
                 label=label,
             )
         for group, colour, style in zip(levels, colours_of(levels), _dashes(levels), strict=True):
-            level = 100 * group.average_top1.mean
+            level = measure.scale * group.average.mean
             axes.axhline(level, color=colour, linestyle=style, label=group.label)
         axes.set_xscale("log")
         capacities = sorted({group.capacity or 0 for line in lines.values() for group in line})
         axes.set_xticks(_apart(capacities))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
         axes.xaxis.set_minor_locator(NullLocator())
-        axes.set_ylim(-3, 103)
         axes.set_xlabel("representatives in the whole buffer")
-        axes.set_ylabel("average top-1 at the end (%)")
+        value_axis(axes, measure, _at_the_end(measure))
         axes.grid(axis="y", alpha=0.25)
         legend(axes, names)
 
@@ -89,7 +91,9 @@ def accuracy_by_runtime(groups: Sequence[Group]) -> Drawing | None:
     in_multiples = None not in references and all(units)
     if not in_multiples:
         units = [1.0] * len(groups)
-    levels = [100 * each.average_top1.mean for each in groups if each.strategy == "from-scratch"]
+    measure = groups[0].measure
+    from_scratch = [each for each in groups if each.strategy == "from-scratch"]
+    levels = [measure.scale * each.average.mean for each in from_scratch]
     names = [group.label for group in groups]
     in_legend = len(groups) > MAX_LABELS
 
@@ -98,12 +102,12 @@ def accuracy_by_runtime(groups: Sequence[Group]) -> Drawing | None:
         for number, (group, unit, colour) in enumerate(
             zip(groups, units, colours_of(groups), strict=True)
         ):
-            x, y = group.seconds.mean / unit, 100 * group.average_top1.mean
+            x, y = group.seconds.mean / unit, measure.scale * group.average.mean
             axes.errorbar(
                 x,
                 y,
                 xerr=(group.seconds.std or 0.0) / unit,
-                yerr=100 * (group.average_top1.std or 0.0),
+                yerr=measure.scale * (group.average.std or 0.0),
                 marker=MARKERS[number % len(MARKERS)],
                 color=colour,
                 elinewidth=1,
@@ -115,10 +119,9 @@ def accuracy_by_runtime(groups: Sequence[Group]) -> Drawing | None:
             axes.axhline(level, color=INK, lw=0.8, linestyle=":")
         ends = [group.seconds.mean + (group.seconds.std or 0.0) for group in groups]
         axes.set_xlim(0, 1.12 * max(end / unit for end, unit in zip(ends, units, strict=True)))
-        axes.set_ylim(-3, 106)
         unit_name = "multiples of incremental training" if in_multiples else "s"
         axes.set_xlabel(f"training time ({unit_name})")
-        axes.set_ylabel("average top-1 at the end (%)")
+        value_axis(axes, measure, _at_the_end(measure), top=106)
         axes.grid(alpha=0.25)
         if in_legend:
             legend(axes, names)
@@ -134,8 +137,10 @@ def closeness_by_runtime(groups: Sequence[Group]) -> Drawing | None:
     A line joins groups that differ in nothing but the representatives per step.
 
     Returns:
-        None if there is no line, or some group has nothing to compare with.
+        None if there is no line, or some group has nothing to compare with; of errors, too.
     """
+    if groups[0].measure.lower_is_better:
+        return None
     references = [
         (reference_for(group, groups, "incremental"), reference_for(group, groups, "from-scratch"))
         for group in groups
@@ -145,10 +150,10 @@ def closeness_by_runtime(groups: Sequence[Group]) -> Drawing | None:
     )
     lines: dict[str, list[tuple[Group, float, float]]] = {}
     for label, group, (fastest, best) in zip(labels, groups, references, strict=True):
-        if fastest is None or best is None or not (fastest.seconds.mean and best.average_top1.mean):
+        if fastest is None or best is None or not (fastest.seconds.mean and best.average.mean):
             return None
         price = group.seconds.mean / fastest.seconds.mean
-        closeness = 100 * group.average_top1.mean / best.average_top1.mean
+        closeness = 100 * group.average.mean / best.average.mean
         lines.setdefault(label, []).append((group, price, closeness))
     if all(len(line) < 2 for line in lines.values()):
         return None
@@ -183,6 +188,10 @@ def closeness_by_runtime(groups: Sequence[Group]) -> Drawing | None:
         legend(axes, list(lines))
 
     return (WIDTH, 3.0 + legend_inches(list(lines))), draw
+
+
+def _at_the_end(measure: Measure) -> str:
+    return f"average {measure.header} at the end" + " (%)" * (not measure.lower_is_better)
 
 
 def _num_representatives(group: Group) -> int:

@@ -12,7 +12,7 @@ in Online Continual Learning" (ICLR 2022).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, TypedDict
+from typing import NamedTuple, NotRequired, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,12 +27,14 @@ class Probe(TypedDict):
     """How many there had been, of all tasks."""
     task: int
     """That was being learnt, from 0."""
-    top1: list[float | None]
+    top1: NotRequired[list[float | None]]
     """On each task so far; None for one without test samples."""
+    error: NotRequired[list[float | None]]
+    """The same where targets are tensors, in place of ``top1``."""
 
 
 class Curves(NamedTuple):
-    """Accuracies over the steps, from 0 to 1; NaN where there is nothing to measure."""
+    """Accuracies over the steps, from 0 to 1, or errors; NaN where there is nothing to measure."""
 
     steps: NDArray[np.int64]
     tasks: NDArray[np.int64]
@@ -42,12 +44,15 @@ class Curves(NamedTuple):
     old: Curve
     """Mean over the tasks before the newest."""
     lowest_old: Curve
-    """The lowest of these."""
+    """The lowest of these; of errors the highest."""
     newest: Curve
 
 
 def curves_of(probes: Sequence[Probe]) -> Curves:
     """The curves of a run's probes."""
+    if has_errors(probes):
+        steps, tasks, *curves = curves_of(_negated(probes))
+        return Curves(steps, tasks, *(-curve for curve in curves))
     rows = [np.array(probe["top1"], dtype=np.float64) for probe in probes]
     olds = [row[:-1][np.isfinite(row[:-1])] for row in rows]
     return Curves(
@@ -63,9 +68,17 @@ def curves_of(probes: Sequence[Probe]) -> Curves:
 def figures_of(probes: Sequence[Probe]) -> dict[str, float | None]:
     """The figures, as ``results.json`` names them; None for one that is not defined.
 
+    Of errors: the average, the gap by which errors rise and fall again, and the highest ones.
+
     Args:
         probes: of one run, at least one.
     """
+    if has_errors(probes):
+        figures = figures_of(_negated(probes))
+        return {
+            name: None if figure is None else sign * figure
+            for (name, sign), figure in zip(OF_ERRORS.items(), figures.values(), strict=True)
+        }
     curves = curves_of(probes)
     return {
         name: None if np.isnan(figure) else float(figure)
@@ -76,6 +89,32 @@ def figures_of(probes: Sequence[Probe]) -> dict[str, float | None]:
             ("worst_case_accuracy", worst_case_accuracy(probes)),
         )
     }
+
+
+OF_ERRORS = {
+    "average_anytime_error": -1,
+    "stability_gap": 1,
+    "max_error": -1,
+    "worst_case_error": -1,
+}
+"""The names of ``figures_of`` where they are of errors, and the sign of each."""
+
+
+def has_errors(probes: Sequence[Probe]) -> bool:
+    """Whether probes are of errors, of which lower is better."""
+    return bool(probes) and "error" in probes[0]
+
+
+def _negated(probes: Sequence[Probe]) -> list[Probe]:
+    """Errors as something of which higher is better."""
+    return [
+        {
+            "step": probe["step"],
+            "task": probe["task"],
+            "top1": [None if each is None else -each for each in probe["error"]],
+        }
+        for probe in probes
+    ]
 
 
 def stability_gap(curves: Curves) -> float:

@@ -12,6 +12,8 @@ from typing import Any
 from ritornello.experiments.recipes.published import family_of
 from ritornello.experiments.recipes.recipe import Published
 from ritornello.experiments.results.labels import WITHOUT_BUFFER, labels_of, settings_of
+from ritornello.experiments.results.measures import Measure, measure_of, number_text
+from ritornello.experiments.results.metrics import Matrix, matrix_of
 from ritornello.experiments.results.writing import Results
 
 
@@ -27,6 +29,10 @@ class Statistic:
         """Such as "85.3 ± 0.9 %"; without a deviation "85.3 %", with sign="+" "+85.3 %"."""
         spread = "" if self.std is None else f" ± {100 * self.std:.1f}"
         return f"{100 * self.mean:{sign}.1f}{spread} %"
+
+    def as_number(self, sign: str = "") -> str:
+        """Such as "0.0853 ± 0.0009", of any size."""
+        return number_text(self.mean, self.std, sign)
 
     def in_nats(self) -> str:
         """Such as "0.853 ± 0.009"."""
@@ -67,9 +73,24 @@ class Group:
         return str(self.first["strategy"])
 
     @property
+    def measure(self) -> Measure:
+        """What the models were measured by."""
+        return measure_of(self.first)
+
+    @property
+    def matrices(self) -> list[Matrix]:
+        """The accuracies or errors of each run."""
+        return [matrix_of(run[self.measure.name]) for run in self.runs]
+
+    @property
+    def parts(self) -> list[str]:
+        """The parts of targets that are tensors, where each has an error of its own."""
+        return list(self.first.get("average_error_of_parts", {}))
+
+    @property
     def num_tasks(self) -> int:
         """How many there have been so far."""
-        return len(self.first["top1"])
+        return len(self.first[self.measure.name])
 
     @property
     def capacity(self) -> int | None:
@@ -111,8 +132,8 @@ class Group:
         return sorted(each for each in orders if isinstance(each, int))
 
     @property
-    def worst_top1(self) -> Statistic | None:
-        """``average_top1`` with the order of classes that it is lowest with, mean over the seeds.
+    def worst(self) -> Statistic | None:
+        """``average`` with the order of classes that it is worst with, mean over the seeds.
 
         None without several orders.
         """
@@ -120,24 +141,46 @@ class Group:
             return None
         of_orders: dict[int, list[float]] = {}
         for run in self.runs:
-            of_orders.setdefault(run["config"]["class_order"], []).append(run["average_top1"])
-        return _statistic(min(of_orders.values(), key=statistics.fmean))
+            average = float(run[self.measure.average])
+            of_orders.setdefault(run["config"]["class_order"], []).append(average)
+        worst = max if self.measure.lower_is_better else min
+        return _statistic(worst(of_orders.values(), key=statistics.fmean))
 
     @property
     def holdout(self) -> float:
-        """The share of the training samples that all accuracies are of; 0: of the test samples."""
+        """The share of the training samples that all figures are of; 0: of the test samples."""
         return float(self.first["config"].get("holdout", 0.0))
 
     @property
-    def average_top1(self) -> Statistic:
-        """Over all tasks at the end, from 0 to 1."""
-        return self._over_runs("average_top1")
+    def average(self) -> Statistic:
+        """The accuracy, from 0 to 1, or the error: over all tasks at the end."""
+        return self._over_runs(self.measure.average)
+
+    @property
+    def goodness(self) -> float:
+        """The higher, the better ``average`` is."""
+        return -self.average.mean if self.measure.lower_is_better else self.average.mean
+
+    def average_of_part(self, part: str) -> Statistic:
+        """The error of one of the ``parts``."""
+        return _statistic([float(run["average_error_of_parts"][part]) for run in self.runs])
+
+    def text(self, figure: Statistic | None, sign: str = "", nothing: str = "-") -> str:
+        """A figure of accuracies in percent, or of errors as it is."""
+        if figure is None:
+            return nothing
+        return figure.as_number(sign) if self.measure.lower_is_better else figure.in_percent(sign)
 
     def figure(self, name: str) -> Statistic | None:
         """A figure by its name in ``results.json``; None where a run has none."""
         if any(run.get(name) is None for run in self.runs):
             return None
         return self._over_runs(name)
+
+    @property
+    def average_top1(self) -> Statistic:
+        """Over all tasks at the end, from 0 to 1; where targets are classes."""
+        return self._over_runs("average_top1")
 
     @property
     def average_top5(self) -> Statistic:

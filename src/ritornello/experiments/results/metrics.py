@@ -2,8 +2,9 @@
 
 ``matrix[i, j]`` is the accuracy on task ``j`` after training on task ``i``, from 0 to 1. Where it
 was not measured, as when a task's test samples are gone, it is NaN (null in ``results.json``), and
-means are over the others. With negative losses in the place of accuracies, which are better the
-higher, too, ``forgetting`` is how far losses have risen from their lowest.
+means are over the others. With negative losses or errors in the place of accuracies, which are
+better the higher, too, ``forgetting`` is how far they have risen from their lowest, and a transfer
+how far they have fallen.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ def matrix_of(rows: Sequence[Sequence[float | None]]) -> Matrix:
 
 
 def average_accuracy(matrix: Matrix) -> float:
-    """Mean accuracy, or loss, over all tasks at the end (Lopez-Paz & Ranzato 2017, ACC)."""
+    """Mean accuracy, loss or error, over all tasks at the end (Lopez-Paz & Ranzato 2017, ACC)."""
     return _mean(matrix[-1])
 
 

@@ -27,19 +27,30 @@ ARCHIVED = (
     "top1",
     "top5",
     "loss",
+    "error",
+    "error_of_parts",
     "average_top1",
     "average_top5",
     "average_loss",
+    "average_error",
+    "average_error_of_parts",
     "averaged_top1",
     "averaged_top5",
     "average_averaged_top1",
     "average_averaged_top5",
+    "averaged_error",
+    "average_averaged_error",
     "average_incremental_top1",
     "plasticity",
+    "average_incremental_error",
+    "error_when_learnt",
     "average_anytime_top1",
+    "average_anytime_error",
     "stability_gap",
     "min_accuracy",
     "worst_case_accuracy",
+    "max_error",
+    "worst_case_error",
     "forgetting",
     "forgetting_in_loss",
     "backward_transfer",
@@ -119,7 +130,7 @@ def archive(runs: Iterable[Results], path: Path) -> None:
     """Writes runs into one file that is small enough to be committed, one line per run.
 
     What is bulky is left out: the tasks, the classes in the buffer, times and steps per task.
-    The accuracy matrices are rounded to 4 digits.
+    The accuracy matrices are rounded to 4 digits, those of errors to 6 significant ones.
 
     Args:
         runs: of any recipes.
@@ -160,9 +171,20 @@ def _compact(run: Results) -> dict[str, Any]:
         compact[name] = [
             [None if each is None else round(each, 4) for each in row] for row in run[name]
         ]
+    for name in {"error", "averaged_error"} & set(compact):
+        compact[name] = _significant(run[name])
+    if "error_of_parts" in compact:
+        compact["error_of_parts"] = {
+            part: _significant(matrix) for part, matrix in run["error_of_parts"].items()
+        }
     if compact.get("buffer"):
         compact["buffer"] = {k: v for k, v in run["buffer"].items() if k != "held_per_class"}
     return compact
+
+
+def _significant(matrix: list[list[float | None]]) -> list[list[float | None]]:
+    """Errors, which may be of any size, with 6 significant digits."""
+    return [[None if each is None else float(f"{each:.6g}") for each in row] for row in matrix]
 
 
 def _result_files(folder: Path) -> list[Path]:

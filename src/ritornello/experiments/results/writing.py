@@ -21,6 +21,7 @@ from ritornello.experiments.ranks.place import Place
 from ritornello.experiments.recipes.recipe import Recipe
 from ritornello.experiments.results import anytime, metrics
 from ritornello.experiments.results.anytime import Probe
+from ritornello.experiments.results.measures import Accuracies, Measured
 from ritornello.records import accelerators
 
 Results = Mapping[str, Any]
@@ -48,8 +49,8 @@ class StepSeconds:
 class TaskLog:
     """What is written down task by task."""
 
-    at_start: tuple[list[float | None], list[float | None]] | None = None
-    """Top-1 and top-5 accuracies of the untrained model; None: not measured."""
+    at_start: Sequence[list[float | None]] | None = None
+    """Top-1 and top-5 accuracies of the untrained model, or its errors; None: not measured."""
     top1: list[list[float | None]] = field(default_factory=list)
     top5: list[list[float | None]] = field(default_factory=list)
     loss: list[list[float | None]] = field(default_factory=list)
@@ -60,6 +61,36 @@ class TaskLog:
     """Of the running average of the weights, where there is one."""
     averaged_top5: list[list[float | None]] = field(default_factory=list)
     probes: list[Probe] = field(default_factory=list)
+    error: list[list[float | None]] = field(default_factory=list)
+    """Where targets are tensors, in the place of accuracies and losses."""
+    error_of_parts: dict[str, list[list[float | None]]] = field(default_factory=dict)
+    averaged_error: list[list[float | None]] = field(default_factory=list)
+
+    def note_start(self, measured: Measured) -> None:
+        """Writes down what the untrained model can do."""
+        if isinstance(measured, Accuracies):
+            self.at_start = measured.top1, measured.top5
+        else:
+            self.at_start = (measured.error,)
+
+    def note(self, measured: Measured) -> None:
+        """Writes down what the model can do after a task."""
+        if isinstance(measured, Accuracies):
+            self.top1.append(measured.top1)
+            self.top5.append(measured.top5)
+            self.loss.append(measured.loss)
+            return
+        self.error.append(measured.error)
+        for part, errors in measured.of_parts.items():
+            self.error_of_parts.setdefault(part, []).append(errors)
+
+    def note_average(self, measured: Measured) -> None:
+        """Writes down what the running average of the weights can do after a task."""
+        if isinstance(measured, Accuracies):
+            self.averaged_top1.append(measured.top1)
+            self.averaged_top5.append(measured.top5)
+        else:
+            self.averaged_error.append(measured.error)
 
 
 def setting_of(recipe: Recipe, data: DataSet, tasks: Sequence[Task], place: Place) -> Results:
@@ -97,6 +128,7 @@ def setting_of(recipe: Recipe, data: DataSet, tasks: Sequence[Task], place: Plac
             "image_shape": list(data.image_shape),
             "mean": list(data.mean),
             "std": list(data.std),
+            **({} if data.targets is None else {"targets": asdict(data.targets)}),
         },
         "train_samples": len(data.train),
         "class_names": list(data.class_names),
@@ -114,19 +146,34 @@ def setting_of(recipe: Recipe, data: DataSet, tasks: Sequence[Task], place: Plac
 
 
 def outcome_of(log: TaskLog, seconds: StepSeconds) -> Results:
-    """What ``results.json`` says of accuracies and of time.
+    """What ``results.json`` says of accuracies or errors, and of time.
 
     Args:
         log: of all tasks.
         seconds: of all tasks' steps.
     """
-    top1, top5 = metrics.matrix_of(log.top1), metrics.matrix_of(log.top5)
     # A task that is not trained on when it comes can be neither forgotten nor transferred.
     learns_in_time = all(log.steps)
+    steps = max(1, seconds.num_steps)
+    return {
+        **(_of_errors if log.error else _of_accuracies)(log, learns_in_time),
+        **_of_probes(log, seconds, learns_in_time),
+        "seconds": sum(log.seconds),
+        "seconds_per_task": log.seconds,
+        "steps_per_task": log.steps,
+        "step_seconds": {
+            "load": seconds.load / steps,
+            "wait": seconds.in_buffer / steps,
+            "train": (seconds.step - seconds.in_buffer) / steps,
+        },
+    }
+
+
+def _of_accuracies(log: TaskLog, learns_in_time: bool) -> Results:
+    top1, top5 = metrics.matrix_of(log.top1), metrics.matrix_of(log.top5)
     learnt = top1 if learns_in_time else top1[-1:]
     at_start = log.at_start
     assert at_start is not None
-    steps = max(1, seconds.num_steps)
     return {
         "top1": log.top1,
         "top5": log.top5,
@@ -145,16 +192,41 @@ def outcome_of(log: TaskLog, seconds: StepSeconds) -> Results:
         "plasticity": metrics.plasticity(top1) if learns_in_time else None,
         **_of_loss(log, learns_in_time),
         **_of_average(log),
-        **_of_probes(log, seconds, learns_in_time),
-        "seconds": sum(log.seconds),
-        "seconds_per_task": log.seconds,
-        "steps_per_task": log.steps,
-        "step_seconds": {
-            "load": seconds.load / steps,
-            "wait": seconds.in_buffer / steps,
-            "train": (seconds.step - seconds.in_buffer) / steps,
-        },
     }
+
+
+def _of_errors(log: TaskLog, learns_in_time: bool) -> Results:
+    """What is said of errors; figures of changes are of negative ones: see ``measures``."""
+    error = metrics.matrix_of(log.error)
+    learnt = -error if learns_in_time else -error[-1:]
+    at_start = log.at_start
+    assert at_start is not None
+    figures: dict[str, Any] = {
+        "error": log.error,
+        "error_at_start": at_start[0],
+        "average_error": metrics.average_accuracy(error),
+        "forgetting": metrics.forgetting(learnt),
+        "backward_transfer": metrics.backward_transfer(learnt),
+        "forward_transfer": metrics.forward_transfer(
+            learnt, -np.array(at_start[0], dtype=np.float64)
+        ),
+        "average_incremental_error": (
+            metrics.average_incremental_accuracy(error) if learns_in_time else None
+        ),
+        "error_when_learnt": metrics.plasticity(error) if learns_in_time else None,
+    }
+    if log.error_of_parts:
+        figures["error_of_parts"] = log.error_of_parts
+        figures["average_error_of_parts"] = {
+            part: metrics.average_accuracy(metrics.matrix_of(matrix))
+            for part, matrix in log.error_of_parts.items()
+        }
+    if log.averaged_error:
+        figures["averaged_error"] = log.averaged_error
+        figures["average_averaged_error"] = metrics.average_accuracy(
+            metrics.matrix_of(log.averaged_error)
+        )
+    return figures
 
 
 def _of_loss(log: TaskLog, learns_in_time: bool) -> Results:

@@ -158,6 +158,8 @@ def strategy_of(
         selection=_selection_of(recipe, num_classes),
         sampling=recipe.sampling,
         draws=recipe.draws,
+        # Tensors are no labels: what is kept is then a sample of the whole stream.
+        label=None if recipe.predicts_tensors else 1,
         seed=recipe.seed,
         decode=decode,
         capacity_bytes=capacity_bytes,

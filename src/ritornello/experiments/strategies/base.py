@@ -17,7 +17,10 @@ from ritornello.records import accelerators
 from ritornello.records.shard import rows_of_rank
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
-"""Logits ``[n, num_classes]`` and labels ``[n]`` to one loss per sample, ``[n]``."""
+"""Logits ``[n, num_classes]`` and labels ``[n]`` to one loss per sample, ``[n]``.
+
+Where targets are tensors these stand for the labels, and what the model says of them for logits.
+"""
 
 Backward = Callable[[Tensor], None]
 
@@ -111,6 +114,9 @@ class Strategy:
     """Mini-batches of a task that it sees once more at the task's end: ``review``."""
     loss_weights: str = "by-sample"
     """How ``weighed`` weighs new and past samples."""
+    takes_tensors: ClassVar[bool] = False
+    """Whether targets may be tensors, with a criterion of theirs; else they are classes."""
+
     buffer: RehearsalBuffer | None = None
     """The rehearsal buffer; None if there is none."""
     goes_by_distances: bool = False
@@ -175,7 +181,7 @@ class Strategy:
         Args:
             model: maps images to logits.
             images: ``[b, ...]``.
-            labels: int64 ``[b]``.
+            labels: int64 ``[b]``, or targets ``[b, ...]`` where the strategy ``takes_tensors``.
             backward: what is done with a loss to get gradients, such as scaling it before.
 
         Returns:

@@ -23,7 +23,8 @@ class DER(RehearsalStrategy):
     """New samples by their labels; past ones by the distance to their stored logits.
 
     New and past samples go through the model in one forward pass. Without batch normalisation
-    that is the same as in two.
+    that is the same as in two. Where targets are tensors, what the model says takes the logits'
+    place, such as images.
 
     Args:
         buffer: of (images, labels, logits).
@@ -34,6 +35,7 @@ class DER(RehearsalStrategy):
     """
 
     stores_logits: ClassVar[bool] = True
+    takes_tensors: ClassVar[bool] = True
 
     def __init__(
         self,

@@ -13,9 +13,9 @@ Distance = Callable[[Tensor, Tensor | None], Tensor]
 
 
 def squared(logits: Tensor, wanted: Tensor | None) -> Tensor:
-    """The squared distance of logits, mean over the classes."""
+    """The squared distance of logits, mean over the classes, or over all numbers of a tensor."""
     assert wanted is not None
-    return (logits - wanted.to(logits.dtype)).square().mean(dim=1)
+    return (logits - wanted.to(logits.dtype)).square().flatten(1).mean(dim=1)
 
 
 def jensen_shannon(logits: Tensor, wanted: Tensor | None) -> Tensor:

@@ -25,14 +25,14 @@ class FiniteLogits:
         """Looks at the logits ``[b, num_classes]`` of one step.
 
         Args:
-            logits: as they are to be stored.
+            logits: as they are to be stored; or what a model says otherwise, ``[b, ...]``.
             task: its number, for the error.
 
         Raises:
             FloatingPointError: those of some sample are not finite.
         """
         self._num_steps += 1
-        num_wrong = logits.isfinite().all(dim=1).logical_not().sum()
+        num_wrong = logits.isfinite().flatten(1).all(dim=1).logical_not().sum()
         if not accelerators.has_streams(logits.device):
             self._judge(int(num_wrong), task)
             return

@@ -12,6 +12,7 @@ class FromScratch(Strategy):
     """At each task, a new model is trained on the samples of all tasks so far."""
 
     restarts: ClassVar[bool] = True
+    takes_tensors: ClassVar[bool] = True
 
     def training_tasks(self, tasks: Sequence[Task], number: int) -> Sequence[Task]:
         """All tasks so far."""

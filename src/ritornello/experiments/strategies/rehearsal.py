@@ -7,7 +7,7 @@ Memories in Continual Learning" (2019).
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -31,6 +31,8 @@ class Rehearsal(RehearsalStrategy):
     Raises:
         ValueError: other ``loss_weights``. See ``RehearsalStrategy``.
     """
+
+    takes_tensors: ClassVar[bool] = True
 
     def __init__(
         self, buffer: RehearsalBuffer, *, loss_weights: str = "by-sample", **others: Any

@@ -39,6 +39,7 @@ class SoftTargets(Rehearsal):
     """
 
     stores_logits: ClassVar[bool] = True
+    takes_tensors: ClassVar[bool] = False
 
     def __init__(
         self,

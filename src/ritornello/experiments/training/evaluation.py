@@ -1,10 +1,10 @@
-"""Accuracies and losses on every task, each sample counted once over all ranks."""
+"""Accuracies and losses, or errors, on every task, each sample counted once over all ranks."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,18 +19,11 @@ from ritornello.experiments.models.network import Network
 from ritornello.experiments.ranks.place import Place
 from ritornello.experiments.recipes.recipe import Recipe
 from ritornello.experiments.results import metrics
+from ritornello.experiments.results.measures import Accuracies, Errors, Measured
+from ritornello.experiments.results.pictures import MOST_TASKS, pictures_of
+from ritornello.experiments.strategies.errors import errors_of
 
 BATCH_SIZE = 500
-
-
-@dataclass
-class Accuracies:
-    """Top-1 and top-5 accuracies on every task, and the mean loss; None where there is none."""
-
-    top1: list[float | None] = field(default_factory=list)
-    top5: list[float | None] = field(default_factory=list)
-    loss: list[float | None] = field(default_factory=list)
-    """Cross-entropy in nats; None also where it is not finite."""
 
 
 class Evaluation:
@@ -46,10 +39,15 @@ class Evaluation:
     def __init__(self, recipe: Recipe, data: DataSet, tasks: Sequence[Task], place: Place) -> None:
         self._tasks, self._place, self._num_workers = tasks, place, recipe.num_workers
         self._images = TaskImages(data.test, tasks, testing=True)
+        self._loss, self._targets = recipe.loss, data.targets
         self.mask: Tensor | None = None
         """bool ``[num_classes, num_classes]``: which classes compete with a sample's; None: all."""
         if recipe.scenario == "task-incremental":
             self.mask = task_mask(tasks, data.num_classes).to(place.device)
+
+    def measured(self, network: Network, num_tasks: int | None = None) -> Measured:
+        """Accuracies where targets are classes, else errors; see ``accuracies``."""
+        return (self.accuracies if self._targets is None else self.errors)(network, num_tasks)
 
     @torch.no_grad()
     def accuracies(self, network: Network, num_tasks: int | None = None) -> Accuracies:
@@ -61,20 +59,13 @@ class Evaluation:
         """
         tasks = self._tasks[:num_tasks]
         sums = torch.zeros(len(tasks), 3, dtype=torch.float64)  # counts are exact, too
-        network.eval()
-        parts = self._positions(tasks)
-        batches = load_batches(
-            self._images, (part for _, part in parts), self._num_workers, self._place.device
-        )
-        for (number, _), (images, labels, _) in zip(parts, batches, strict=True):
-            logits = network(images)
+        for number, logits, labels in self._predictions(network, tasks):
             if self.mask is not None:
                 logits = logits.masked_fill(~self.mask[labels], -torch.inf)
             sums[number, :2] += metrics.top_k_correct(logits, labels, (1, 5)).cpu()
             losses = torch.nn.functional.cross_entropy(logits.float(), labels, reduction="none")
             sums[number, 2] += losses.cpu().double().sum()
-        if self._place.num_ranks > 1:
-            dist.all_reduce(sums)
+        self._add_up(sums)
         accuracies = Accuracies()
         for task, (top1, top5, loss) in zip(tasks, sums.tolist(), strict=True):
             size = len(task.test_indices)
@@ -82,6 +73,69 @@ class Evaluation:
             accuracies.top5.append(top5 / size if size else None)
             accuracies.loss.append(loss / size if size and math.isfinite(loss) else None)
         return accuracies
+
+    @torch.no_grad()
+    def errors(self, network: Network, num_tasks: int | None = None) -> Errors:
+        """Those of targets that are tensors; see ``accuracies``.
+
+        Raises:
+            FloatingPointError: on every rank; they are not finite.
+        """
+        assert self._targets is not None
+        tasks, parts = self._tasks[:num_tasks], self._targets.parts
+        num_parts = max(1, len(parts))
+        sums = torch.zeros(len(tasks), num_parts, dtype=torch.float64)
+        for number, outputs, targets in self._predictions(network, tasks):
+            sums[number] += errors_of(self._loss, outputs, targets, num_parts).cpu().double().sum(0)
+        self._add_up(sums)
+        found = Errors(of_parts={part: [] for part in parts})
+        for task, of_parts in zip(tasks, sums.tolist(), strict=True):
+            size = len(task.test_indices)
+            if not all(map(math.isfinite, of_parts)):
+                raise FloatingPointError(
+                    f"the model's errors on the task {task.name!r} are not finite: it has "
+                    "diverged; take a lower learning rate"
+                )
+            found.error.append(sum(of_parts) / size if size else None)
+            for part, error in zip(parts, of_parts, strict=False):
+                found.of_parts[part].append(error / size if size else None)
+        return found
+
+    @torch.no_grad()
+    def pictures(self, network: Network) -> dict[str, Any]:
+        """What the model says of one test sample of each task: ``pictures``, if they are images.
+
+        Of ``MOST_TASKS`` tasks at most, evenly spread over the stream; of each the middle sample.
+        """
+        ends = np.cumsum([len(task.test_indices) for task in self._tasks])
+        tested = [n for n, task in enumerate(self._tasks) if len(task.test_indices)]
+        if self._targets is None or not tested:
+            return {}
+        places = np.linspace(0, len(tested) - 1, min(MOST_TASKS, len(tested))).round().astype(int)
+        shown = [tested[place] for place in places.tolist()]
+        middles = [int(ends[n]) - 1 - len(self._tasks[n].test_indices) // 2 for n in shown]
+        network.eval()
+        images, targets, *_ = self._images.__getitems__(middles)
+        outputs = network(images.to(self._place.device)).cpu()
+        pictures = pictures_of(shown, images, targets, outputs, self._targets.parts)
+        return {"pictures": pictures} if pictures else {}
+
+    def _predictions(
+        self, network: Network, tasks: Sequence[Task]
+    ) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """What the model says of this rank's part of some tasks: task, outputs, targets."""
+        network.eval()
+        parts = self._positions(tasks)
+        batches = load_batches(
+            self._images, (part for _, part in parts), self._num_workers, self._place.device
+        )
+        for (number, _), (images, targets, _) in zip(parts, batches, strict=True):
+            yield number, network(images), targets
+
+    def _add_up(self, sums: Tensor) -> None:
+        """Over all ranks, in place."""
+        if self._place.num_ranks > 1:
+            dist.all_reduce(sums)
 
     def _positions(self, tasks: Sequence[Task]) -> list[tuple[int, NDArray[np.int64]]]:
         """This rank's part of each task's test samples, in mini-batches: task, positions."""

@@ -148,6 +148,11 @@ def _recipe(folder: Path, before: Results, changes: Mapping[str, Any]) -> Recipe
         raise FileNotFoundError(
             f"{folder} has no strategy.pt: without its generator this run cannot go on"
         )
+    if recipe.predicts_tensors:
+        raise ValueError(
+            f"the run was made with loss={recipe.loss!r}, whose targets are tensors, and only runs "
+            "of classes can go on"
+        )
     for each in changes:
         if each not in MAY_CHANGE:
             raise ValueError(

@@ -146,7 +146,7 @@ class RunFigures:
         """Tells how well the model does on each task, and what the buffer holds."""
         if not self._trainer.log.steps[-1]:
             return  # nothing has been learnt yet
-        figures = self._of_accuracies()
+        figures = self._of_errors() if self._trainer.log.error else self._of_accuracies()
         if self._num_steps:
             figures |= self._of_steps()
         stats = self._stats(per_class=True)
@@ -161,17 +161,20 @@ class RunFigures:
         self._tell(figures)
 
     def after_probe(self) -> None:
-        """Tells what a probe has found of the tasks so far, in percent."""
+        """Tells what a probe has found of the tasks so far, in percent, or errors."""
         if not self._trackers:
             return
-        curves = anytime.curves_of(self._trainer.log.probes[-1:])
+        newest = self._trainer.log.probes[-1:]
+        curves = anytime.curves_of(newest)
+        is_error = anytime.has_errors(newest)
+        what, scale = ("error", 1) if is_error else ("percent", 100)
         figures = {
-            "probe_percent/average": curves.average,
-            "probe_percent/lowest_old": curves.lowest_old,
-            "probe_percent/newest": curves.newest,
+            f"probe_{what}/average": curves.average,
+            f"probe_{what}/{'highest' if is_error else 'lowest'}_old": curves.lowest_old,
+            f"probe_{what}/newest": curves.newest,
         }
         self._tell(
-            {name: 100 * float(curve[0]) for name, curve in figures.items() if np.isfinite(curve)}
+            {name: scale * float(curve[0]) for name, curve in figures.items() if np.isfinite(curve)}
         )
 
     def _of_steps(self) -> dict[str, float]:
@@ -212,6 +215,21 @@ class RunFigures:
             if np.isfinite(accuracy):
                 shares[f"top1_percent/task_{number}"] = float(accuracy)
         return {name: 100 * share for name, share in shares.items()}
+
+    def _of_errors(self) -> dict[str, float]:
+        """As far as they were measured; lower is better, also of forgetting."""
+        log = self._trainer.log
+        error = metrics.matrix_of(log.error)[:, : len(log.error)]
+        figures = {"error/average": metrics.average_accuracy(error)}
+        if log.averaged_error:
+            averaged = metrics.matrix_of(log.averaged_error)[:, : len(log.error)]
+            figures["averaged_error/average"] = metrics.average_accuracy(averaged)
+        if all(log.steps):
+            figures["error/forgetting"] = metrics.forgetting(-error)
+        for number, each in enumerate(error[-1], start=1):
+            if np.isfinite(each):
+                figures[f"error/task_{number}"] = float(each)
+        return figures
 
     def _stats(self, per_class: bool) -> BufferStats | None:
         """The buffer's; what they wait for its round counts as of a step, as other waits do."""

@@ -23,6 +23,8 @@ from ritornello.experiments.models.optimiser import optimiser_of
 from ritornello.experiments.ranks.place import Place
 from ritornello.experiments.ranks.progress import ProgressBar
 from ritornello.experiments.recipes.recipe import Recipe
+from ritornello.experiments.results.anytime import Probe
+from ritornello.experiments.results.measures import Errors
 from ritornello.experiments.results.writing import (
     Results,
     StepSeconds,
@@ -33,6 +35,7 @@ from ritornello.experiments.results.writing import (
 )
 from ritornello.experiments.strategies import strategy_of
 from ritornello.experiments.strategies.base import Criterion, cross_entropy
+from ritornello.experiments.strategies.errors import error_criterion
 from ritornello.experiments.training import exemplars
 from ritornello.experiments.training.checkpoints import Checkpoint, RunSnapshot
 from ritornello.experiments.training.evaluation import Evaluation
@@ -125,8 +128,7 @@ class Trainer:
         """
         self._saver, self._figures = saver, figures
         if self.log.at_start is None:
-            at_start = self.evaluation.accuracies(self.network)
-            self.log.at_start = at_start.top1, at_start.top5
+            self.log.note_start(self.evaluation.measured(self.network))
         to_come = range(self.position.task, len(self.tasks))
         num_steps = self.seconds.num_steps - self.position.step
         num_steps += sum(self.schedule.num_steps(number) for number in to_come)
@@ -155,19 +157,15 @@ class Trainer:
             "weights_sha256": weights_digest(self.network.model),
             **self.strategy.outcome(),
             **self._of_average(),
+            **self.evaluation.pictures(self.network),
         }
 
     def evaluate(self) -> None:
         """Tests the model on all tasks, and the average of its weights where there is one."""
-        accuracies = self.evaluation.accuracies(self.network)
-        self.log.top1.append(accuracies.top1)
-        self.log.top5.append(accuracies.top5)
-        self.log.loss.append(accuracies.loss)
+        self.log.note(self.evaluation.measured(self.network))
         if self.network.average is not None:
             with self.network.averaged():
-                accuracies = self.evaluation.accuracies(self.network)
-            self.log.averaged_top1.append(accuracies.top1)
-            self.log.averaged_top5.append(accuracies.top5)
+                self.log.note_average(self.evaluation.measured(self.network))
 
     def start_afresh(self) -> None:
         """Makes the untrained model, the same on every rank."""
@@ -466,8 +464,13 @@ class Trainer:
         began = time.perf_counter()
         number = self.position.task
         with self.network.agreed():
-            top1 = self._probe.accuracies(self.network, num_tasks=number + 1).top1
-        self.log.probes.append({"step": self.num_steps_done, "task": number, "top1": top1})
+            measured = self._probe.measured(self.network, num_tasks=number + 1)
+        probe: Probe = {"step": self.num_steps_done, "task": number}
+        if isinstance(measured, Errors):
+            probe["error"] = measured.error
+        else:
+            probe["top1"] = measured.top1
+        self.log.probes.append(probe)
         self.network.train()
         if self._figures is not None:
             self._figures.after_probe()
@@ -512,6 +515,8 @@ class Trainer:
 
     def _criterion(self) -> Criterion:
         """The loss of a sample; if its task is known, only that task's classes compete."""
+        if self.data.targets is not None:
+            return error_criterion(self.recipe.loss, max(1, len(self.data.targets.parts)))
         mask = self.evaluation.mask
         if mask is None:
             return cross_entropy
