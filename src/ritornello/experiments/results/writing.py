@@ -92,6 +92,15 @@ class TaskLog:
         else:
             self.averaged_error.append(measured.error)
 
+    def note_probe(self, step: int, task: int, measured: Measured) -> None:
+        """Writes down what the model can do on a part of the test samples, at a step of a task."""
+        probe: Probe = {"step": step, "task": task}
+        if isinstance(measured, Accuracies):
+            probe["top1"] = measured.top1
+        else:
+            probe["error"] = measured.error
+        self.probes.append(probe)
+
 
 def setting_of(recipe: Recipe, data: DataSet, tasks: Sequence[Task], place: Place) -> Results:
     """What ``results.json`` says of a run before it has begun, with where and when it was.

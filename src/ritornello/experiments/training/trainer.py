@@ -23,8 +23,6 @@ from ritornello.experiments.models.optimiser import optimiser_of
 from ritornello.experiments.ranks.place import Place
 from ritornello.experiments.ranks.progress import ProgressBar
 from ritornello.experiments.recipes.recipe import Recipe
-from ritornello.experiments.results.anytime import Probe
-from ritornello.experiments.results.measures import Errors
 from ritornello.experiments.results.writing import (
     Results,
     StepSeconds,
@@ -465,12 +463,7 @@ class Trainer:
         number = self.position.task
         with self.network.agreed():
             measured = self._probe.measured(self.network, num_tasks=number + 1)
-        probe: Probe = {"step": self.num_steps_done, "task": number}
-        if isinstance(measured, Errors):
-            probe["error"] = measured.error
-        else:
-            probe["top1"] = measured.top1
-        self.log.probes.append(probe)
+        self.log.note_probe(self.num_steps_done, number, measured)
         self.network.train()
         if self._figures is not None:
             self._figures.after_probe()
