@@ -486,7 +486,8 @@ class Rounds:
             The shard's new size.
         """
         records = candidates.rows
-        turnover = self._decide(records, labels, paged.pages_of(records))
+        assert candidates.counts is not None
+        turnover = self._decide(records, labels, candidates.counts)
         moved_from, moved_to, slots = turnover.moved_from, turnover.moved_to, turnover.slots
         self.transport.await_readers()
         if not len(turnover.removed) and not len(slots):
@@ -565,9 +566,10 @@ class Rounds:
         """All-gathers the shards' sizes, as long as some shard is still filling."""
         if not self._full:
             sizes = gather_counts(self.transport, size)
-            if self.paged is not None and not np.array_equal(sizes, self.contents.sizes):
-                self._planner.drop()
-            self.contents.resize(sizes)
+            if (sizes != self.contents.sizes).any():
+                if self.paged is not None:
+                    self._planner.drop()
+                self.contents.resize(sizes)
             # Where bytes are bounded, a full shard may hold fewer in the next round.
             self._full = self.paged is None and np.array_equal(self.contents.sizes, self.limits)
 
