@@ -144,6 +144,28 @@ def test_what_fails_on_one_rank_ends_it_on_all_and_the_buffer_goes_on(message: s
     assert num_past == 3
 
 
+@pytest.mark.parametrize("at", [5, 20])
+def test_progress_that_fails_on_one_rank_ends_it_on_all(at: int) -> None:
+    """Behind the first mini-batch, and behind the last one."""
+
+    def rank_main(end: Transport) -> tuple[str, int]:
+        def progress(num_offered: int) -> None:
+            if end.rank and num_offered >= at:
+                raise OSError("the terminal is gone")
+
+        with make(end) as buffer:
+            with pytest.raises((OSError, RuntimeError)) as raised:
+                buffer.fill(batches(end.rank, 2), progress=progress)
+            for batch in batches(3 + end.rank, 2):
+                buffer.update(batch)
+            return str(raised.value), len(buffer)
+
+    (other, num_held), (own, _) = on_ranks(2, rank_main)
+    assert other.startswith("rank 0: fill failed on rank(s) [1]: see the error there")
+    assert own == "the terminal is gone"
+    assert num_held > (10 if at == 5 else 20)  # what was offered before, and some of the updates
+
+
 def test_a_rank_that_trains_meanwhile_is_named() -> None:
     def rank_main(end: Transport) -> str:
         with pytest.raises(PeerLostError) as raised, make(end) as buffer:

@@ -218,6 +218,24 @@ def test_on_other_ranks_nothing_is_lost_and_it_stays_protected(
         assert len(buffer) == 40
 
 
+@pytest.mark.parametrize("is_paged", [False, True])
+def test_how_many_are_protected_is_known_after_a_load(is_paged: bool, tmp_path: Path) -> None:
+    arguments = {"capacity_bytes": 9_000} if is_paged else {}
+
+    def samples() -> Any:
+        numbers, labels = torch.arange(60), torch.arange(60) % 3
+        return (numbers, labels, [numbers[:1]] * 60) if is_paged else (numbers, labels)
+
+    with make(**arguments) as buffer:
+        assert buffer.stats().num_protected == 0
+        buffer.fill([samples()])
+        assert buffer.protect(0.5) == buffer.stats().num_protected == 20
+        buffer.save(tmp_path)
+    with make(**arguments) as buffer:
+        buffer.load(tmp_path)
+        assert buffer.stats().num_protected == 20
+
+
 def test_a_load_takes_its_place(tmp_path: Path) -> None:
     with make() as buffer:
         buffer.fill(old(0))

@@ -429,9 +429,9 @@ class RehearsalBuffer:
             How many samples all ranks have offered.
 
         Raises:
-            Exception: what this rank's loader raises, or ``update`` would; on the other ranks a
-                RuntimeError that names this one. What was offered before is stored, and the buffer
-                goes on.
+            Exception: what this rank's loader or ``progress`` raises, or ``update`` would; on the
+                other ranks a RuntimeError that names this one. What was offered before is stored,
+                and the buffer goes on.
             CheckpointError: on every rank, if they are not in step.
             PeerLostError, RoundError, BufferClosedError: see ``update``.
         """

@@ -104,6 +104,9 @@ def spawn_ranks(
 ) -> list[Result | BaseException | int | None]:
     """Runs ranks as real processes with a gloo group over loopback.
 
+    Where the system can, they are forked from a process that has imported PyTorch, so that they
+    begin at once. Their environment is the one at the first call.
+
     Args:
         num_ranks: how many.
         rank_main: a module-level function, called as ``rank_main(rank, *args)``.
@@ -114,7 +117,10 @@ def spawn_ranks(
         For each rank: what ``rank_main`` returned or raised, or, if the process died without
         either, its exit code; None if it had to be killed.
     """
-    context = mp.get_context("spawn")
+    context: Any = mp.get_context("spawn")
+    if "forkserver" in mp.get_all_start_methods():  # ranks begin with all of this imported
+        context = mp.get_context("forkserver")
+        context.set_forkserver_preload([__name__])
     outcomes: list[Any] = [None] * num_ranks
     with tempfile.TemporaryDirectory() as folder:
         pipes, processes = [], []

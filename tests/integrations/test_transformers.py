@@ -28,8 +28,10 @@ from language_model import (  # noqa: E402
 )
 from transformers import Trainer  # noqa: E402
 
-from ritornello import RehearsalBuffer  # noqa: E402
+from ritornello import CheckpointError, RehearsalBuffer  # noqa: E402
 from ritornello.integrations.transformers import FOLDER, Rehearsal  # noqa: E402
+from ritornello.testing import run_ranks  # noqa: E402
+from ritornello.transports import LocalTransport, Transport  # noqa: E402
 
 
 class RehearsalTrainer(Recorder, Rehearsal, Trainer):
@@ -211,6 +213,45 @@ def test_checkpoints_without_the_buffer(
     assert "checkpoint-4 holds no buffer; it stays as it is" in caplog.text
 
 
+class Bare:
+    """What the mixin needs of a trainer."""
+
+    def get_batch_samples(self, *given: Any) -> None: ...
+
+    def training_step(self, *given: Any) -> None: ...
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None: ...
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None: ...
+
+
+class BareTrainer(Rehearsal, Bare):
+    pass
+
+
+@pytest.mark.parametrize("finds_it", [0, 1])
+def test_the_first_rank_says_whether_a_checkpoint_holds_the_buffer(
+    finds_it: int, tmp_path: Path
+) -> None:
+    """On a file system that lags one rank may find it, and another not."""
+
+    def rank_main(end: Transport) -> tuple[int, str]:
+        checkpoint = tmp_path if end.rank == finds_it else tmp_path / "late"
+        with RehearsalBuffer(20, num_representatives=1, transport=end, num_candidates=4) as buffer:
+            buffer.update((4 * end.rank + torch.arange(4), torch.arange(4)))
+            buffer.save(tmp_path / FOLDER)
+            buffer.update((4 * end.rank + torch.arange(4), torch.arange(4)))
+            try:
+                BareTrainer(buffer=buffer)._load_optimizer_and_scheduler(str(checkpoint))
+            except CheckpointError as error:
+                return len(buffer), str(error)
+            return len(buffer), ""
+
+    for num_held, message in run_ranks(LocalTransport.connect(2, 20.0), rank_main):
+        assert num_held == 16
+        assert bool(message) == (finds_it == 0)
+
+
 def test_a_buffer_must_be_given(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="buffer='50000': give a RehearsalBuffer"):
         trainer(tmp_path, "50000")  # type: ignore[arg-type]
@@ -309,6 +350,7 @@ def test_two_ranks_and_on_one(tmp_path: Path) -> None:
     script = Path(__file__).with_name("transformers_ranks.py")
     ran = subprocess.run(
         [*command, "--nproc-per-node", "2", str(script), str(tmp_path)],
+        cwd=tmp_path,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

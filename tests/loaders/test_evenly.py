@@ -121,6 +121,40 @@ def test_where_nobody_can_say_what_mini_batches_are_like(is_given: bool) -> None
         )
 
 
+@pytest.mark.parametrize("nothing", [[], {"ids": []}], ids=str)
+def test_a_first_mini_batch_that_says_nothing_is_refused_on_all_ranks(nothing: Any) -> None:
+    texts = [torch.arange(3), torch.arange(5)]
+
+    def rank_main(end: Transport) -> tuple[str, int]:
+        arguments = {"selection": "reservoir", "label": None, "capacity_bytes": 9_000}
+        with make(end, **arguments) as buffer:
+            own = [nothing] if end.rank else [texts]
+            with pytest.raises((ValueError, RuntimeError)) as raised:
+                for batch in evenly(own, buffer):
+                    buffer.update(batch)
+            for batch in evenly([texts] * (2 - end.rank), buffer):  # left out it is as good
+                buffer.update(batch)
+            return str(raised.value), len(buffer)
+
+    first, second = on_ranks(2, rank_main)
+    assert first == ("rank 0: evenly failed on rank(s) [1]: see the error there", 6)
+    assert second[0].startswith(f"rank 1: evenly: the loader's first mini-batch is {nothing},")
+
+
+def test_who_learns_from_others_what_samples_are_like_has_not_loaded_them() -> None:
+    def rank_main(end: Transport) -> str:
+        arguments = {"selection": "reservoir", "label": None, "capacity_bytes": 9_000}
+        with make(end, **arguments) as buffer:
+            own = [] if end.rank else [[torch.arange(3), torch.arange(5)]]
+            for batch in evenly(own, buffer):
+                buffer.update(batch)
+            with pytest.raises((TypeError, ValueError)) as raised:
+                buffer.update({"x": torch.rand(3)})
+            return str(raised.value)
+
+    assert not any("was loaded" in message for message in on_ranks(2, rank_main))
+
+
 def test_ranks_that_do_not_update_equally_often_are_told() -> None:
     def rank_main(end: Transport) -> str:
         with pytest.raises(PeerLostError) as raised, make(end) as buffer:

@@ -152,7 +152,8 @@ def _lose_a_rank(rank: int, folder: Path, when: str, number: signal.Signals) -> 
             if rank == 0:
                 # Rank 2 has a moment to lose its patience, too.
                 time.sleep(2.0)
-                os.kill(processes[1], signal.SIGCONT)
+                if number == signal.SIGSTOP:
+                    os.kill(processes[1], signal.SIGCONT)
     return "nothing raised"
 
 

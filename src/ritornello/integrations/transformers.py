@@ -31,6 +31,7 @@ from torch import Tensor
 
 from ritornello.buffer import RehearsalBuffer
 from ritornello.records.nesting import Batch
+from ritornello.transports.agreement import gather_counts
 
 logger = logging.getLogger(__name__)
 
@@ -170,10 +171,19 @@ class Rehearsal:
         if checkpoint is None or not self._in_checkpoints:
             return
         folder = Path(checkpoint) / FOLDER
-        if folder.is_dir():
+        if self._is_there(folder):
             self.buffer.load(folder)
         else:
             logger.warning("Rehearsal: %s holds no buffer; it stays as it is", checkpoint)
+
+    def _is_there(self, folder: Path) -> bool:
+        """Whether rank 0 finds a folder: on a shared file system others may find it late."""
+        steps = self.buffer._steps
+
+        def as_first() -> bool:
+            return bool(gather_counts(steps.rounds.transport, int(folder.is_dir()))[0])
+
+        return steps.with_peers("load", as_first)
 
     def _augmented(self, batch: Batch) -> Batch:
         augmented = self.buffer.update(batch)

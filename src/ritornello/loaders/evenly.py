@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+import numpy as np
+
 from ritornello.buffer import RehearsalBuffer
 from ritornello.records.nesting import Batch
-from ritornello.rounds.uneven import HAS, Together
+from ritornello.rounds.uneven import FAILED, HAS, Together
 
 
 def evenly(
@@ -37,6 +39,8 @@ def evenly(
     Raises:
         TypeError: a rank never had a mini-batch, and what those of the others are like is not
             known.
+        ValueError: a rank's first mini-batch holds nothing that says what it is like, as ``[]``;
+            on the other ranks a RuntimeError that names this one.
         PeerLostError: also where ranks do not call ``update`` equally often.
         RoundError, BufferClosedError: see ``RehearsalBuffer.update``.
     """
@@ -75,9 +79,25 @@ class Evenly(Iterable[Batch]):
 
         Args:
             batch: this rank's; None if its loader has ended.
+
+        Raises:
+            ValueError, RuntimeError: see ``evenly``.
         """
         self._buffer._check_open("evenly")
-        return bool(self._ranks.tell(batch).max() >= HAS)
+        says_nothing = batch is not None and self._ranks.says_nothing(batch)
+        told = self._ranks.tell(batch, has_failed=says_nothing)
+        here = self._buffer._steps.here
+        if says_nothing:
+            raise ValueError(
+                here(
+                    f"evenly: the loader's first mini-batch is {batch!r}, which does not say what "
+                    "mini-batches are like: leave it out, as ranks may have unequally many, or let "
+                    "it hold tensors without samples, such as images[:0]"
+                )
+            )
+        if failed := np.flatnonzero(told == FAILED).tolist():
+            raise RuntimeError(here(f"evenly failed on rank(s) {failed}: see the error there"))
+        return bool(told.max() >= HAS)
 
     def empty(self) -> Batch:
         """What a rank gets whose loader has ended."""

@@ -132,11 +132,17 @@ class Protected(SelectionPolicy):
         self.needs_labels, self.num_classes = policy.needs_labels, policy.num_classes
         self.buffer_seed = policy.buffer_seed
         self._num_used = self._num_before = 0  # of the slots that are the policy's
+        self._protected = np.zeros(0, dtype=np.int64)
 
     @property
     def excess_labels(self) -> int:  # type: ignore[override]
         """See ``SelectionPolicy``."""
         return self._policy.excess_labels
+
+    @property
+    def num_protected(self) -> int:  # type: ignore[override]
+        """See ``SelectionPolicy``."""
+        return len(self._protected)
 
     @property
     def protected(self) -> Ints:

@@ -64,9 +64,13 @@ class SelectionPolicy(ABC):
         buffer_seed: of the buffer, known before ``bind`` is called.
         excess_labels: about how many distinct labels were offered, once there are so many that the
             whole buffer has no slot for each; 0 before.
+        num_protected: how many of the shard's representatives are protected.
     """
 
-    SET_BY_THE_BUFFER = ("num_slots", "rank", "num_ranks", "buffer_seed", "excess_labels")
+    SET_BY_THE_BUFFER = (
+        *("num_slots", "rank", "num_ranks", "buffer_seed"),
+        *("excess_labels", "num_protected"),
+    )
     """Attributes that are no settings."""
 
     needs_labels = False
@@ -76,6 +80,7 @@ class SelectionPolicy(ABC):
     num_ranks = 1
     buffer_seed = 0
     excess_labels = 0
+    num_protected = 0
 
     def bind(self, num_slots: int, rank: int, num_ranks: int) -> None:
         """Ties the policy to one shard; called once, by the buffer.

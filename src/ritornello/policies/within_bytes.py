@@ -43,6 +43,9 @@ POLICIES = "'class-balanced' (adaptive), 'class-balanced-reservoir', 'reservoir'
 """Whose law ``WithinBytes`` keeps."""
 
 
+NOBODY = np.zeros(0, dtype=np.int64)
+
+
 @dataclass(frozen=True)
 class Turnover:
     """What becomes of a shard in a round: some leave, then some move, then some come.
@@ -119,7 +122,7 @@ class WithinBytes(SelectionPolicy):
         self.num_pages, self.needs_labels, self._newest = num_pages, by_class, newest
         self.num_classes, self._pages_per_rank = num_classes, pages_per_rank
         self._num_offered = self._num_held = self._num_pages_used = 0
-        self._num_protected = self._num_pages_protected = 0
+        self.num_protected = self._num_pages_protected = 0
         self._groups: dict[Group, _Held] = {}
         self._largest: list[tuple[int, int, int, int]] = []  # a heap; some of it is out of date
 
@@ -145,10 +148,9 @@ class WithinBytes(SelectionPolicy):
         most_pages = self.num_pages - self._num_pages_protected
         num_before, end = self._num_held, self._num_held
         keys = self._next_keys(len(labels), generator)
-        if not self.needs_labels:
-            labels = np.zeros_like(labels)
+        class_of = labels.tolist() if self.needs_labels else [0] * len(labels)
         for row, (label, key, pages) in enumerate(
-            zip(labels.tolist(), keys.tolist(), num_pages.tolist(), strict=True)
+            zip(class_of, keys.tolist(), num_pages.tolist(), strict=True)
         ):
             # Pages first: of a class that is refused for these alone nothing is remembered.
             if pages > most_pages or key >= self._group((OFFERED, label)).end:
@@ -166,6 +168,8 @@ class WithinBytes(SelectionPolicy):
                 unused.append(slot)
                 if came.pop(slot, None) is None:
                     removed.append(slot)
+        if end == num_before:
+            return Turnover(NOBODY, NOBODY, NOBODY, NOBODY, NOBODY, num_before)
         moved_from, moved_to = list[int](), list[int]()
         for slot, last in self._gaps(unused, end):
             self._move(last, slot)
@@ -256,10 +260,10 @@ class WithinBytes(SelectionPolicy):
 
     def _note_excess(self, group: Group) -> None:
         """Says so if one gives way as there are more classes than slots."""
-        held, num_others = self._groups[group], self._num_held - self._num_protected - 1
+        held, num_others = self._groups[group], self._num_held - self.num_protected - 1
         if self.excess_labels or len(held.keys) > 1 or group[0] != OFFERED or not num_others:
             return
-        num_slots = self.num_slots - self._num_protected
+        num_slots = self.num_slots - self.num_protected
         self.excess_labels = num_labels_in_excess(
             num_others + 1, held.precedence, num_slots, self.num_ranks, num_others
         )
@@ -423,7 +427,7 @@ class WithinBytes(SelectionPolicy):
         for values in (self._keys, self._pages, self._label_of, self._kind_of):
             values[: len(kept)] = values[kept]
         protected = self._kind_of[: len(kept)] == PROTECTED
-        self._num_protected = int(protected.sum())
+        self.num_protected = int(protected.sum())
         self._num_pages_protected = int(self._pages[: len(kept)][protected].sum())
         return kept
 

@@ -88,7 +88,8 @@ class PagedShard:
             records: as many, with pages of any size.
             num_held: representatives in the shard then.
         """
-        rows, pages = repaged(self._layout, records, self.page_bytes)
+        records = repaged(self._layout, records, self.page_bytes)
+        rows, pages = records.rows, records.pages
         assert pages is not None
         counts, num_moves = self.pages_of(rows), self.pages.num_moves
         taken = self.pages.take(slots, counts)

@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from ritornello.arrays import Ints
 from ritornello.records.shard import Shard, rows_per_rank
@@ -93,7 +92,7 @@ class Paging:
 
 def aligned(num_bytes: Ints) -> Ints:
     """With what is needed for the next one to be aligned."""
-    rounded: Ints = num_bytes + ALIGNMENT - 1 & -ALIGNMENT
+    rounded: Ints = num_bytes + (ALIGNMENT - 1) & -ALIGNMENT
     return rounded
 
 
@@ -130,7 +129,7 @@ class Pages:
     def __init__(self, shard: Shard, table: Shard, num_slots: int) -> None:
         self.shard, self.table = shard, table
         num_pages = len(shard.rows)
-        self._numbers: Ints = table.rows.view(torch.int64).reshape(-1).numpy()
+        self._numbers = table.words
         self.starts, self.counts = np.zeros((2, num_slots), dtype=np.int64)
         self._free = np.arange(num_pages)[::-1].copy()
         self._num_free = num_pages

@@ -29,41 +29,46 @@ class Records(NamedTuple):
     pages: Tensor | None = None
     """uint8 ``[num_pages, page_bytes]``: those that go with them, if some fields are ragged;
     they begin where the rows say."""
+    counts: Ints | None = None
+    """int64 ``[m]``: how many of them each record has, of candidates."""
 
 
 def bytes_of_records(layout: Layout, rows: Bytes) -> Ints:
     """How many bytes in pages records have, int64 ``[n]``."""
-    num_bytes: Ints | int = 0
-    for position in layout.ragged:
-        each = layout.fields[position].bytes_per_length
-        num_bytes = num_bytes + aligned(lengths_of(layout, rows, position) * each)
-    assert not isinstance(num_bytes, int)
-    return num_bytes
+    first, *others = (
+        aligned(lengths_of(layout, rows, position) * layout.fields[position].bytes_per_length)
+        for position in layout.ragged
+    )
+    return sum(others, first)
 
 
 def pages_of_records(layout: Layout, rows: Bytes, page_bytes: int) -> Ints:
     """How many pages records have, int64 ``[n]``."""
-    return -(-bytes_of_records(layout, rows) // page_bytes)
+    return (bytes_of_records(layout, rows) + (page_bytes - 1)) // page_bytes
 
 
 def lengths_of(layout: Layout, rows: Bytes, position: int) -> Ints:
     """How long a ragged field is in records, int64 ``[n]``."""
-    first = layout.fields[position].offset
-    return _words(rows, first)[:, 0]
+    return _words(rows, layout.fields[position].offset)
 
 
 def starts_of(layout: Layout, rows: Bytes) -> Ints:
     """Where the pages of records begin, int64 ``[n]``: a view, to be written, too."""
-    return _words(rows, layout.record_bytes - START_BYTES)[:, 0]
+    return _words(rows, layout.record_bytes - START_BYTES)
 
 
 def _words(rows: Bytes, first: int) -> Ints:
-    words: Ints = rows[:, first : first + 8].view(np.int64)
+    words: Ints = rows.view(np.int64)[:, first // 8]
     return words
 
 
 def pack_pages(
-    layout: Layout, leaves: Sequence[Any], index: Ints | None, rows: Bytes, pages: Bytes
+    layout: Layout,
+    leaves: Sequence[Any],
+    index: Ints | None,
+    counts: Ints,
+    rows: Bytes,
+    pages: Bytes,
 ) -> None:
     """Copies the ragged fields of samples into pages; says in their rows how long and where.
 
@@ -71,13 +76,13 @@ def pack_pages(
         layout: of the records.
         leaves: of a mini-batch.
         index: int64 ``[num_rows]``, the samples to take; None: all of them.
+        counts: int64 ``[num_rows]``, how many pages each has.
         rows: uint8 ``[num_rows, record_bytes]``, written.
         pages: uint8 ``[num_pages, page_bytes]``, written from its beginning.
     """
     numbers = np.arange(len(rows)) if index is None else index
     for position in layout.ragged:
         lengths_of(layout, rows, position)[:] = leaves[position].lengths[numbers]
-    counts = pages_of_records(layout, rows, pages.shape[1])
     starts = starts_of(layout, rows)
     starts[:] = counts.cumsum() - counts
     flat = pages.reshape(-1)
@@ -147,7 +152,7 @@ def leaves_of(layout: Layout, rows: Tensor, pages: Tensor | None) -> list[Any]:
 
 def repaged(layout: Layout, records: Records, page_bytes: int) -> Records:
     """The same records in pages of another size; rows and pages are copies."""
-    rows, pages = records
+    rows, pages = records.rows, records.pages
     assert pages is not None
     if pages.shape[1] == page_bytes:
         return records

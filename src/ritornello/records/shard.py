@@ -27,6 +27,13 @@ class Shard:
         self._array = self._words.numpy() if rows.device.type == "cpu" else None
 
     @property
+    def words(self) -> Ints:
+        """All of it in CPU memory as int64, one row after the other: a view."""
+        assert self._array is not None
+        words: Ints = self._array.reshape(-1)
+        return words
+
+    @property
     def num_bytes(self) -> int:
         """Bytes of all the rows."""
         return self.rows.numel()

@@ -461,7 +461,8 @@ class Rounds:
             The shard's new size; and ``Turnover.changes``, if the sampling policy is to know.
         """
         records = candidates.rows
-        turnover = self._decide(records, labels, paged.pages_of(records))
+        assert candidates.counts is not None
+        turnover = self._decide(records, labels, candidates.counts)
         moved_from, moved_to, slots = turnover.moved_from, turnover.moved_to, turnover.slots
         self.transport.await_readers()
         changes = turnover.changes(labels) if self.sampling.knows_places else None
@@ -541,9 +542,10 @@ class Rounds:
         """All-gathers the shards' sizes, as long as some shard is still filling."""
         if not self._full:
             sizes = gather_counts(self.transport, size)
-            if self.paged is not None and not np.array_equal(sizes, self.contents.sizes):
-                self._planner.drop()
-            self.contents.resize(sizes)
+            if (sizes != self.contents.sizes).any():
+                if self.paged is not None:
+                    self._planner.drop()
+                self.contents.resize(sizes)
             # Where bytes are bounded, a full shard may hold fewer in the next round.
             self._full = self.paged is None and np.array_equal(self.contents.sizes, self.limits)
 

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -86,6 +87,7 @@ class Staging:
             )
         self._turn_end = self._stream.record_event() if self._stream is not None else None
         self._collected_pages = self.pages = None
+        self._collected_counts = np.zeros(0, dtype=np.int64)
         if layout.paging is not None:
             page_bytes = layout.paging.page_bytes
             self._collected_pages = self.pages = torch.zeros((0, page_bytes), dtype=torch.uint8)
@@ -116,9 +118,10 @@ class Staging:
         else:
             self._layout.pack(leaves, rows, collected)
             num_bytes = self._layout.bytes_in_pages(leaves)
-            num_pages = -(-(num_bytes if rows is None else num_bytes[rows]) // self._page_bytes)
-            self._collected_pages = at_least(self._collected_pages, int(num_pages.sum()))
-            pack_pages(self._layout, leaves, rows, collected.numpy(), self._collected_pages.numpy())
+            counts = -(-(num_bytes if rows is None else num_bytes[rows]) // self._page_bytes)
+            pages = at_least(self._collected_pages, int(counts.sum()))
+            pack_pages(self._layout, leaves, rows, counts, collected.numpy(), pages.numpy())
+            self._collected_pages, self._collected_counts = pages, counts
         self._num_collected = num_rows
         if self._stream is not None:
             self._end_turn()
@@ -129,9 +132,10 @@ class Staging:
 
     def candidates(self) -> Records:
         """What was collected since the last call; must be used up before the next."""
-        records = self._collected[: self._num_collected]
-        self._num_collected = 0
-        return Records(records, self._collected_pages)
+        num, self._num_collected = self._num_collected, 0
+        if self._collected_pages is None:
+            return Records(self._collected[:num])
+        return Records(self._collected[:num], self._collected_pages, self._collected_counts[:num])
 
     def take(self, num_rows: int) -> Tensor:
         """The first staged representatives as records, valid until ``release`` or ``collect``."""

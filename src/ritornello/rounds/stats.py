@@ -47,6 +47,8 @@ class BufferStats:
     """Seconds of the worker: admit, plan, exchange, stage."""
     used_bytes: int = 0
     """How much of ``shard_bytes`` is in use: rows, and pages with their places in the table."""
+    num_protected: int = 0
+    """Protected representatives in this rank's shard; see ``RehearsalBuffer.protect``."""
     num_distinct: int | None = None
     """Distinct samples in this rank's shard, by ``identity=``; without it those whose bytes differ,
     if asked, else None."""
@@ -83,6 +85,7 @@ class BufferStats:
             seconds_joining=steps.outputs.seconds,
             seconds_offering=steps.seconds_offering,
             seconds_per_stage=dict(rounds.seconds_per_stage),
+            num_protected=rounds.selection.num_protected,
             num_distinct=rounds.num_distinct(distinct),
         )
 

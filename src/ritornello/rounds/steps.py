@@ -18,6 +18,7 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -43,9 +44,6 @@ logger = logging.getLogger(__name__)
 
 GRACE_SECONDS = 1.0
 """How much longer than a peer the trainer waits, so that the error that names the peer is first."""
-
-AFTER_LOAD = ". (The buffer was loaded: load with convert= gives its samples another form)"
-
 
 Result = TypeVar("Result")
 
@@ -289,7 +287,9 @@ class Steps:
         began = time.perf_counter()
         num_samples = leaves[0].shape[0]
         rows = None
-        if self.num_candidates is not None and self.num_candidates < num_samples:
+        if self.num_candidates == 0:
+            rows = np.zeros(0, dtype=np.int64)
+        elif self.num_candidates is not None and self.num_candidates < num_samples:
             generator = self._candidate_streams.at(self._place.num_offers)
             chance = self.num_candidates / num_samples
             rows = (generator.random(num_samples) < chance).nonzero()[0]
@@ -515,8 +515,16 @@ class Steps:
         """A copy of what is staged for the next step, in CPU memory."""
         return self._known.staging.staged(self.num_staged)
 
-    def begin_restored(self, layout: Layout, label: int | None, on_gpu: bool) -> None:
+    def begin_restored(
+        self, layout: Layout, label: int | None, on_gpu: bool, advice: str = ""
+    ) -> None:
         """Begins with a layout that is known from elsewhere, before any mini-batch.
+
+        Args:
+            layout: of the records.
+            label: the position of the label among the fields.
+            on_gpu: whether mini-batches were on an accelerator there.
+            advice: for the error if the first mini-batch is of another form.
 
         Raises:
             MemoryError: its records do not fit.
@@ -527,7 +535,7 @@ class Steps:
         if on_gpu and accelerators.is_available():  # the first draw may come before any mini-batch
             device = accelerators.current_device()
         self._begin(device, layout, label)
-        self._advice = AFTER_LOAD
+        self._advice = advice
 
     def forget_restored(self) -> None:
         """As before ``begin_restored``."""

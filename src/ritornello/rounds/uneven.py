@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ritornello.arrays import Ints
 from ritornello.records.layout import Layout
-from ritornello.records.nesting import Batch, Path, mapped
+from ritornello.records.nesting import Batch, Path, leaves_of, mapped
 from ritornello.records.ragged import emptied, empty_lists, pattern_of, ragged_paths
 from ritornello.rounds.first_batch import bounded
 from ritornello.rounds.steps import Steps
@@ -45,6 +45,10 @@ class Together:
     def __init__(self, steps: Steps, call: str, like: Batch | None = None) -> None:
         self._steps, self._call = steps, call
         self._pattern: _Pattern | None = None if like is None else self._pattern_of(like)
+
+    def says_nothing(self, batch: Batch) -> bool:
+        """Whether a mini-batch does not say what such are like, as ``[]``, and none has before."""
+        return self._pattern is None and not list(leaves_of(batch, whole=self._ragged_in(batch)))
 
     def tell(self, batch: Batch | None, num_samples: int = 0, has_failed: bool = False) -> Ints:
         """Tells the other ranks what this one's loader has given; blocks until all have.
@@ -106,9 +110,12 @@ class Together:
         self._steps.begin_restored(layout, label, on_gpu=False)
 
     def _pattern_of(self, batch: Batch) -> _Pattern:
-        begun = None if self._steps.outputs.coding.encodes else self._steps.begun
-        ragged = ragged_paths(batch) if begun is None else begun.layout.ragged_paths
+        ragged = self._ragged_in(batch)
         return _Pattern(mapped(batch, pattern_of, ragged), ragged)
+
+    def _ragged_in(self, batch: Batch) -> frozenset[Path]:
+        begun = None if self._steps.outputs.coding.encodes else self._steps.begun
+        return ragged_paths(batch) if begun is None else begun.layout.ragged_paths
 
     def _exchange(self, own: int) -> Ints:
         """On the worker's thread."""
@@ -163,10 +170,12 @@ def _batches_of(loader: Iterable[Batch]) -> Iterator[Batch]:
 def fill(steps: Steps, loader: Iterable[Batch], progress: Callable[[int], None] | None) -> int:
     """Offers all samples of a loader; see ``RehearsalBuffer.fill``."""
     ranks, num_offered = Together(steps, "fill"), 0
-    batches = None
+    batches, has_offered = None, False
     while True:
         batch, num_samples, failure = None, 0, None
         try:
+            if has_offered and progress is not None:
+                progress(num_offered)
             batches = _batches_of(loader) if batches is None else batches
             batch = next(batches, None)
             if batch is not None:
@@ -190,5 +199,4 @@ def fill(steps: Steps, loader: Iterable[Batch], progress: Callable[[int], None] 
             steps.collect(ranks.empty())
         steps.start_between_steps(steps.rate)
         num_offered += int((told - HAS).clip(min=0).sum())
-        if progress is not None:
-            progress(num_offered)
+        has_offered = True

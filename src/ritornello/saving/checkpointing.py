@@ -46,6 +46,8 @@ from ritornello.saving.state_dict import PREFIX, Entry, entry_of, gathered
 from ritornello.saving.writing import SaveUnderWay, Snapshot, new_save_id
 from ritornello.transports.agreement import together
 
+AFTER_LOAD = ". (The buffer was loaded: load with convert= gives its samples another form)"
+
 DRAWN_BY = ("num_draws", "sampling", "draws")
 """The arguments that, with the rate, say what is drawn, and how much is staged for a step."""
 
@@ -337,7 +339,7 @@ class Checkpointing:
             return
         together(
             self._transport,
-            lambda: steps.begin_restored(layout, manifest.label, manifest.on_gpu),
+            lambda: steps.begin_restored(layout, manifest.label, manifest.on_gpu, AFTER_LOAD),
             call,
         )
         # The capacity may depend on what the samples are.

@@ -115,8 +115,9 @@ def read(saved: SavedBuffer, rank: int, slots: Ints | None) -> Iterator[SavedRep
     if layout is None:
         return
     admitted_in = admission_rounds(saved, rank)
-    for at, (rows, pages) in _pieces(saved, rank, slots):
-        leaves = leaves_of(layout, rows, pages)
+    for at, records in _pieces(saved, rank, slots):
+        rows = records.rows
+        leaves = leaves_of(layout, rows, records.pages)
         yield SavedRepresentatives(
             at,
             layout.rebuild(leaves),

@@ -38,8 +38,8 @@ def gather_counts(transport: Transport, count: int) -> Ints:
         PartedError: a rank is somewhere else, in a call between rounds.
     """
     counts = transport.all_gather(np.array([count]))[:, 0].copy()
-    elsewhere = tuple(np.flatnonzero(counts < 0).tolist())
-    if elsewhere:
+    if (counts < 0).any():
+        elsewhere = tuple(np.flatnonzero(counts < 0).tolist())
         call = CALLS[(-1 - int(counts[elsewhere[0]])) % len(CALLS)]
         raise PartedError(
             f"rank(s) {list(elsewhere)} are in {call}, and this one in a round: all ranks must "

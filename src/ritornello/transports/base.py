@@ -1,6 +1,6 @@
 """The contract of a transport: what moves records between ranks.
 
-Three methods make a transport, and three more serve those whose ranks read each other's shards.
+Three methods make a transport, and four more serve those whose ranks read each other's shards.
 The worker calls them, and between rounds the trainer's thread, never both at once; in the same
 order on every rank.
 ``ritornello.testing.TransportConformance`` is the suite that every transport passes.
@@ -81,6 +81,13 @@ class Transport(ABC):
             peers: the ranks to exchange with; records of others are left as they are. None:
                 all, this rank included.
         """
+
+    def exchange_pages(self, shard: Shard, plan: Plan, out: Tensor) -> None:
+        """As ``exchange``, of the pages of records that were exchanged just before.
+
+        They come from owners of these records, and so from none that is still admitting.
+        """
+        self.exchange(shard, plan, out)
 
     def look_up(self, pages: Pages, places: Ints, counts: Ints) -> Ints:
         """The pages at some places of the tables of their owners, for ``exchange``.

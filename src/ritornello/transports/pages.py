@@ -35,8 +35,8 @@ def exchange_pages(
     """
     starts, counts = paged.starts_of(received), paged.pages_of(received)
     of_pages = plan_of_pages(transport, paged.pages, plan, starts, counts)
-    transport.exchange(paged.pages.shard, of_pages, room(of_pages.num_drawn))
     starts[:] = counts.cumsum() - counts
+    transport.exchange_pages(paged.pages.shard, of_pages, room(of_pages.num_drawn))
     return of_pages
 
 
@@ -56,20 +56,17 @@ def plan_of_pages(
             begin.
         counts: int64 ``[plan.num_drawn]``, how many they are.
     """
-    nobody, places = np.zeros((transport.num_ranks, 0), dtype=np.int64), expanded(starts, counts)
+    places = expanded(starts, counts)
     if transport.num_ranks == 1:
-        all_of_them = np.array([len(places)])
-        return Plan(pages.at(places), all_of_them, all_of_them, nobody, nobody > 0)
+        found, num_places = pages.at(places), np.array([len(places)])
+        return Plan(found, num_places, num_places, lambda: found)
     receive_counts = _sums(counts, plan.receive_counts)
-    of_pages = Plan(
+    return Plan(
         receive_slots=transport.look_up(pages, places, receive_counts),
         receive_counts=receive_counts,
         send_counts=_sums(pages.counts[plan.send_slots], plan.send_counts),
-        drawn_slots=nobody,
-        is_asked=nobody > 0,
+        find_send_slots=lambda: pages.of_slots(plan.send_slots),
     )
-    of_pages.send_slots = pages.of_slots(plan.send_slots)
-    return of_pages
 
 
 def _sums(values: Ints, counts: Ints) -> Ints:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 
@@ -24,11 +25,8 @@ class Plan:
     """int64 ``[num_ranks]``: how many of them come from each rank."""
     send_counts: Ints
     """int64 ``[num_ranks]``: how many of this rank's records go to each rank (and itself)."""
-    drawn_slots: Ints
-    """int64 ``[num_ranks, num_drawn]``: what each rank draws, counted from the beginning of this
-    rank's shard."""
-    is_asked: Bools
-    """bool ``[num_ranks, num_drawn]``: which of them lie in this rank's shard."""
+    find_send_slots: Callable[[], Ints]
+    """See ``send_slots``."""
     order: Ints | None = None
     """With several draws, int64 ``[num_drawn]``: the record received as number ``i`` is number
     ``order[i]`` of what was drawn, draw after draw. None: already in that order."""
@@ -44,10 +42,7 @@ class Plan:
 
         Found when first asked for: ranks that share memory never ask.
         """
-        requesters, places = self.is_asked.nonzero()
-        slots: Ints = self.drawn_slots[requesters, places]
-        stride = int(slots.max(initial=0)) + 1
-        return np.sort(requesters * stride + slots) % stride
+        return self.find_send_slots()
 
 
 def plans_of_draws(draws: Ints, sizes: Ints, rank: int) -> list[Plan]:
@@ -96,9 +91,22 @@ def plans_of_draws(draws: Ints, sizes: Ints, rank: int) -> list[Plan]:
             receive_slots[i],
             receive_counts[i],
             send_counts[i],
-            slots[i],
-            is_asked[i],
+            partial(_slots_to_send, slots[i], is_asked[i]),
             None if order is None else order[i],
         )
         for i in range(num_rounds)
     ]
+
+
+def _slots_to_send(drawn_slots: Ints, is_asked: Bools) -> Ints:
+    """The slots of one rank's shard that others (and itself) get, by requester.
+
+    Args:
+        drawn_slots: int64 ``[num_ranks, num_drawn]``, what each rank draws, counted from the
+            beginning of this rank's shard.
+        is_asked: bool ``[num_ranks, num_drawn]``, which of them lie in it.
+    """
+    requesters, places = is_asked.nonzero()
+    slots: Ints = drawn_slots[requesters, places]
+    stride = int(slots.max(initial=0)) + 1
+    return np.sort(requesters * stride + slots) % stride

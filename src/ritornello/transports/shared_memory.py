@@ -292,20 +292,39 @@ class SharedMemoryTransport(Transport):
         self, shard: Shard, plan: Plan, out: Tensor, peers: Sequence[int] | None = None
     ) -> None:
         """See ``Transport.exchange``."""
-        assert isinstance(shard, _HostShard)
         assert peers is None
         readers = self._peers_of(plan.send_counts.tolist())
-        self._readers += readers
         self._post(ADMITTED, readers)
+        owners = self._peers_of(plan.receive_counts.tolist())
+        self._fetch(shard, plan, out, readers, admitting=owners)
+
+    def exchange_pages(self, shard: Shard, plan: Plan, out: Tensor) -> None:
+        """See ``Transport.exchange_pages``: a message to other hosts, none to neighbours."""
+        readers = self._peers_of(plan.send_counts.tolist())
+        self._fetch(shard, plan, out, readers, admitting=[])
+
+    def _fetch(
+        self, shard: Shard, plan: Plan, out: Tensor, readers: list[int], admitting: list[int]
+    ) -> None:
+        """As ``exchange``.
+
+        Args:
+            shard: this rank's.
+            plan: of the round.
+            out: see there.
+            readers: the neighbours that read this rank's shard.
+            admitting: those that may still write what is read here.
+        """
+        assert isinstance(shard, _HostShard)
+        self._readers += readers
         if self.peers_elsewhere:
             self._inner.exchange(shard, plan, out, np.flatnonzero(~self._is_neighbour).tolist())
         counts = plan.receive_counts.tolist()
         rows = plan.receive_slots + shard.firsts.repeat(plan.receive_counts)
         if out.shape[1] >= LARGE_RECORD_BYTES:
-            self._gather_one_by_one(shard.all_shards, counts, rows, out)
+            self._gather_one_by_one(shard.all_shards, counts, rows, out, admitting)
             return
-        owners = self._peers_of(counts)
-        self._wait(ADMITTED, owners, DOING_ADMISSION)
+        self._wait(ADMITTED, admitting, DOING_ADMISSION)
         if not self.peers_elsewhere:
             shard.all_shards.gather(rows, out)
         else:
@@ -313,10 +332,10 @@ class SharedMemoryTransport(Transport):
             records = torch.empty((len(here), out.shape[1]), dtype=torch.uint8)
             shard.all_shards.gather(rows[here], records)
             Shard(out).write(here, records, np.arange(len(here)))
-        self._post(READ, owners)
+        self._post(READ, self._peers_of(counts))
 
     def _gather_one_by_one(
-        self, all_shards: Shard, counts: list[int], rows: Ints, out: Tensor
+        self, all_shards: Shard, counts: list[int], rows: Ints, out: Tensor, admitting: list[int]
     ) -> None:
         """Gathers large records owner by owner, this rank's first: copying hides the waiting."""
         ends = np.cumsum(counts).tolist()
@@ -326,21 +345,23 @@ class SharedMemoryTransport(Transport):
             if not counts[owner]:
                 continue
             part = slice(ends[owner] - counts[owner], ends[owner])
-            if owner == self.rank:
-                all_shards.gather(rows[part], out[part])
-            else:
+            if owner in admitting:
                 self._wait(ADMITTED, (owner,), DOING_ADMISSION)
-                all_shards.gather(rows[part], out[part])
+            all_shards.gather(rows[part], out[part])
+            if owner != self.rank:
                 self._post(READ, (owner,))
 
     def look_up(self, pages: Pages, places: Ints, counts: Ints) -> Ints:
-        """See ``Transport.look_up``. What the neighbours admit next waits for ``exchange``."""
+        """See ``Transport.look_up``. What neighbours admit next waits for ``exchange_pages``."""
         table = pages.table
         assert isinstance(table, _HostShard)
-        tables = table.all_shards.rows.view(torch.int64).reshape(-1).numpy()
-        here = np.flatnonzero(self._is_neighbour.repeat(counts))
+        tables = table.all_shards.words
+        places_of_all = places + (PLACES_PER_ROW * table.firsts).repeat(counts)
+        here: slice | Ints = slice(None)
+        if self.peers_elsewhere:
+            here = np.flatnonzero(self._is_neighbour.repeat(counts))
         found = places.copy()
-        found[here] = tables[places[here] + (PLACES_PER_ROW * table.firsts).repeat(counts)[here]]
+        found[here] = tables[places_of_all[here]]
         return found
 
     def interrupt(self) -> None:

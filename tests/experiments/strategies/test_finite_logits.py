@@ -11,6 +11,8 @@ from ritornello import RehearsalBuffer
 from ritornello.experiments.ranks.launch import LaunchError, launch
 from ritornello.experiments.strategies import DER, DERPlusPlus
 
+pytestmark = pytest.mark.usefixtures("forked_ranks")
+
 MESSAGE = r"task 3, step 2 of this run: the logits of 3 new sample\(s\) are not finite, .*learning"
 
 

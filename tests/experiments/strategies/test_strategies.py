@@ -37,6 +37,8 @@ from ritornello.experiments.strategies.a_gem import project
 from ritornello.testing import run_ranks, spawn_ranks
 from ritornello.transports import LocalTransport, Transport
 
+pytestmark = pytest.mark.usefixtures("forked_ranks")
+
 
 class Step(NamedTuple):
     """What one rank trains on in one step."""

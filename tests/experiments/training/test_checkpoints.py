@@ -32,6 +32,8 @@ from ritornello.experiments.training import run as train
 from ritornello.experiments.training.checkpoints import Checkpoint
 from ritornello.experiments.training.saver import CheckpointSettings, Saver
 
+pytestmark = pytest.mark.usefixtures("forked_ranks")
+
 EVERY_7 = CheckpointSettings(save_every=7, resume=True)
 
 FEW_STEPS = {"num_tasks": 2, "epochs": 1, "global_batch_size": 128, "global_num_candidates": None}

@@ -18,6 +18,8 @@ from ritornello.experiments.training import exemplars
 from ritornello.testing import run_ranks, spawn_ranks
 from ritornello.transports import LocalTransport, Transport
 
+pytestmark = pytest.mark.usefixtures("forked_ranks")
+
 LABELS = np.array([4, 7, 4, 4, 7, 4])
 
 

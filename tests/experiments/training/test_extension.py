@@ -34,6 +34,8 @@ from ritornello.experiments.training.extension import extend
 from ritornello.experiments.training.saver import CheckpointSettings, Saver
 from ritornello.experiments.training.trainer import Trainer
 
+pytestmark = pytest.mark.usefixtures("forked_ranks")
+
 RESUME = CheckpointSettings(save_every=5, resume=True)
 
 LIVING = {"buffer", "model.pt", "results.json"}

@@ -26,6 +26,8 @@ from ritornello.experiments.training import probe
 from ritornello.experiments.training import run as train
 from ritornello.experiments.training.trainer import Trainer
 
+pytestmark = pytest.mark.usefixtures("forked_ranks")
+
 AS_BEFORE = ("weights_sha256", "top1", "top5", "average_top1", "forgetting", "plasticity")
 
 

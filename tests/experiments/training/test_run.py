@@ -18,6 +18,8 @@ from ritornello.experiments.recipes.named import recipe_named
 from ritornello.experiments.recipes.recipe import Recipe, with_changes
 from ritornello.experiments.training import run as train
 
+pytestmark = pytest.mark.usefixtures("forked_ranks")
+
 
 def quick(**changes: Any) -> Recipe:
     return recipe_named("digits", **{"epochs": 3, **changes})

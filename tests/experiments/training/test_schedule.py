@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from typing import Any
 
@@ -108,3 +109,33 @@ def test_every_new_sample_is_visited_equally_often() -> None:
     for images, _, _ in schedule.batches(1, 0):
         seen.update(image.numpy().tobytes() for image in images)
     assert max(seen.values()) - min(seen.values()) <= 1
+
+
+@pytest.mark.parametrize("composition", ["append", "proportional"])
+def test_what_a_last_epoch_offers_is_what_it_holds(composition: str) -> None:
+    all_samples = {"composition": composition, "epochs": 3, "global_num_candidates": None}
+    schedule = schedule_of(recipe_named("digits", **all_samples))
+    for number in (0, 4):
+        first = schedule.num_steps(number) - schedule.steps_per_epoch(number)
+        assert schedule.num_offered_last(number) == sum(sizes(schedule, number, first)) > 0
+    every_4th = recipe_named("digits", composition=composition, global_num_candidates=4)
+    assert schedule_of(every_4th).num_offered_last(0) == 4 * schedule.steps_per_epoch(0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "warns"),
+    [
+        ({"capacity": 0.5, "remembers": "last-epoch"}, Rehearsal, True),
+        ({"capacity": 300, "global_num_candidates": 1, "remembers": "last-epoch"}, Rehearsal, True),
+        ({"capacity": 0.2, "remembers": "last-epoch"}, Rehearsal, False),
+        ({"capacity": 0.5, "remembers": "stream"}, Rehearsal, False),
+        ({"capacity": 0.5, "remembers": "last-epoch"}, Incremental, False),
+    ],
+)
+def test_a_buffer_that_last_epochs_do_not_fill(
+    changes: dict[str, Any], kind: type[Strategy], warns: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        schedule_of(proportional(**changes), kind).warn_of_room()
+    assert ("remembers='last-epoch': all tasks together offer about" in caplog.text) == warns
+    assert ("remembers='stream' fills it" in caplog.text) == warns

@@ -27,6 +27,9 @@ OTHERS_FIRST_SECONDS = 2.0
 """How long a rank that has lost another waits before it fails: the launcher shows the first error,
 and that of the lost rank says why."""
 
+START_METHOD = "spawn"
+"""How local ranks start: each imports everything itself, with its own environment."""
+
 
 class LaunchError(RuntimeError):
     """A rank failed; the others were ended.
@@ -216,7 +219,7 @@ def _start(num_ranks: int, num_restarts: int, target: Callable[..., Any], *argum
         local_addr="127.0.0.1",
         max_restarts=num_restarts,
         monitor_interval=0.1,
-        start_method="spawn",
+        start_method=START_METHOD,
     )
     try:
         return elastic_launch(config, _started)(target, *arguments)[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import repeat
@@ -25,6 +26,11 @@ from ritornello.experiments.strategies import Strategy
 from ritornello.experiments.training import exemplars
 from ritornello.loaders.composition import ComposedSteps
 from ritornello.records.shard import rows_of_rank
+
+logger = logging.getLogger(__name__)
+
+MOSTLY = 0.95
+"""A buffer that is filled so far is not worth a warning."""
 
 
 class Schedule:
@@ -118,6 +124,38 @@ class Schedule:
             return len(self._composed(number))
         images = self._training_images(number)
         return 0 if images is None else steps_per_pass(len(images), recipe.global_batch_size)
+
+    def warn_of_room(self) -> None:
+        """Says so where what tasks offer in their last epochs does not fill the buffer.
+
+        The last epoch of a composed task has but a part of its samples: the others are past ones.
+        """
+        recipe = self._recipe
+        if recipe.remembers != "last-epoch" or not self._strategy.rehearses:
+            return
+        num_train = sum(task.num_train for task in self._tasks)
+        room = min(recipe.num_stored(len(self._data.train)), num_train)
+        num_offered = sum(self.num_offered_last(number) for number in range(len(self._tasks)))
+        if num_offered < MOSTLY * room:
+            logger.warning(
+                "remembers='last-epoch': all tasks together offer about %d samples in their last "
+                "epochs, and the buffer has room for %d (capacity=%g): it is not filled. "
+                "remembers='stream' fills it",
+                num_offered,
+                room,
+                recipe.capacity,
+            )
+
+    def num_offered_last(self, number: int) -> int:
+        """How many samples a task offers in its last epoch, expected, on all ranks together."""
+        recipe, num_ranks = self._recipe, self._place.num_ranks
+        num_steps = self.steps_per_epoch(number)
+        new = [recipe.global_batch_size // num_ranks] * num_steps
+        if self.is_composed:
+            own, first = recipe.composed_samples // num_ranks, self.num_steps(number) - num_steps
+            new = [own - (self.num_past(number, first + step) or 0) for step in range(num_steps)]
+        most = recipe.own_candidates(num_ranks)
+        return num_ranks * sum(each if most is None else min(each, most) for each in new)
 
     def batches(self, number: int, first: int) -> Iterator[LoadedBatch]:
         """This rank's mini-batches of a task, from step ``first`` on; empty if it only observes."""
