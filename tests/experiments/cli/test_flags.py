@@ -35,7 +35,7 @@ def test_every_setting_arrives_in_the_recipe() -> None:
         averaged=0.9, probe_every=5, ranks_differ=0.1, local_steps=4, si_strength=0.3,
         si_damping=0.4, locality=0.6, surrogate_steps=9, distance="js", generated_share=0.5, prior="dirichlet",
         prior_concentration=2.0, latents=7, generator_units=9, generator_learning_rate=0.01,
-        conditional="off", distillation=0.5,
+        conditional="off", distillation=0.5, stores="files", capacity_bytes=10**6, loss="mae",
     )  # fmt: skip
     assert {name for name, value in vars(given).items() if value is None} == {"epochs"}
     buffer = BufferChanges(
@@ -105,5 +105,5 @@ def help_of(kind: type) -> dict[str, str]:
     ],
 )
 def test_the_help_names_all_that_there_is(kind: type, field: str, names: Iterable[str]) -> None:
-    words = help_of(kind)[field].replace(",", " ").replace(".", " ").split()
+    words = help_of(kind)[field].replace(",", " ").replace(".", " ").replace(";", " ").split()
     assert [name for name in names if name not in words] == []
