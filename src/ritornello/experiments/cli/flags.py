@@ -174,8 +174,8 @@ class Changes(TaskChanges):
     generator_learning_rate: float | None = None
     """generative: of the generator's own Adam."""
     conditional: Switch | None = None
-    """generative: whether the generator is told the class; if not, the model labels what it makes,
-    as it was when the last task had ended."""
+    """generative: whether the generator is told classes, and asked for each equally often. The
+    model labels what it makes, as it was when the last task had ended."""
     distillation: float | None = None
     """generative: weight of the distance to the logits of the model as it was then."""
 

@@ -45,8 +45,7 @@ class GeneratorSettings:
     learning_rate: float = 0.001
     """Of its own Adam, which goes on from task to task."""
     is_conditional: bool = True
-    """Whether it is told the class; else it is not, and what it makes is labelled by the model as
-    it was at the last task's end."""
+    """Whether it is told the class."""
 
 
 class GaussianPrior:

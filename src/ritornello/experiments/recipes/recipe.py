@@ -205,8 +205,9 @@ class Recipe:
     generator_learning_rate: float = 0.001
     """Of its own Adam, which goes on from task to task."""
     conditional: bool = True
-    """Whether it is told the class. If not, what it makes has the label that the model gave it
-    when the last task had ended."""
+    """Whether it is told the class, and asked for each class so far equally often. What it makes
+    has the label that the model gave it when the last task had ended; with
+    scenario="task-incremental" the class that was asked for."""
     distillation: float = 0.0
     """Weight of the distance of what is generated to the logits of the model as it was then."""
 

@@ -50,9 +50,20 @@ def settings(**changes: Any) -> GeneratorSettings:
 
 
 def past_of(
-    count: int, sizes: GlobalSizes | None = None, seed: int = 5, **changes: Any
+    count: int,
+    sizes: GlobalSizes | None = None,
+    seed: int = 5,
+    trusts_class: bool = False,
+    **changes: Any,
 ) -> GeneratedPast:
-    return GeneratedPast(count, NUM_CLASSES, settings(**changes), sizes=sizes, seed=seed)
+    return GeneratedPast(
+        count,
+        NUM_CLASSES,
+        settings(**changes),
+        sizes=sizes,
+        seed=seed,
+        trusts_class=trusts_class,
+    )
 
 
 def batch(seed: int, count: int = 6, classes: tuple[int, ...] = (0, 1)) -> tuple[Tensor, Tensor]:
@@ -88,7 +99,7 @@ def images_of(past: GeneratedPast, model: nn.Module) -> Tensor:
 
 def test_draws_are_of_each_class_so_far_equally_often_and_look_like_the_samples() -> None:
     model = Model()
-    strategy = Generative(past_of(400))
+    strategy = Generative(past_of(400, trusts_class=True))
     strategy.begin_task(0, (0, 1))
     assert strategy.past.draw(model, torch.zeros(0)) is None
     learnt(strategy, model)
@@ -96,7 +107,7 @@ def test_draws_are_of_each_class_so_far_equally_often_and_look_like_the_samples(
         drawn = strategy.past.draw(model, torch.zeros(0))
         assert drawn is not None
         assert (drawn.images.shape, drawn.images.dtype) == ((400, *SHAPE), torch.uint8)
-        assert drawn.logits is None
+        assert drawn.logits is None  # nobody asks for them
         counts = drawn.labels.bincount(minlength=4)
         assert counts.nonzero().flatten().tolist() == list(classes)
         assert (counts[list(classes)] - 400 / len(classes)).abs().max() < 60
@@ -143,9 +154,10 @@ def test_until_the_next_tasks_end_nothing_that_learns_changes_the_draws() -> Non
         assert torch.equal(draws[0][leaf], draws[1][leaf])
 
 
-def test_what_an_unconditional_generator_makes_is_labelled_by_the_model_as_it_was() -> None:
+@pytest.mark.parametrize("is_conditional", [True, False])
+def test_what_is_made_is_labelled_by_the_model_as_it_was(is_conditional: bool) -> None:
     model = Model()
-    strategy = Generative(past_of(50, is_conditional=False))
+    strategy = Generative(past_of(50, is_conditional=is_conditional))
     learnt(strategy, model, rate=3.0)
     then = copy.deepcopy(model).eval()
     model.last.weight.data.neg_()
@@ -172,7 +184,7 @@ def reference(
     labels = torch.cat([*(each for _, each in real), made.labels])
     losses = cross_entropy(model(images), labels)
     past = losses[number_of_new:]
-    if made.logits is not None:
+    if isinstance(strategy, Generative) and strategy.distillation:
         away = squared(model(made.images), made.logits)
         past = torch.cat((past[: -len(away)], past[-len(away) :] + 0.3 * away))
     if strategy.loss_weights == "by-task":
@@ -217,7 +229,7 @@ SPLITS = {"even": ([4, 4, 4], 9), "uneven": ([4, 3, 3], 7)}
 """New samples of each of three ranks, and what they generate together."""
 
 KINDS: dict[str, Callable[[GeneratedPast, GlobalSizes], Strategy]] = {
-    "alone": lambda past, sizes: Generative(past, sizes=sizes, loss_weights="by-task"),
+    "by-task": lambda past, sizes: Generative(past, sizes=sizes, loss_weights="by-task"),
     "by-sample": lambda past, sizes: Generative(past, sizes=sizes, distillation=0.5),
 }
 
@@ -226,7 +238,7 @@ def made_for(kind: str, split: str, rank: int) -> tuple[Strategy, tuple[Tensor, 
     """A rank's strategy, and what it trains on in the second task."""
     new, num_generated = SPLITS[split]
     sizes = GlobalSizes(rank, 3, sum(new), num_generated)
-    past = past_of(3, sizes, prior="dirichlet" if kind == "alone" else "gaussian")
+    past = past_of(3, sizes, prior="dirichlet" if kind == "by-task" else "gaussian")
     return KINDS[kind](past, sizes), batch(rank, new[rank], (2, 3))
 
 
@@ -287,7 +299,7 @@ def test_gradients_are_those_of_the_global_mini_batch(
             generator = strategy.past._generator
         images, labels = torch.cat((images, made.images)), torch.cat((labels, made.labels))
         own = cross_entropy(model(images), labels)
-        if made.logits is not None:
+        if kind == "by-sample":
             own[new[rank] :] += 0.5 * squared(model(made.images), made.logits)
         of_generator = generator.losses(images, labels, strategy.past._latents_seed)
         for name, each in (("", own), ("g ", of_generator)):
@@ -295,7 +307,7 @@ def test_gradients_are_those_of_the_global_mini_batch(
             losses[f"{name}past"].append(each[new[rank] :])
     sums = {name: torch.cat(each).sum() for name, each in losses.items()}
     for name in ("", "g "):
-        if kind == "alone":
+        if kind == "by-task":
             total = sums[f"{name}new"] / sum(new) / 2 + sums[f"{name}past"] / num_generated / 2
         else:
             total = (sums[f"{name}new"] + sums[f"{name}past"]) / (sum(new) + num_generated)
@@ -365,8 +377,10 @@ def test_examples_are_of_the_first_classes_and_change_nothing() -> None:
     outcome = strategy.outcome()
     assert outcome["generated"]["shape"] == [40, *SHAPE]
     num_weights = sum(each.numel() for each in strategy.past._generator.parameters())  # type: ignore[union-attr]
-    costs = {"held_bytes": 4 * 4 * num_weights, "sent_bytes_per_step": 0}
-    assert outcome["generator"] == costs  # weights, two moments, and what is frozen
+    num_of_model = sum(each.numel() for each in model.parameters())
+    # Weights, two moments, and what is frozen; and the model as it was.
+    costs = {"held_bytes": 4 * (4 * num_weights + num_of_model), "sent_bytes_per_step": 0}
+    assert outcome["generator"] == costs
     assert strategy.past._step == step
 
 
@@ -446,6 +460,8 @@ def test_a_generator_that_has_diverged() -> None:
 def test_settings_that_break_a_rule() -> None:
     with pytest.raises(ValueError, match="num_representatives=0: it must be at least 1"):
         past_of(0)
+    with pytest.raises(ValueError, match="trusts_class=True: an unconditional generator is asked"):
+        past_of(4, trusts_class=True, is_conditional=False)
     with pytest.raises(ValueError, match="prior='flat': there are gaussian, dirichlet"):
         past_of(4, prior="flat")
     with pytest.raises(ValueError, match="loss_weights='best': there are by-sample, by-task"):
@@ -455,20 +471,21 @@ def test_settings_that_break_a_rule() -> None:
 
 
 def test_after_a_step_that_failed_the_next_ones_go_on() -> None:
-    def no_memory(images: Tensor) -> Tensor:
-        raise torch.OutOfMemoryError("CUDA out of memory")
+    class NoMemory(Model):
+        def forward(self, images: Tensor) -> Tensor:
+            raise torch.OutOfMemoryError("CUDA out of memory")
 
     with RehearsalBuffer(20, num_representatives=3) as buffer:
         strategy = PartlyGenerated(past_of(4), buffer)
         learnt(strategy, Model(), num_steps=2)
         strategy.begin_task(1, (2, 3))
         for step in range(4):
-            model: Any = no_memory if step % 2 else Model()
+            new = batch(step, classes=(2, 3))
             if step % 2:
                 with pytest.raises(torch.OutOfMemoryError):
-                    strategy.backward(model, *batch(step, classes=(2, 3)))
+                    strategy.backward(NoMemory(), *new)
             else:
-                strategy.backward(model, *batch(step, classes=(2, 3)))
+                strategy.backward(Model(), *new)
         assert buffer.stats().num_rounds == 6
         assert np.isclose(len(buffer), 20)
 

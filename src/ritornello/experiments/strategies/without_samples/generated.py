@@ -29,8 +29,9 @@ class GeneratedPast:
     keyed by (seed, rank, step). So a draw needs no other rank. What is sent are the gradients of
     the generator, once per step, so that all ranks have the same one bit by bit.
 
-    Samples that are drawn are of each class so far equally often; an unconditional generator makes
-    what it makes, and the model as it was says of which class that is.
+    A conditional generator is asked for each class so far equally often; another makes what it
+    makes. The label of a sample is what the model as it was takes it for, so that one between two
+    classes does not count as the wrong one.
 
     Args:
         num_representatives: how many a rank draws; with ``sizes`` the most that one draws.
@@ -39,6 +40,8 @@ class GeneratedPast:
         sizes: of the global mini-batch, with as many past samples as are generated; None: all
             ranks have equally many.
         seed: of everything random.
+        trusts_class: whether a sample's label is the class that the generator was asked for
+            instead, as where the model tells classes apart within a task alone.
 
     Raises:
         ValueError: a setting breaks its rule.
@@ -52,7 +55,10 @@ class GeneratedPast:
         *,
         sizes: GlobalSizes | None = None,
         seed: int = 0,
+        trusts_class: bool = False,
     ) -> None:
+        if trusts_class and not settings.is_conditional:
+            raise ValueError("trusts_class=True: an unconditional generator is asked for no class")
         if num_representatives < 1:
             raise ValueError(f"num_representatives={num_representatives}: it must be at least 1")
         prior_of(settings)
@@ -62,7 +68,7 @@ class GeneratedPast:
             self.num_global = sizes.global_past(num_representatives)
         self.settings, self.num_classes = settings, num_classes
         self._rank = sizes.rank if sizes else None
-        self._seed = seed
+        self._seed, self._trusts_class = seed, trusts_class
         self.wants_logits = False
         """Whether draws have the logits of the model as it was."""
         self._step = 0
@@ -225,7 +231,7 @@ class GeneratedPast:
 
     @property
     def _asks_model(self) -> bool:
-        return self.wants_logits or not self.settings.is_conditional
+        return self.wants_logits or not self._trusts_class
 
     def _drawn(
         self, model: nn.Module, count: int, numbers: np.random.Generator, device: torch.device
@@ -239,7 +245,7 @@ class GeneratedPast:
         logits = None
         if self._asks_model:
             logits = self._logits_then(model, samples)
-        if not self.settings.is_conditional:
+        if not self._trusts_class:
             assert logits is not None
             known = accelerators.copied_to(device, torch.tensor(self._classes))
             labels = known[logits[:, known].argmax(dim=1)]

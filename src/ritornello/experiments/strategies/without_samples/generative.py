@@ -79,6 +79,7 @@ class Generative(Strategy):
             settings_of(recipe),
             sizes=GlobalSizes(sizes.rank, sizes.num_ranks, sizes.num_new, num_generated),
             seed=recipe.seed,
+            trusts_class=recipe.scenario == "task-incremental",
         )
         return cls(
             past,
@@ -223,9 +224,9 @@ def check(recipe: Recipe) -> None:
         )
     if recipe.scenario == "task-incremental" and not recipe.conditional:
         raise ValueError(
-            f"conditional=False with {generates} and scenario='task-incremental': the model gives "
-            "what is generated its label, but it tells classes apart within a task alone; use "
-            "conditional=True"
+            f"conditional=False with {generates} and scenario='task-incremental': the model tells "
+            "classes apart within a task alone, so that the label of what is generated must be the "
+            "class that was asked for; use conditional=True"
         )
 
 
