@@ -129,7 +129,8 @@ def diffracted(objects: Tensor) -> Tensor:
     beam = probe(objects.shape[-1])
     light = torch.polar(beam * objects[:, 0], objects[:, 1])
     seen = torch.fft.fftshift(torch.fft.fft2(light).abs(), dim=(1, 2)) / beam.sum()
-    return (255 * seen.sqrt()).round().clamp(0, 255).to(torch.uint8)[:, None]
+    patterns: Tensor = (255 * seen.sqrt()).round().clamp(0, 255).to(torch.uint8)
+    return patterns[:, None]
 
 
 def _object(
