@@ -31,7 +31,7 @@ def test_every_setting_arrives_in_the_recipe() -> None:
         beta=0.6, loss_weights="by-task", remembers="herding", device="cpu", workers=3,
         crop_size=32, logits_dtype="float16", fixed_shares="on", samples_per_step=12,
         first_share=0.7, share_floor=0.1, soft_targets=2.0, soft_temperature=3.0, holdout=0.1,
-        averaged=0.9, probe_every=5,
+        averaged=0.9, probe_every=5, loss="mae",
     )  # fmt: skip
     assert {name for name, value in vars(given).items() if value is None} == {"epochs"}
     buffer = BufferChanges(
@@ -87,6 +87,7 @@ def help_of(kind: type) -> dict[str, str]:
         (Changes, "remembers", exemplars.CHOICES),
         (Changes, "amp", config.AMP_MODES),
         (Changes, "optimiser", config.OPTIMISERS),
+        (Changes, "loss", config.LOSSES[1:]),  # of classes there is one
         (BufferChanges, "composition", config.COMPOSITIONS),
         (Sweep, "compositions", config.COMPOSITIONS),
         (BufferChanges, "selection", names.SELECTION_POLICIES),
