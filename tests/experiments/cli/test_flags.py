@@ -33,8 +33,8 @@ def test_every_setting_arrives_in_the_recipe() -> None:
         crop_size=32, logits_dtype="float16", fixed_shares="on", samples_per_step=12,
         first_share=0.7, share_floor=0.1, soft_targets=2.0, soft_temperature=3.0, holdout=0.1,
         averaged=0.9, probe_every=5, ranks_differ=0.1, local_steps=4, si_strength=0.3,
-        si_damping=0.4, locality=0.6, surrogate_steps=9, distance="js", generated_share=0.5, prior="dirichlet",
-        prior_concentration=2.0, latents=7, generator_units=9, generator_learning_rate=0.01,
+        si_damping=0.4, locality=0.6, surrogate_steps=9, distance="js", generated_share=0.5,
+        prior="dirichlet", prior_concentration=2.0, latents=7, generator_units=9, generator_learning_rate=0.01,
         conditional="off", distillation=0.5, stores="files", capacity_bytes=10**6, loss="mae",
     )  # fmt: skip
     assert {name for name, value in vars(given).items() if value is None} == {"epochs"}
@@ -94,6 +94,7 @@ def help_of(kind: type) -> dict[str, str]:
         (Changes, "optimiser", config.OPTIMISERS),
         (Changes, "distance", config.DISTANCES),
         (Changes, "prior", config.PRIORS),
+        (Changes, "loss", config.LOSSES[1:]),  # of classes there is one
         (BufferChanges, "composition", config.COMPOSITIONS),
         (Sweep, "compositions", config.COMPOSITIONS),
         (BufferChanges, "selection", names.SELECTION_POLICIES),

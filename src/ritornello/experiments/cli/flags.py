@@ -135,8 +135,8 @@ class Changes(TaskChanges):
     diffraction patterns, their size, a multiple of 16."""
     scenario: str | None = None
     """How the data become a stream of tasks: class-incremental, task-incremental,
-    domain-incremental-permuted, domain-incremental-rotated, instance-incremental, blurry or
-    arrivals; group-incremental where targets are tensors."""
+    domain-incremental-permuted, domain-incremental-rotated, instance-incremental, blurry,
+    arrivals, or group-incremental where targets are tensors."""
     tasks: int | None = None
     """How many tasks there are."""
     class_order: Literal["ascending", "by-seed"] | int | None = None

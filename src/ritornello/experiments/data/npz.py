@@ -53,16 +53,7 @@ def read_npz(name: str, path: Path) -> DataSet:
 
 
 def _npz_part(path: Path, archive: Any, part: str) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    keys = [f"{part}_images"]
-    if keys[0] not in archive and f"{part}_jpeg" in archive:
-        keys = [f"{part}_jpeg", f"{part}_offsets"]
-    missing = [key for key in [*keys, f"{part}_labels"] if key not in archive]
-    if missing:
-        raise ValueError(
-            f"data: {path} has no {', '.join(missing)}: it must hold {part}_images (or "
-            f"{part}_jpeg with {part}_offsets) and {part}_labels (or {part}_targets, where these "
-            f"are no classes); it holds {archive.files}"
-        )
+    keys = _keys_of_images(path, archive, part, "labels")
     labels = archive[f"{part}_labels"]
     if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer) or np.any(labels < 0):
         raise ValueError(
@@ -116,15 +107,7 @@ def _part_with_targets(
     path: Path, archive: Any, part: str
 ) -> tuple[NDArray[Any], NDArray[np.float32], NDArray[np.int64]]:
     """Images ``[n, C, H, W]``, targets ``[n, *shape]`` and groups ``[n]``."""
-    keys = [f"{part}_images"]
-    if keys[0] not in archive and f"{part}_jpeg" in archive:
-        keys = [f"{part}_jpeg", f"{part}_offsets"]
-    missing = [key for key in [*keys, f"{part}_targets"] if key not in archive]
-    if missing:
-        raise ValueError(
-            f"data: {path} has no {', '.join(missing)}: it must hold {part}_images (or "
-            f"{part}_jpeg with {part}_offsets) and {part}_targets; it holds {archive.files}"
-        )
+    keys = _keys_of_images(path, archive, part, "targets")
     images = _images(archive, keys)
     is_float = np.issubdtype(images.dtype, np.floating)
     if not (images.dtype == np.uint8 or is_float) or images.ndim not in (2, 3, 4):
@@ -161,6 +144,26 @@ def _part_with_targets(
         channels_first = channels_first.astype(np.float32)
     columns = targets[:, None] if targets.ndim == 1 else targets
     return channels_first, columns.astype(np.float32), groups.astype(np.int64)
+
+
+def _keys_of_images(path: Path, archive: Any, part: str, what: str) -> list[str]:
+    """The arrays that hold a part's images.
+
+    Raises:
+        ValueError: one of them is not there, or what is to be predicted.
+    """
+    keys = [f"{part}_images"]
+    if keys[0] not in archive and f"{part}_jpeg" in archive:
+        keys = [f"{part}_jpeg", f"{part}_offsets"]
+    missing = [key for key in [*keys, f"{part}_{what}"] if key not in archive]
+    if missing:
+        others = " (or train_targets and test_targets, if they are no classes)"
+        raise ValueError(
+            f"data: {path} has no {', '.join(missing)}: it must hold {part}_images (or "
+            f"{part}_jpeg with {part}_offsets) and {part}_{what}{others * (what == 'labels')}; it "
+            f"holds {archive.files}"
+        )
+    return keys
 
 
 def _images(archive: Any, keys: list[str]) -> NDArray[Any]:

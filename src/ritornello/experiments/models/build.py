@@ -178,7 +178,7 @@ SEQUENTIAL: dict[str, Callable[[int, tuple[int, int, int]], nn.Sequential]] = {
     "halving-cnn": halving_cnn,
 }
 
-OWN = (*SEQUENTIAL, "cifar-resnet18", NAME)
+OWN = (*SEQUENTIAL, NAME, "cifar-resnet18")
 """Models that are not timm's."""
 
 
