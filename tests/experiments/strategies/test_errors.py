@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from ritornello.experiments.strategies.der import distance
+from ritornello.experiments.strategies.distances import squared
 from ritornello.experiments.strategies.errors import error_criterion, errors_of
 from ritornello.experiments.strategies.finite_logits import FiniteLogits
 
@@ -31,7 +31,7 @@ def test_shapes_that_would_be_stretched_are_refused() -> None:
 def test_the_distance_of_images_is_the_mean_over_all_pixels() -> None:
     now, then = torch.randn(3, 2, 4, 4), torch.randn(3, 2, 4, 4)
     expected = ((now - then) ** 2).mean(dim=(1, 2, 3))
-    assert torch.allclose(distance(now, then), expected)
+    assert torch.allclose(squared(now, then), expected)
 
 
 def test_images_that_are_not_finite_are_counted_by_sample() -> None:
