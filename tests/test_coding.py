@@ -165,21 +165,83 @@ def test_ranks_with_unequally_many_mini_batches() -> None:
     assert longer[3:] == [9] * 4
 
 
-def test_a_rank_that_never_had_a_mini_batch_cannot_say_what_is_stored() -> None:
-    def rank_main(end: Transport) -> str:
-        with make_buffer(end, timeout_seconds=5.0) as buffer:
-            try:
-                for batch in evenly([mini_batch(0)] * end.rank, buffer):
-                    buffer.update(batch)
-            except TypeError as error:
-                return str(error)
-            except RuntimeError:
-                return "another rank"
-        return "nothing"
+@pytest.mark.parametrize("call", ["evenly", "fill"])
+@pytest.mark.parametrize("encodes", [True, False])
+def test_a_rank_that_never_had_a_mini_batch_learns_of_both_forms(call: str, encodes: bool) -> None:
+    arguments: dict[str, Any] = {}
+    if not encodes:
+        arguments = {
+            "encode": None,
+            "decode": lambda stored: dict(stored),
+            "label": "label",
+            "capacity_bytes": 10**6,
+        }
 
-    told, other = run_ranks(LocalTransport.connect(2), rank_main)
-    assert "rank 0: evenly: with encode=, each rank's loader must give a mini-batch" in told
-    assert other == "another rank"
+    def rank_main(end: Transport) -> list[int]:
+        batches = [mini_batch(step, end.rank) for step in range(4)] * end.rank
+        with make_buffer(end, **arguments) as buffer:
+            if call == "fill":
+                assert buffer.fill(batches) == 20
+                return check(buffer.update(mini_batch(9, end.rank)))
+            joined = [check(buffer.update(batch)) for batch in evenly(batches, buffer)]
+            return joined[-1]
+
+    without, _ = run_ranks(LocalTransport.connect(2), rank_main)
+    assert len(without) == (9 if call == "fill" else 4)
+    assert max(without) >= 1000
+
+
+def test_an_empty_mini_batch_does_not_say_what_is_trained_on() -> None:
+    with make_buffer(
+        encode=None, decode=lambda stored: stored, label="label", capacity_bytes=10**6
+    ) as buffer:
+        buffer.fill([mini_batch(0), mini_batch(1)])
+        nothing = mini_batch(2, size=0)
+        assert len(check(buffer.update(nothing))) == 4
+        assert len(check(buffer.update(mini_batch(3)))) == 9
+    empty = torch.nested.nested_tensor_from_jagged(torch.zeros(0, 2), torch.zeros(1, dtype=int))
+    with make_buffer(encode=None, decode=lambda stored: stored) as buffer:
+        batch = empty, torch.zeros(0, dtype=torch.int64)
+        assert buffer.update(batch)[0].size(0) == 0
+
+
+def test_a_refused_first_mini_batch_says_nothing_of_what_is_trained_on() -> None:
+    images, labels = torch.zeros(4, 2), torch.arange(4)
+    with RehearsalBuffer(9, num_representatives=2, decode=lambda stored: stored) as buffer:
+        with pytest.raises(ValueError, match="samples"):
+            buffer.update((images[:3], labels, images))
+        buffer.draw()
+        buffer.offer((images, labels, images))
+        assert len(buffer.update((images, labels, images))[0]) == 6
+
+
+def test_what_is_trained_on_may_not_count_places_either() -> None:
+    batch = {"box": torch.zeros(4, 5), "label": torch.arange(4), "batch_idx": torch.arange(4)}
+    with (
+        RehearsalBuffer(
+            9,
+            num_representatives=2,
+            label="label",
+            encode=lambda batch: {"box": batch["box"], "label": batch["label"]},
+            decode=lambda stored: {**stored, "batch_idx": torch.arange(len(stored["label"]))},
+        ) as buffer,
+        pytest.raises(ValueError, match="batch_idx"),
+    ):
+        buffer.update(batch)
+
+
+def test_a_decode_that_uses_the_buffer_does_not_end_it() -> None:
+    buffers = list[RehearsalBuffer]()
+
+    def decode(stored: tuple[Any, Tensor]) -> Batch:
+        for buffer in buffers:
+            len(buffer)  # waits for the round that has called it
+        return trained_on(stored)
+
+    with make_buffer(decode=decode) as buffer, make_buffer() as other:
+        assert train(buffer, 0, range(3)) == train(other, 0, range(3))
+        buffers.append(buffer)
+        assert train(buffer, 0, range(3, 8)) == train(other, 0, range(3, 8))
 
 
 def test_fields_and_distances_are_those_of_the_form_that_is_trained_on() -> None:
@@ -265,11 +327,21 @@ def test_one_function_alone() -> None:
             r"torch.int32",
         ),
         (
+            {"decode": lambda stored: trained_on((stored[0][1:], stored[1][1:]))},
+            ValueError,
+            "decode gave 3 samples for 4 representatives: it must give as many",
+        ),
+        (
+            {"decode": lambda stored: {**trained_on(stored), "file": [b"a"] * len(stored[1])}},
+            ValueError,
+            r"decode must give .*\['file'\]\[0\] is torch.uint8 \[1\], but the first mini-batch held",
+        ),
+        (
             {"decode": lambda stored: {"pixels": stored[1]}},
             ValueError,
             r"decode must give representatives like .* has \['pixels'\]",
         ),
-        ({"decode": None}, ValueError, "decode must give representatives like"),
+        ({"decode": None}, ValueError, "without decode, update joins what is stored, which must"),
     ],
 )
 def test_what_does_not_fit_is_refused(
@@ -278,6 +350,21 @@ def test_what_does_not_fit_is_refused(
     with pytest.raises(error, match=message), make_buffer(**arguments) as buffer:
         for step in range(3):
             buffer.update(mini_batch(step))
+
+
+def test_bytes_are_no_tensors_of_bytes() -> None:
+    files = [torch.zeros(3, dtype=torch.uint8)] * 2, torch.arange(2)
+    with (
+        RehearsalBuffer(
+            9,
+            num_representatives=1,
+            capacity_bytes=9000,
+            decode=lambda stored: ([bytes(each) for each in stored[0]], stored[1]),
+        ) as buffer,
+        pytest.raises(TypeError, match=r"batch\[0\] is a list of bytes, and there a list"),
+    ):
+        for _ in range(2):
+            buffer.update(files)
 
 
 def test_a_refused_mini_batch_changes_nothing() -> None:

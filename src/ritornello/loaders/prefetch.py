@@ -50,7 +50,7 @@ def rehearse(
             many mini-batches.
         buffer: the rehearsal buffer.
         device: where the mini-batches shall be. None: where the loader puts them, on the trainer's
-            stream.
+            stream. A buffer's ``encode`` gets them as the loader gives them.
         with_mask: whether each mini-batch comes as ``(batch, mask)``, with its own
             ``RehearsalBuffer.past_mask``. It stays right where others, such as a trainer that is
             given this loop as its loader, take mini-batches ahead of time.

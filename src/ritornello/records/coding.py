@@ -14,8 +14,9 @@ from torch import Tensor
 
 from ritornello.records import accelerators
 from ritornello.records.layout import Layout
-from ritornello.records.nesting import Batch, leaves_of
-from ritornello.records.ragged import Ragged
+from ritornello.records.misread import check_not_misread
+from ritornello.records.nesting import Batch, leaves_of, path_text
+from ritornello.records.ragged import BYTES, Ragged
 
 Function = Callable[[Batch], Batch]
 
@@ -97,39 +98,87 @@ class Coding:
         """The leaves of a mini-batch as it is trained on; the first one says what they are like.
 
         Raises:
-            TypeError, ValueError: they are not like the first one's.
+            TypeError, ValueError: they are not like the first one's, or may be misread.
         """
-        if self._trained is None:
-            self._trained = Layout.of(batch)
-        return self._trained.leaves(batch)
+        if self._trained is not None:
+            return self._like(batch)
+        check_not_misread(batch)
+        trained = Layout.of(batch)
+        leaves = trained.leaves(batch)
+        self._trained = trained  # only now: what is refused says nothing
+        return leaves
+
+    def learn(self, trained: Layout) -> None:
+        """Learns what mini-batches are like, as they are trained on."""
+        self._trained = trained
+
+    def alone(self, leaves: Sequence[Any]) -> Batch:
+        """A mini-batch without representatives, of plain tensors."""
+        assert self._trained is not None
+        return self._trained.rebuild(leaves)
 
     def joined(
         self,
         leaves: Sequence[Any],
-        draws: Sequence[Batch] = (),
-        cat: Callable[[Tensor, Sequence[Tensor]], Tensor] | None = None,
+        draws: Sequence[Batch],
+        num_past: int,
+        cat: Callable[[Tensor, Sequence[Tensor]], Tensor],
     ) -> Batch:
         """A mini-batch with representatives behind it.
 
         Args:
             leaves: of the mini-batch.
             draws: what is trained on of each draw.
-            cat: joins a tensor and others, if there are any.
+            num_past: representatives, of all draws.
+            cat: joins a tensor and others.
 
         Raises:
-            TypeError, ValueError: what ``decode`` gave is not like the mini-batch; names the leaf.
+            TypeError, ValueError: what is drawn is not like the mini-batch; names the leaf.
         """
+        past = [self._drawn_like(each) for each in draws]
+        num_given = sum(each[0].shape[0] for each in past)
+        if num_given != num_past:
+            raise ValueError(
+                f"decode gave {num_given} samples for {num_past} representatives: it must give as "
+                "many"
+            )
         assert self._trained is not None
-        try:
-            past = [self._trained.leaves(each) for each in draws]
-        except (TypeError, ValueError) as error:
-            raise type(error)(
-                f"decode must give representatives like the mini-batch that they join: {error}"
-            ) from None
         together = [
             leaf.joined([sample for each in others for sample in each.samples])
             if isinstance(leaf, Ragged)
-            else (cat(leaf, others) if cat else leaf)
+            else cat(leaf, others)
             for leaf, *others in zip(leaves, *past, strict=True)
         ]
         return self._trained.rebuild(together)
+
+    def _like(self, batch: Batch) -> list[Any]:
+        assert self._trained is not None
+        try:
+            return self._trained.leaves(batch)
+        except (TypeError, ValueError) as error:
+            # The layout is of what is trained on: no record holds it.
+            raise type(error)(_of_mini_batches(str(error))) from None
+
+    def _drawn_like(self, batch: Batch) -> list[Any]:
+        if self._decode is None:
+            who = "without decode, update joins what is stored, which must be like the mini-batch"
+        else:
+            who = "decode must give representatives like the mini-batch that they join"
+        try:
+            leaves = self._like(batch)
+            assert self._trained is not None
+            for field, leaf in zip(self._trained.fields, leaves, strict=True):
+                if field.form and leaf.form.endswith(BYTES) != field.form.endswith(BYTES):
+                    raise TypeError(
+                        f"{path_text(field.path)} is a {leaf.form}, and there a {field.form}"
+                    )
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{who}: {error}") from None
+        return leaves
+
+
+def _of_mini_batches(text: str) -> str:
+    """What a layout says of records, where it is one of mini-batches."""
+    return text.replace("the buffer's records hold", "the first mini-batch held").replace(
+        "the buffer's samples have", "the first mini-batch had"
+    )

@@ -416,7 +416,7 @@ def _ragged_like(field: Field, leaf: Any) -> Ragged:
         if dtype != field.dtype or shape != field.shape:
             sizes = ", ".join(map(str, ("length", *field.shape)))
             raise ValueError(
-                f"{path_text((*field.path, number))} is {dtype} {list(sample.shape)}, but the "
+                f"{path_text((*field.path, number))} is {dtype} {[len(sample), *shape]}, but the "
                 f"buffer's records hold {field.dtype} [{sizes}] there: samples may differ in "
                 "their first dimension alone"
             )

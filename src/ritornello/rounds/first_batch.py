@@ -130,7 +130,8 @@ def _check_place(layout: Layout, device: torch.device, storage: Storage) -> None
     if device.type != "cpu":
         raise ValueError(
             f"{path} holds samples of unequal length, and the mini-batch is on {device}: offer "
-            "such mini-batches from CPU memory, and move what update returns"
+            "such mini-batches from CPU memory, and move what update returns (with encode=, let it "
+            "give every leaf in CPU memory)"
         )
     if storage.device.type != "cpu" or storage.kind == "pinned":
         raise ValueError(

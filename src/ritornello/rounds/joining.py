@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -154,7 +155,9 @@ class Outputs:
         """A mini-batch without representatives: itself, or of plain tensors, if it is of others."""
         if all(type(leaf) is Tensor for _, leaf in nested_leaves_of(batch)):
             return batch
-        return begun.layout.rebuild(leaves) if self.coding.is_none else self.coding.joined(leaves)
+        if self.coding.is_none:
+            return begun.layout.rebuild(leaves)
+        return self.coding.alone(leaves)
 
     def joined(self, begun: Begun, leaves: Sequence[Any], staged: Tensor) -> Batch:
         """A mini-batch with what is staged behind it.
@@ -198,35 +201,50 @@ class Outputs:
 
     # Where samples have two forms.
 
-    def understood(self, batch: Batch, num_stored: int) -> list[Any]:
+    def understood(self, begun: Begun, batch: Batch, stored: list[Any]) -> list[Any]:
         """The leaves of a mini-batch in the form that is trained on.
 
         Args:
+            begun: what is known of samples.
             batch: the mini-batch.
-            num_stored: the samples of what is stored of it.
+            stored: the leaves of what is stored of it.
 
         Raises:
             TypeError, ValueError: it is not like the first one, or of another size.
         """
+        if not self.coding.encodes:
+            self.coding.learn(replace(begun.layout, paging=None))
+            self.device = device_of(stored)
+            return stored
         leaves = self.coding.leaves(batch)
         self.device = device_of(leaves)
-        if leaves[0].shape[0] != num_stored:
+        if leaves[0].shape[0] != stored[0].shape[0]:
             raise ValueError(
-                f"encode gave {num_stored} samples for a mini-batch of {leaves[0].shape[0]}: it "
-                "must give as many"
+                f"encode gave {stored[0].shape[0]} samples for a mini-batch of "
+                f"{leaves[0].shape[0]}: it must give as many"
             )
         return leaves
 
-    def joined_with(self, begun: Begun, leaves: Sequence[Any], draws: Sequence[Batch]) -> Batch:
+    def joined_with(
+        self,
+        begun: Begun,
+        leaves: Sequence[Any],
+        draws: Sequence[Batch],
+        num_past: int,
+    ) -> Batch:
         """A mini-batch with what is staged behind it.
 
         Args:
             begun: what is known of samples.
-            leaves: from ``understood``.
+            leaves: of the mini-batch, from ``understood``.
             draws: what is staged, as it is trained on.
+            num_past: representatives, of all draws.
+
+        Raises:
+            TypeError, ValueError: what is drawn is not like the mini-batch; names the leaf.
         """
         began = time.perf_counter()
-        augmented = self.coding.joined(leaves, draws, self._joiner.cat)
+        augmented = self.coding.joined(leaves, draws, num_past, self._joiner.cat)
         begun.staging.release()
         self.seconds += time.perf_counter() - began
         return augmented

@@ -27,7 +27,7 @@ from ritornello.policies.selection import check_labels
 from ritornello.records import accelerators
 from ritornello.records.coding import Coding, Drawn
 from ritornello.records.layout import Layout
-from ritornello.records.nesting import Batch, path_text
+from ritornello.records.nesting import Batch, leaves_of, path_text
 from ritornello.records.paging import Records
 from ritornello.records.storage import Storage
 from ritornello.rounds.arguments import Arguments, plain
@@ -155,7 +155,7 @@ class Steps:
         given = leaves
         if not coding.is_none:
             try:
-                given = outputs.understood(batch, num_stored=leaves[0].shape[0])
+                given = outputs.understood(begun, batch, leaves)
             except (TypeError, ValueError) as error:
                 raise self.with_rank(error) from None
         staged = self._staged(call)
@@ -164,7 +164,11 @@ class Steps:
         elif coding.is_none:
             augmented = outputs.joined(begun, leaves, staged)
         else:
-            augmented = outputs.joined_with(begun, given, self._decoded())
+            draws = self._decoded() if coding.decodes else outputs.copies(begun, staged)
+            try:
+                augmented = outputs.joined_with(begun, given, draws, len(staged))
+            except (TypeError, ValueError) as error:
+                raise self.with_rank(error) from None
         self._copy_candidates(begun.staging, leaves)
         self._num_new_joined = leaves[0].shape[0]
         return augmented
@@ -235,6 +239,7 @@ class Steps:
         """A round, and behind it what the trainer would wait for; on the worker's thread."""
         num_staged = run()
         if num_staged:
+            self.rounds.stage = "decode"
             with suppress(Exception):  # it is raised where the trainer asks for them
                 drawn.decoded = self.outputs.decoded(self._known, num_staged)
         return num_staged
@@ -245,7 +250,10 @@ class Steps:
         if drawn.decoded is None:
             decode = partial(self.outputs.decoded, self._known, self.num_staged)
             drawn.decoded = self.between_rounds(decode)
-        return drawn.decoded.taken()
+        draws = drawn.decoded.taken()
+        tensors = [leaf for _, leaf in leaves_of(draws) if isinstance(leaf, Tensor)]
+        self.outputs.device = device_of(tensors)
+        return draws
 
     def past_mask(self) -> Tensor:
         """See ``RehearsalBuffer.past_mask``."""
@@ -368,6 +376,8 @@ class Steps:
             raise self.failure
         last_round = self._place.last_round
         if not last_round.has_ended:
+            if self._worker.is_calling:
+                raise RuntimeError(self.here("decode has used the buffer, which waits for it"))
             began = time.perf_counter()
             try:
                 in_time = self._worker.finish(last_round, self._timeout_seconds + GRACE_SECONDS)

@@ -31,6 +31,8 @@ class _Pattern(NamedTuple):
     """One without samples; but of ragged leaves a single one, of no length."""
     ragged: frozenset[Path]
     """Where these are."""
+    stored: tuple[Batch, frozenset[Path]] | None = None
+    """The same two of what is stored of them, if that is something else."""
 
 
 class Together:
@@ -88,15 +90,9 @@ class Together:
                     "be pickled: let this loader give an empty one first (or evenly, with like=)"
                 )
             )
-        if self._steps.begun is None and self._steps.outputs.coding.encodes:
-            raise TypeError(
-                self._steps.here(
-                    f"{self._call}: with encode=, each rank's loader must give a mini-batch of one "
-                    "sample at least, and this one's has given none: what is stored of it cannot "
-                    "be known"
-                )
-            )
-        does_not_say = self._pattern.ragged or empty_lists(self._pattern.batch)
+        does_not_say = (
+            self._pattern.ragged or self._pattern.stored or empty_lists(self._pattern.batch)
+        )
         if does_not_say and self._steps.begun is None:
             self._begin(self._pattern)
         return mapped(self._pattern.batch, emptied, self._pattern.ragged)
@@ -104,14 +100,22 @@ class Together:
     def _begin(self, pattern: _Pattern) -> None:
         """Tells the steps what an empty mini-batch does not: what ragged samples are like."""
         arguments, rounds = self._steps.arguments, self._steps.rounds
-        layout = Layout.of_leaves(pattern.batch, pattern.ragged)
+        if self._steps.outputs.coding.encodes:
+            trained = Layout.of_leaves(pattern.batch, pattern.ragged)
+            self._steps.outputs.coding.learn(trained)
+        layout = Layout.of_leaves(*(pattern.stored or (pattern.batch, pattern.ragged)))
         layout = bounded(layout, arguments, rounds.transport.num_ranks)
         label = layout.label_position(arguments.label_path, rounds.needs_labels)
         self._steps.begin_restored(layout, label, on_gpu=False)
 
     def _pattern_of(self, batch: Batch) -> _Pattern:
-        ragged = self._ragged_in(batch)
-        return _Pattern(mapped(batch, pattern_of, ragged), ragged)
+        ragged, coding = self._ragged_in(batch), self._steps.outputs.coding
+        stored = None
+        if coding.encodes:
+            encoded = coding.encoded(batch)
+            in_stored = ragged_paths(encoded)
+            stored = mapped(encoded, pattern_of, in_stored), in_stored
+        return _Pattern(mapped(batch, pattern_of, ragged), ragged, stored)
 
     def _ragged_in(self, batch: Batch) -> frozenset[Path]:
         begun = None if self._steps.outputs.coding.encodes else self._steps.begun
@@ -130,8 +134,11 @@ class Together:
                     # Of a rank of our own job, which could do as much without.
                     pattern, kinds = pickle.loads(bytes(sent[sender].astype(np.uint8)))
                     places = iter(kinds)
-                    batch = mapped(pattern.batch, lambda leaf: leaf.to(next(places)))
-                    self._pattern = pattern._replace(batch=batch)
+                    batch, stored = pattern.batch, pattern.stored
+                    batch = mapped(batch, lambda leaf: leaf.to(next(places)))
+                    if stored is not None:
+                        stored = mapped(stored[0], lambda leaf: leaf.to(next(places))), stored[1]
+                    self._pattern = pattern._replace(batch=batch, stored=stored)
         return told
 
     def _as_bytes(self) -> bytes:
@@ -147,8 +154,10 @@ class Together:
 
         assert self._pattern is not None
         try:
-            batch = mapped(self._pattern.batch, noted)
-            return pickle.dumps((self._pattern._replace(batch=batch), kinds))
+            batch, stored = mapped(self._pattern.batch, noted), self._pattern.stored
+            if stored is not None:
+                stored = mapped(stored[0], noted), stored[1]
+            return pickle.dumps((self._pattern._replace(batch=batch, stored=stored), kinds))
         except Exception:  # containers may raise anything
             return b""
 

@@ -147,6 +147,15 @@ def test_the_loss_is_the_bound_of_the_likelihood(name: str) -> None:
     assert not torch.equal(losses, generator.losses(samples, labels, 4))
 
 
+@pytest.mark.parametrize("name", PRIORS)
+def test_no_samples_have_no_loss(name: str) -> None:
+    """As on a rank that has none of a task."""
+    generator = Generator((1, 4, 4), torch.uint8, 2, settings(prior=name))
+    losses = generator.losses(torch.zeros(0, 1, 4, 4, dtype=torch.uint8), torch.zeros(0).long(), 3)
+    assert losses.shape == (0,)
+    losses.sum().backward()
+
+
 def test_the_loss_of_features_is_gaussian_with_variances_that_are_learnt() -> None:
     generator = Generator((6,), torch.float32, 2, settings()).double()
     assert generator.log_variances is not None

@@ -56,6 +56,29 @@ from ritornello.experiments.training import run as train
             "over the ranks, also where a shard is still empty; use draws='global', or local_steps",
         ),
         (
+            {"draws": "local", "strategy": "gdumb", "ranks_differ": 0.1},
+            2,
+            "draws='local' with strategy='gdumb' and ranks_differ=0.1: it trains on the buffer "
+            "alone, and a rank may have nothing of a task; use draws='global'",
+        ),
+        (
+            {"draws": "local", "composition": "proportional", "sampling": "uniform"},
+            2,
+            "draws='local' with composition='proportional': a step's past samples are those of all "
+            "ranks; use composition='append', or draws='global'",
+        ),
+        (
+            {"local_steps": 3, "strategy": "generative"},
+            2,
+            "local_steps=3 with strategy='generative': all ranks have one generator, and average "
+            "its gradients in every step; use local_steps=0",
+        ),
+        (
+            {"local_steps": 3, "generated_share": 0.5},
+            2,
+            "local_steps=3 with generated_share=0.5: all ranks have one generator",
+        ),
+        (
             {"strategy": "fedssi"},
             2,
             "local_steps=0 with strategy='fedssi': it is made for ranks that go their own ways; "

@@ -133,6 +133,24 @@ def test_what_is_generated_varies_with_how_much_of_it_there_is_and_who_makes_it(
     assert sweep.labels_of([results_of_variant(each) for each in plain]) == ["rehearsal"] * 2
 
 
+def test_settings_that_do_nothing_set_no_runs_apart() -> None:
+    weak = dataclasses.replace(RECIPE, si_strength=7.0, locality=0.9)
+    assert sweep.labels_of([results_of_variant(RECIPE), results_of_variant(weak)]) == [
+        "rehearsal",
+        "rehearsal",
+    ]
+    importances = [dataclasses.replace(each, strategy="si") for each in (RECIPE, weak)]
+    assert len(set(sweep.labels_of([results_of_variant(each) for each in importances]))) == 2
+
+
+def test_a_run_of_a_version_that_lacked_a_setting_has_what_it_is_unless_given() -> None:
+    now, then = results_of_variant(RECIPE), results_of_variant(RECIPE)
+    for name in ("local_steps", "loss", "draws", "stores"):
+        del then["config"][name]
+    assert sweep.labels_of([now, then]) == ["rehearsal", "rehearsal"]
+    assert len(groups_of([now, then])) == 1
+
+
 def test_strategies_that_are_not_there() -> None:
     with pytest.raises(ValueError, match="strategy='magic': there are incremental"):
         variants(RECIPE, ["magic"])

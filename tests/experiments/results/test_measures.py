@@ -34,6 +34,13 @@ def test_accuracies_and_errors_are_not_compared() -> None:
         common_measure([{"error": []}, {"top1": []}])
 
 
+def test_errors_of_another_kind_are_not_compared() -> None:
+    runs = [{"error": [], "config": {"loss": loss}} for loss in ("mae", "mse")]
+    with pytest.raises(ValueError, match=r"errors of different kinds \(mae, mse\)"):
+        common_measure(runs)
+    assert common_measure(runs[:1] * 2) is ERROR
+
+
 PROBES: list[anytime.Probe] = [
     {"step": 2, "task": 0, "error": [0.4]},
     {"step": 4, "task": 0, "error": [0.2]},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from PIL import Image
 from ritornello import RehearsalBuffer, SavedFolder
 from ritornello.errors import CheckpointError
 from ritornello.experiments import cli
+from ritornello.experiments.cli.flags import RehearsalChanges, TaskChanges
 from ritornello.experiments.data.load import load
 from ritornello.experiments.inspection.inspection import find_buffers
 from ritornello.experiments.models import build as models
@@ -29,6 +31,7 @@ from ritornello.experiments.results import run_folder as living_folder
 from ritornello.experiments.results.groups import groups_of
 from ritornello.experiments.results.writing import Results
 from ritornello.experiments.strategies.der import with_further_logits
+from ritornello.experiments.training import extension_plan
 from ritornello.experiments.training import run as train
 from ritornello.experiments.training.extension import extend
 from ritornello.experiments.training.saver import CheckpointSettings, Saver
@@ -722,3 +725,14 @@ def test_widened_weights() -> None:
     with pytest.raises(ValueError, match="the weights are those of another model: see 1.weight"):
         models.widened(models.build("mlp", 2, (1, 8, 8)).state_dict(),
                        models.build("mlp", 2, (1, 9, 9)).state_dict())  # fmt: skip
+
+
+def test_what_extend_offers_may_change() -> None:
+    renamed = {
+        "batch_size": "global_batch_size",
+        "workers": "num_workers",
+        "representatives": "global_num_representatives",
+        "candidates": "global_num_candidates",
+    }
+    offered = [*fields(TaskChanges), *fields(RehearsalChanges)]
+    assert {renamed.get(each.name, each.name) for each in offered} <= set(extension_plan.MAY_CHANGE)

@@ -157,7 +157,7 @@ def test_two_ranks_learn_as_one(npz: Path) -> None:
 @pytest.mark.parametrize("strategy", [each for each in STRATEGIES if each not in FOR_TENSORS])
 def test_strategies_that_need_classes_are_refused(strategy: str) -> None:
     with pytest.raises(ValueError, match=rf"strategy='{strategy}' with loss='mae': it is for clas"):
-        train.check(regression(strategy=strategy), 1)
+        train.check(regression(strategy=strategy, local_steps=2 * (strategy == "fedssi")), 2)
 
 
 @pytest.mark.parametrize(
@@ -169,6 +169,9 @@ def test_strategies_that_need_classes_are_refused(strategy: str) -> None:
         ({"remembers": "herding"}, "remembers='herding' .* take stream or last-epoch"),
         ({"augmentation": "crop"}, "augmentation='crop' .* take none"),
         ({"soft_targets": 1.0}, "soft_targets=1.0 with loss='mae': targets are tensors"),
+        ({"generated_share": 0.5}, "generated_share=0.5 with loss='mae': targets are tensors"),
+        ({"strategy": "der", "distance": "js"}, "distance='js' with loss='mae': .* take mse"),
+        ({"strategy": "si-rehearsal"}, "strategy='si-rehearsal' with loss='mae': it is for cla"),
         ({"loss": "hinge"}, "loss='hinge': there are cross-entropy, mae, mse"),
     ],
 )

@@ -47,14 +47,6 @@ class TaskChanges:
     softmaxes)."""
     beta: float | None = None
     """DER++: weight of the labels of a second draw."""
-    si_strength: float | None = None
-    """si, si-rehearsal, fedssi: weight of what holds important weights back."""
-    si_damping: float | None = None
-    """si, si-rehearsal, fedssi: what keeps weights that hardly move from a large importance."""
-    locality: float | None = None
-    """fedssi: how far a rank's surrogate model goes its own way, above 0 and below 1."""
-    surrogate_steps: int | None = None
-    """fedssi: steps of the surrogate model at each task's end."""
     loss_weights: str | None = None
     """by-sample, or by-task: in task k new samples count 1/k, past ones 1 - 1/k, together."""
 
@@ -159,6 +151,15 @@ class Changes(TaskChanges):
     diffraction patterns ptychonn, or with more channels than 8 ptychonn-32."""
     loss: str | None = None
     """Where targets are tensors: mae or mse, which is also the error in the results."""
+
+    si_strength: float | None = None
+    """si, si-rehearsal, fedssi: weight of what holds important weights back."""
+    si_damping: float | None = None
+    """si, si-rehearsal, fedssi: what keeps weights that hardly move from a large importance."""
+    locality: float | None = None
+    """fedssi: how far a rank's surrogate model goes its own way, above 0 and below 1."""
+    surrogate_steps: int | None = None
+    """fedssi: steps of the surrogate model at each task's end, at most as many as the task has."""
 
     # What is generated.
     generated_share: float | None = None

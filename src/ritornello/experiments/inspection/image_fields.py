@@ -12,6 +12,9 @@ from ritornello.records.ragged import Ragged
 from ritornello.saving.manifest import Manifest
 from ritornello.saving.saved_buffer import SavedRepresentatives
 
+ENDINGS = {"JPEG": "jpg", "MPO": "jpg", "TIFF": "tif"}
+"""How names of files end, by what Pillow calls their content, where that is not the same."""
+
 LEAST_PIXELS = 4
 """The least height and width of an image; what is smaller is hardly one."""
 
@@ -72,7 +75,7 @@ def files_of(read: SavedRepresentatives, position: int) -> list[tuple[bytes, str
                 f"the field of bytes of the representative in slot {slot} holds no image file: "
                 f"it begins with {content[:8]!r}"
             ) from None
-        found.append((content, {"JPEG": "jpg", "TIFF": "tif"}.get(kind, kind.lower())))
+        found.append((content, ENDINGS.get(kind, kind.lower())))
     return found
 
 

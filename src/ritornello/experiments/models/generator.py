@@ -68,9 +68,10 @@ class GaussianPrior:
 
     def divergence(self, posterior: Distribution) -> Tensor:
         """The Kullback-Leibler divergence of posteriors from the prior, ``[n]``."""
-        mean = posterior.mean
-        prior = Normal(torch.zeros_like(mean), torch.ones_like(mean), validate_args=False)
-        return kl_divergence(posterior, Independent(prior, 1, validate_args=False))
+        assert isinstance(posterior, Independent)
+        latents = posterior.base_dist  # each by itself: torch cannot do it of no samples together
+        prior = Normal(torch.zeros_like(latents.mean), torch.ones_like(latents.mean))
+        return kl_divergence(latents, prior).sum(dim=1)
 
     def draw(self, count: int, stream: np.random.Generator) -> Tensor:
         """Latents of the prior, float32 ``[count, num_latents]``."""

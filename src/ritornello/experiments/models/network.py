@@ -52,7 +52,7 @@ class Network(nn.Module):
             torch.channels_last if recipe.channels_last else torch.contiguous_format
         )
         self.pixels = Pixels.of(recipe, data).to(device)
-        self._output_shape = data.output_shape
+        self._output_shape, self._predicts_tensors = data.output_shape, data.targets is not None
         self.model = models.build(
             recipe.model,
             math.prod(self._output_shape),
@@ -82,7 +82,10 @@ class Network(nn.Module):
         pixels = self.pixels.for_training if self.training else self.pixels.for_evaluation
         with self._autocast():
             logits: Tensor = model(pixels(images).contiguous(memory_format=self._memory_format))
-        return logits.float().reshape(len(images), *self._output_shape)
+        outputs = logits.float()
+        if self._predicts_tensors:
+            return outputs.reshape(len(images), *self._output_shape)
+        return outputs
 
     @property
     def is_local(self) -> bool:

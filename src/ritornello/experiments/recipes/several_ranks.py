@@ -50,6 +50,16 @@ def check_several_ranks(recipe: Recipe, num_ranks: int, rehearses: bool) -> None
             f"draws='local' with sampling={recipe.sampling!r}: out of its own shard a rank draws "
             "uniformly; use sampling='uniform' (and composition='append'), or draws='global'"
         )
+    if recipe.strategy == "gdumb" and recipe.draws == "local" and alpha is not None:
+        raise ValueError(
+            f"draws='local' with strategy='gdumb' and ranks_differ={alpha}: it trains on the "
+            "buffer alone, and a rank may have nothing of a task; use draws='global'"
+        )
+    if rehearses and recipe.draws == "local" and recipe.is_proportional:
+        raise ValueError(
+            "draws='local' with composition='proportional': a step's past samples are those of all "
+            "ranks; use composition='append', or draws='global'"
+        )
     if recipe.strategy == "a-gem" and recipe.draws == "local" and not recipe.local_steps:
         raise ValueError(
             "draws='local' with strategy='a-gem': it averages the gradients of representatives "

@@ -13,6 +13,8 @@ WITHOUT_CLASSES = {
     ),
     "augmentation": ("none",),
     "soft_targets": (0.0,),
+    "generated_share": (0.0,),
+    "distance": ("mse",),
 }
 """Settings that have a meaning without classes, and their values that have one."""
 

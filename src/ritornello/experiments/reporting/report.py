@@ -27,7 +27,7 @@ from ritornello.experiments.reporting.summaries import (
     findings_of,
     times_incremental,
 )
-from ritornello.experiments.results.groups import Group, Statistic
+from ritornello.experiments.results.groups import Group, Statistic, parts_of
 from ritornello.experiments.results.labels import WITHOUT_BUFFER
 from ritornello.experiments.results.measures import Measure, common_measure
 from ritornello.experiments.results.writing import Results
@@ -461,7 +461,8 @@ def _rows(groups: Sequence[Group]) -> list[Row]:
                 risen=_in_nats(group.figure("forgetting_in_loss")) if changes else NOTHING,
                 in_stream=stream.figures_of(group),
                 parts={
-                    f"{part} error": group.text(group.average_of_part(part)) for part in group.parts
+                    f"{part} error": group.text(group.average_of_part(part))
+                    for part in parts_of(groups)
                 },
             )
         )

@@ -10,7 +10,13 @@ from typing import Any
 from ritornello.experiments.recipes.published import family_of
 from ritornello.experiments.reporting.provenance import commands_of, origin_of
 from ritornello.experiments.reporting.summaries import families_of, times_incremental
-from ritornello.experiments.results.groups import Group, Statistic, groups_of, reference_for
+from ritornello.experiments.results.groups import (
+    Group,
+    Statistic,
+    groups_of,
+    parts_of,
+    reference_for,
+)
 from ritornello.experiments.results.labels import WITHOUT_BUFFER, WITHOUT_PAST, labels_of
 from ritornello.experiments.results.measures import common_measure
 from ritornello.experiments.results.writing import Results
@@ -88,7 +94,7 @@ def _section(groups: Sequence[Group]) -> list[str]:
     if measure.lower_is_better:
         further |= {
             f"{part} error": [group.average_of_part(part) for group in groups]
-            for part in groups[0].parts
+            for part in parts_of(groups)
         }
         further["forgetting"] = [
             group.forgetting if _learns_in_time(group) else None for group in groups

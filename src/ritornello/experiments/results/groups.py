@@ -161,9 +161,12 @@ class Group:
         """The higher, the better ``average`` is."""
         return -self.average.mean if self.measure.lower_is_better else self.average.mean
 
-    def average_of_part(self, part: str) -> Statistic:
-        """The error of one of the ``parts``."""
-        return _statistic([float(run["average_error_of_parts"][part]) for run in self.runs])
+    def average_of_part(self, part: str) -> Statistic | None:
+        """The error of one of the ``parts``; None where a run has none of that name."""
+        found = [run.get("average_error_of_parts", {}).get(part) for run in self.runs]
+        if any(error is None for error in found):
+            return None
+        return _statistic([float(error) for error in found])
 
     def text(self, figure: Statistic | None, sign: str = "", nothing: str = "-") -> str:
         """A figure of accuracies in percent, or of errors as it is."""
@@ -218,6 +221,11 @@ class Group:
 
     def _over_runs(self, name: str) -> Statistic:
         return _statistic([float(run[name]) for run in self.runs])
+
+
+def parts_of(groups: Iterable[Group]) -> list[str]:
+    """The parts of targets of some groups, each once."""
+    return list(dict.fromkeys(part for group in groups for part in group.parts))
 
 
 def groups_of(runs: Iterable[Results]) -> list[Group]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Sequence
+from dataclasses import MISSING, fields
 from typing import Any
 
 from ritornello.experiments.recipes import published
-from ritornello.experiments.recipes.recipe import COMPOSITIONS, DESCRIPTIONS
+from ritornello.experiments.recipes.recipe import COMPOSITIONS, DESCRIPTIONS, Recipe
 from ritornello.experiments.results.writing import Results
 from ritornello.experiments.strategies import STRATEGIES
 
@@ -31,6 +32,9 @@ GENERATOR_SETTINGS = (
 )
 """Settings that change nothing where no past samples are generated."""
 
+SI_SETTINGS = ("si_strength", "si_damping", "locality", "surrogate_steps")
+"""Settings that change nothing where weights have no importances."""
+
 REHEARSAL_SETTINGS = (
     "alpha",
     "beta",
@@ -49,11 +53,19 @@ REHEARSAL_SETTINGS = (
     "sampling",
     "draws",
     "logits_dtype",
+    "stores",
+    "capacity_bytes",
 )
 """Settings that change nothing where the strategy has no buffer."""
 
 PROPORTIONAL_SETTINGS = ("samples_per_step", "first_share", "share_floor")
 """Settings that change nothing where steps are not composed in proportion."""
+
+WITH_IMPORTANCES = tuple(name for name, each in STRATEGIES.items() if each.remembers_in_itself)
+"""Strategies that know how important each weight is."""
+
+DEFAULTS = {each.name: each.default for each in fields(Recipe) if each.default is not MISSING}
+"""What settings are unless given."""
 
 SHORT_NAMES = {"global_num_representatives": "r", "global_num_candidates": "c"}
 
@@ -61,9 +73,9 @@ SHORT_NAMES = {"global_num_representatives": "r", "global_num_candidates": "c"}
 def settings_of(run: Results) -> dict[str, Any]:
     """Everything that a run's outcome may depend on, and the number of ranks.
 
-    A distance that results do not name is the only one that there was then.
+    A setting that results do not name did not exist then: what it is unless given, it was.
     """
-    config = {"distance": "mse", **run["config"]}
+    config = {**DEFAULTS, **run["config"]}
     left_out = {*DESCRIPTIONS, "strategy", "seed"}
     if run["strategy"] in WITHOUT_BUFFER:
         left_out.update(REHEARSAL_SETTINGS)
@@ -71,6 +83,8 @@ def settings_of(run: Results) -> dict[str, Any]:
         left_out.update(PAST_SETTINGS)
     if run["strategy"] != "generative" and not run["config"].get("generated_share"):
         left_out.update(GENERATOR_SETTINGS)
+    if run["strategy"] not in WITH_IMPORTANCES:
+        left_out.update(SI_SETTINGS)
     if run["config"].get("prior") != "dirichlet":
         left_out.add("prior_concentration")
     if run["config"].get("composition") != "proportional":

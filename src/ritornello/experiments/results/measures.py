@@ -71,13 +71,20 @@ def common_measure(runs: Iterable[Mapping[str, Any]]) -> Measure:
     """What the models of some runs were measured by.
 
     Raises:
-        ValueError: some by accuracies, others by errors.
+        ValueError: some by accuracies, others by errors, or by errors of another kind.
     """
+    runs = list(runs)
     measures = {measure_of(each) for each in runs}
+    losses = {str(each.get("config", {}).get("loss")) for each in runs}
     if len(measures) > 1:
         raise ValueError(
             "some of the runs learn classes and have accuracies, others tensors and have errors, "
             "and no table or picture compares the two: make a report of each kind"
+        )
+    if len(losses) > 1 and TOP1 not in measures:
+        raise ValueError(
+            f"the runs have errors of different kinds ({', '.join(sorted(losses))}), and no table "
+            "or picture compares them: make a report of each kind"
         )
     return measures.pop() if measures else TOP1
 

@@ -218,6 +218,9 @@ def _follow(trainer: Trainer, extension: Extension, ranks: Ranks) -> None:
 def _results(before: Results, newest: Results, command: str) -> Results:
     """Those of the run with its new task, as JSON would give them back."""
     about = {"date": newest["date"], "command": command, "world_size": newest["world_size"]}
+    per_rank = "train_samples_per_rank"  # of the new task alone; those before are gone
+    if per_rank in newest:
+        newest = {**newest, per_rank: [*before.get(per_rank, []), newest[per_rank][-1]]}
     results: Results = json.loads(
         json.dumps(
             {

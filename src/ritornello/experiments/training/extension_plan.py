@@ -25,8 +25,8 @@ MAY_CHANGE = (
     *("warmup_epochs", "milestones", "alpha", "beta", "loss_weights"),
     "distance",
     *("composition", "samples_per_step", "first_share", "share_floor"),
-    *("soft_targets", "soft_temperature"),
-    *("capacity", "global_num_representatives", "global_num_candidates", "sampling"),
+    *("soft_targets", "soft_temperature", "local_steps"),
+    *("capacity", "global_num_representatives", "global_num_candidates", "sampling", "draws"),
     *("device", "num_workers"),
     *("averaged", "probe_every"),
 )
@@ -91,6 +91,8 @@ def plan(
     if not data.exists():
         raise FileNotFoundError(f"--data {data}: there is no such file or folder")
     recipe = _recipe(folder, before, changes or {})
+    if num_ranks == 1:  # which has all samples
+        recipe = replace(recipe, ranks_differ=None)
     train.check(recipe, num_ranks)
     if not part_of(folder, "model.pt").exists():
         raise FileNotFoundError(f"{folder} has no model.pt: without the model no run can go on")
@@ -167,6 +169,13 @@ def _recipe(folder: Path, before: Results, changes: Mapping[str, Any]) -> Recipe
         raise ValueError(
             "soft_targets=0: the run's buffer stores soft targets; to go on without their effect "
             "give them a small weight"
+        )
+    soft_targets = changes.get("soft_targets", recipe.soft_targets)
+    if recipe.stores == "files" and (kind.stores_logits or (kind.rehearses and soft_targets)):
+        raise ValueError(
+            f"stores='files' with strategy={recipe.strategy!r}, soft_targets={soft_targets}: "
+            "logits beside files cannot be widened for new classes; only runs without logits, such "
+            "as those of rehearsal without soft targets, go on with files"
         )
     if kind.rehearses:
         buffer = part_of(folder, "buffer")

@@ -131,7 +131,8 @@ class Schedule:
         The last epoch of a composed task has but a part of its samples: the others are past ones.
         """
         recipe = self._recipe
-        if recipe.remembers != "last-epoch" or not self._strategy.rehearses:
+        is_bounded_by_bytes = recipe.capacity_bytes is not None or recipe.stores == "files"
+        if recipe.remembers != "last-epoch" or not self._strategy.rehearses or is_bounded_by_bytes:
             return
         num_train = sum(task.num_train for task in self._tasks)
         room = min(recipe.num_stored(len(self._data.train)), num_train)

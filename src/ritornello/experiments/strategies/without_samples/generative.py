@@ -222,6 +222,11 @@ def check(recipe: Recipe) -> None:
             f"sampling={recipe.sampling!r} with {generates}: nothing is stored that it could "
             "choose from; use sampling='uniform'"
         )
+    if recipe.local_steps:
+        raise ValueError(
+            f"local_steps={recipe.local_steps} with {generates}: all ranks have one generator, and "
+            "average its gradients in every step; use local_steps=0"
+        )
     if recipe.scenario == "task-incremental" and not recipe.conditional:
         raise ValueError(
             f"conditional=False with {generates} and scenario='task-incremental': the model tells "

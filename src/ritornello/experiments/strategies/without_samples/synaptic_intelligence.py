@@ -111,3 +111,5 @@ class SIRehearsal(SI, Rehearsal):
         damping: see ``Importances``.
         others: see ``Rehearsal``.
     """
+
+    takes_tensors: ClassVar[bool] = False
