@@ -100,7 +100,11 @@ def connect_shared_memory(
 
 
 def spawn_ranks(
-    num_ranks: int, rank_main: Callable[..., Result], *args: Any, seconds: float = 100.0
+    num_ranks: int,
+    rank_main: Callable[..., Result],
+    *args: Any,
+    seconds: float = 100.0,
+    fresh: bool = False,
 ) -> list[Result | BaseException | int | None]:
     """Runs ranks as real processes with a gloo group over loopback.
 
@@ -112,13 +116,17 @@ def spawn_ranks(
         rank_main: a module-level function, called as ``rank_main(rank, *args)``.
         args: must pickle.
         seconds: after which what still runs is killed.
+        fresh: whether each is an interpreter of its own, that begins and ends as one does; a forked
+            one ends at once, without what Python does at its exit.
 
     Returns:
         For each rank: what ``rank_main`` returned or raised, or, if the process died without
         either, its exit code; None if it had to be killed.
     """
     context: Any = mp.get_context("spawn")
-    if "forkserver" in mp.get_all_start_methods():  # ranks begin with all of this imported
+    if (
+        not fresh and "forkserver" in mp.get_all_start_methods()
+    ):  # ranks begin with all of this imported
         context = mp.get_context("forkserver")
         context.set_forkserver_preload([__name__])
     outcomes: list[Any] = [None] * num_ranks

@@ -63,8 +63,8 @@ def test_how_many_are_past_is_of_the_mini_batch_that_the_loop_has(
     with make() as plain, make() as ahead:
         prepare, calls = ahead._steps.prepare, count()
 
-        def prepare_and_tell(*arguments: Any) -> Any:
-            joined = prepare(*arguments)
+        def prepare_and_tell(*arguments: Any, **others: Any) -> Any:
+            joined = prepare(*arguments, **others)
             if next(calls):
                 prepared.release()
             return joined

@@ -102,7 +102,8 @@ def _end_without_close(rank: int, folder: Path) -> Any:
 
 def test_ranks_that_end_without_close_or_by_an_error(tmp_path: Path) -> None:
     """The other one loses it in a round, and ends by an error, too; the save counts all the same."""
-    assert spawn_ranks(2, _end_without_close, tmp_path) == [PeerLostError, ZeroDivisionError]
+    ended = spawn_ranks(2, _end_without_close, tmp_path, fresh=True)
+    assert ended == [PeerLostError, ZeroDivisionError]
     for name in ("error", "end"):
         assert SavedFolder(tmp_path / name).manifest.num_rounds == 12
         assert len(joined(loaded_on(tmp_path / name, 1, 60, num_candidates=None))) == 60

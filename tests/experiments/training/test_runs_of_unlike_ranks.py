@@ -37,7 +37,7 @@ def schedule_of(recipe: Recipe, rank: int, observes: bool = False) -> Schedule:
 
 
 def images_of(batches: Any) -> list[list[bytes]]:
-    return [[image.numpy().tobytes() for image in images] for images, _ in batches]
+    return [[image.numpy().tobytes() for image in images] for images, _, _ in batches]
 
 
 @pytest.mark.parametrize("alpha", [0.02, 1.0])
@@ -69,7 +69,7 @@ def test_what_passes_by_is_of_ones_own_too() -> None:
     recipe = quick(ranks_differ=0.02, num_tasks=5)
     for rank in range(3):
         schedule = schedule_of(recipe, rank, observes=True)
-        observed = [labels for _, labels in schedule.observed(0, 0)]
+        observed = [labels for _, labels, _ in schedule.observed(0, 0)]
         assert len(observed) == len(scenario_of(DIGITS, recipe)[0].train_indices) // 16
         assert bool(len(torch.cat(observed))) == bool(schedule.num_own(0)[rank])
 
