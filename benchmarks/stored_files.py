@@ -31,6 +31,9 @@ from ritornello.experiments.training.run import run
 QUALITY = 90
 """Of the JPEG files."""
 
+MOST_SEEN = 64
+"""Pixels of larger images' crops: the model is small, so that what is measured is the decoding."""
+
 VARIANTS: dict[str, dict[str, Any]] = {
     "incremental": {"strategy": "incremental"},
     "pixels": {},
@@ -78,7 +81,10 @@ def recipe_of(folder: Path, side: int, arguments: argparse.Namespace) -> Recipe:
         composition="append",
         loss_weights="by-task",
     )
-    return replace(recipe, remembers="stream", augmentation="none", num_workers=0)
+    recipe = replace(recipe, remembers="stream", augmentation="none", num_workers=0)
+    if side <= MOST_SEEN:
+        return recipe
+    return replace(recipe, augmentation="resized-crop-flip", crop_size=MOST_SEEN)
 
 
 def main() -> None:
