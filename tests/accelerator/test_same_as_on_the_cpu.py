@@ -64,7 +64,10 @@ def test_samples_that_are_stored_in_another_form(
                 return rehearsed(batches("cpu"), device, buffer)
             out = list[torch.Tensor]()
             for batch in batches(device):
-                out += buffer.draw() or ()
+                drawn = buffer.draw()
+                if drawn is not None:
+                    assert buffer.past_mask.device == drawn[0].device
+                    out += drawn
                 simulated.lag(device)
                 buffer.offer(batch)
             return [leaf.cpu() for leaf in out]

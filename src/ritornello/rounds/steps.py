@@ -180,6 +180,9 @@ class Steps:
         if staged is not None:
             begun, decodes = self._known, self.outputs.coding.decodes
             drawn = self._decoded() if decodes else self.outputs.copies(begun, staged)
+            if decodes:  # where they are trained on
+                tensors = [leaf for _, leaf in leaves_of(drawn) if isinstance(leaf, Tensor)]
+                self.outputs.device = device_of(tensors)
             begun.staging.release()
         self._num_new_joined = 0
         self.training.optimisers.num_steps = 0
@@ -250,10 +253,7 @@ class Steps:
         if drawn.decoded is None:
             decode = partial(self.outputs.decoded, self._known, self.num_staged)
             drawn.decoded = self.between_rounds(decode)
-        draws = drawn.decoded.taken()
-        tensors = [leaf for _, leaf in leaves_of(draws) if isinstance(leaf, Tensor)]
-        self.outputs.device = device_of(tensors)
-        return draws
+        return drawn.decoded.taken()
 
     def past_mask(self) -> Tensor:
         """See ``RehearsalBuffer.past_mask``."""
