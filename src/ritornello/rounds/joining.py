@@ -150,6 +150,7 @@ class Outputs:
         self.device: torch.device | None = None
         self.seconds = 0.0
         self._joiner = Joiner()
+        self._learnt: Layout | None = None  # where what is stored is what is offered
 
     def alone(self, begun: Begun, batch: Batch, leaves: Sequence[Any]) -> Batch:
         """A mini-batch without representatives: itself, or of plain tensors, if it is of others."""
@@ -213,7 +214,9 @@ class Outputs:
             TypeError, ValueError: it is not like the first one, or of another size.
         """
         if not self.coding.encodes:
-            self.coding.learn(replace(begun.layout, paging=None))
+            if self._learnt is not begun.layout:
+                self._learnt = begun.layout
+                self.coding.learn(replace(begun.layout, paging=None))
             self.device = device_of(stored)
             return stored
         leaves = self.coding.leaves(batch)

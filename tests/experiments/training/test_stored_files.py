@@ -144,6 +144,16 @@ def test_a_day_more(folder: Path, tmp_path: Path) -> None:
         export(inspection, tmp_path / "arrays.npz")
 
 
+def test_a_day_more_where_logits_lie_beside_files(folder: Path, tmp_path: Path) -> None:
+    days = tmp_path / "days"
+    days.mkdir()
+    (days / "1").symlink_to(folder / "1")
+    settings = {"strategy": "der", "composition": "append", "remembers": "stream", "epochs": 1}
+    train.run(recipe(days, **settings), str(tmp_path / "run"))
+    with pytest.raises(ValueError, match="logits beside files cannot be widened for new classes"):
+        extend(tmp_path / "run", folder / "3")
+
+
 def test_bytes_that_are_no_image_are_not_drawn(tmp_path: Path) -> None:
     with RehearsalBuffer(10, num_representatives=1, capacity_bytes=9000) as buffer:
         buffer.update(([b"RIFF of a sound"] * 3, torch.arange(3)))
@@ -161,7 +171,7 @@ def test_bytes_that_are_no_image_are_not_drawn(tmp_path: Path) -> None:
         ({"capacity_bytes": 0}, "capacity_bytes=0: it must be at least 1"),
         (
             {"selection": "per-class-random"},
-            "stores='files' with selection='per-class-random': use one of class-balanced,",
+            "stores='files': selection: PerClassRandom does not say who gives way .*stores='pixels'",
         ),
         ({"remembers": "random"}, "stores='files' with remembers='random': use remembers='stream'"),
         ({"fixed_shares": True}, "stores='files' with fixed_shares=True: use fixed_shares=False"),

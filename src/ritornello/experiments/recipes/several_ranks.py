@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from ritornello.experiments.recipes.recipe import Recipe
-
-DRAWS = ("global", "local")
+from ritornello.rounds.arguments import DRAWS
 
 MOST_ALPHA = 1e6
 """There shares hardly differ."""

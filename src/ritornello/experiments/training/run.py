@@ -187,8 +187,7 @@ def _run(
         trainer = stack.enter_context(
             Trainer(recipe, data, Place(ranks.rank, ranks.num_ranks, device))
         )
-        if ranks.rank == 0:
-            trainer.schedule.warn_of_room()
+        trainer.schedule.warn_of_room()
         saver = checkpoints = None
         if folder is not None and signals is not None:
             checkpoints = Checkpoints(folder / "checkpoints", saving.keep, ranks)

@@ -137,7 +137,7 @@ class Schedule:
         num_train = sum(task.num_train for task in self._tasks)
         room = min(recipe.num_stored(len(self._data.train)), num_train)
         num_offered = sum(self.num_offered_last(number) for number in range(len(self._tasks)))
-        if num_offered < MOSTLY * room:
+        if num_offered < MOSTLY * room and self._place.rank == 0:
             logger.warning(
                 "remembers='last-epoch': all tasks together offer about %d samples in their last "
                 "epochs, and the buffer has room for %d (capacity=%g): it is not filled. "

@@ -9,9 +9,8 @@ from ritornello.experiments.data.decoding import Decoder, Decoding, KeptFiles, w
 from ritornello.experiments.ranks.place import Place
 from ritornello.experiments.recipes.recipe import Recipe
 from ritornello.experiments.strategies import strategy_named
-
-SELECTIONS = ("class-balanced", "class-balanced-reservoir", "reservoir", "fifo")
-"""The selection policies that say who gives way where samples differ in length."""
+from ritornello.policies.names import selection_policy
+from ritornello.policies.within_bytes import within_bytes
 
 ROOM = 1.1
 """How much more than the mean size each file may take."""
@@ -28,15 +27,14 @@ def check_stores(recipe: Recipe) -> None:
     """
     if recipe.capacity_bytes is not None and recipe.capacity_bytes < 1:
         raise ValueError(f"capacity_bytes={recipe.capacity_bytes}: it must be at least 1")
-    if recipe.stores == "pixels" or not strategy_named(recipe.strategy).rehearses:
+    if not _stores_files(recipe):
         return
+    try:
+        within_bytes(selection_policy(recipe.selection), 1)
+    except ValueError as error:
+        raise ValueError(f"stores='files': {error}, or stores='pixels'") from None
     for is_wrong, setting, use in (
         (not recipe.offers_stream, f"remembers={recipe.remembers!r}", "remembers='stream'"),
-        (
-            recipe.selection not in SELECTIONS,
-            f"selection={recipe.selection!r}",
-            f"one of {', '.join(SELECTIONS)}",
-        ),
         (recipe.fixed_shares, "fixed_shares=True", "fixed_shares=False"),
         (recipe.ranks_differ is not None, f"ranks_differ={recipe.ranks_differ}", "ranks alike"),
         (
@@ -55,7 +53,7 @@ def data_of(recipe: Recipe, data: DataSet) -> DataSet:
     Raises:
         ValueError: they have none.
     """
-    if recipe.stores == "pixels" or not strategy_named(recipe.strategy).rehearses:
+    if not _stores_files(recipe):
         return data
     try:
         return with_files(data)
@@ -87,3 +85,7 @@ def stored_files(recipe: Recipe, data: DataSet, place: Place) -> dict[str, Any]:
     decoder = Decoder(height, channels)
     decoding = Decoding(decoder, max(1, recipe.num_workers), place.device)
     return {"decode": decoding, "capacity_bytes": capacity_bytes}
+
+
+def _stores_files(recipe: Recipe) -> bool:
+    return recipe.stores == "files" and strategy_named(recipe.strategy).rehearses
