@@ -14,7 +14,16 @@ def join(outputs: Joiner, leaf: torch.Tensor, past: torch.Tensor) -> torch.Tenso
     layout = Layout.of((leaf,))
     records = torch.zeros(len(past), layout.record_bytes, dtype=torch.uint8)
     layout.pack([past], None, records)
-    return outputs.join(layout, [leaf], records)[0]
+    return joined(outputs, layout, leaf, records)
+
+
+def joined(
+    outputs: Joiner, layout: Layout, leaf: torch.Tensor, records: torch.Tensor
+) -> torch.Tensor:
+    samples, columns = layout.bytes_of([leaf]), layout.columns(records)
+    [tensor] = outputs.join(layout, [leaf], samples, records, columns)
+    assert isinstance(tensor, torch.Tensor)
+    return tensor
 
 
 def test_a_joined_tensor_is_what_cat_gives() -> None:
@@ -26,9 +35,9 @@ def test_a_joined_tensor_is_what_cat_gives() -> None:
 
 def test_memory_is_used_again_once_nobody_holds_it() -> None:
     outputs = Joiner()
-    joined = join(outputs, LARGE, LARGE)
-    first = joined.data_ptr()
-    del joined
+    lent = join(outputs, LARGE, LARGE)
+    first = lent.data_ptr()
+    del lent
     assert join(outputs, LARGE, LARGE).data_ptr() == first
 
 
@@ -74,5 +83,5 @@ def test_gradients_flow_through_a_batch_that_needs_them() -> None:
 def test_tensors_on_other_devices_take_the_usual_way() -> None:
     layout = Layout.of((torch.zeros(2, 3),))
     records = torch.zeros(1, layout.record_bytes, dtype=torch.uint8)
-    joined = Joiner().join(layout, [torch.zeros(2, 3, device="meta")], records)
-    assert joined[0].shape == (3, 3)
+    on_meta = torch.zeros(2, 3, device="meta")
+    assert joined(Joiner(), layout, on_meta, records).shape == (3, 3)

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ritornello.arrays import Bytes, Ints
@@ -44,6 +45,12 @@ INTEGERS = {
     getattr(torch, name): np.dtype(name)
     for name in ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
 }
+
+IN_NUMPY = INTEGERS | {
+    getattr(torch, name): np.dtype(name)
+    for name in ("bool", "float16", "float32", "float64", "complex64", "complex128")
+}
+"""What NumPy calls them."""
 
 DTYPES = {
     str(dtype).removeprefix("torch."): dtype
@@ -89,6 +96,21 @@ class Field:
     def is_integer(self) -> bool:
         """Whether it is one integer per sample."""
         return self.dtype in INTEGERS and self.shape == () and self.form is None
+
+    def values(self, rows: Bytes) -> NDArray[Any]:
+        """Its bytes of some samples, ``[n, num_bytes]``, as ``[n, *shape]`` if NumPy has the dtype.
+
+        Else as they are.
+        """
+        dtype = IN_NUMPY.get(self.dtype)
+        return rows if dtype is None else rows.view(dtype).reshape(len(rows), *self.shape)
+
+    def tensor(self, values: NDArray[Any]) -> Tensor:
+        """What ``values`` gave as a tensor ``[n, *shape]`` over the same memory."""
+        tensor = torch.from_numpy(values)
+        if self.dtype in IN_NUMPY:
+            return tensor
+        return tensor.view(self.dtype).view(len(values), *self.shape)
 
     @property
     def bytes_per_length(self) -> int:
@@ -262,6 +284,18 @@ class Layout:
         columns = rows[:, field.offset : field.offset + field.num_bytes].view(field.dtype)
         return columns.view(shape)
 
+    def columns(self, rows: Tensor) -> list[Bytes]:
+        """The bytes of each field of records in CPU memory, ``[num_rows, bytes]``: views."""
+        array = rows.numpy()
+        return [array[:, field.offset : field.offset + field.num_bytes] for field in self.fields]
+
+    def bytes_of(self, leaves: Sequence[Any]) -> list[Bytes | None]:
+        """``bytes_of`` each leaf of a mini-batch; None for ragged ones."""
+        return [
+            bytes_of(leaf) if field.form is None else None
+            for field, leaf in zip(self.fields, leaves, strict=True)
+        ]
+
     def integers(self, rows: Tensor, position: int) -> Ints:
         """One integer field of records, ``[num_rows]``, as int64 in CPU memory."""
         if rows.device.type != "cpu":
@@ -285,26 +319,46 @@ class Layout:
             index: int64 ``[num_rows]``, the samples to take; None: all of them.
             rows: uint8 ``[num_rows, record_bytes]``, written; its padding is left as it is.
         """
-        for position, leaf in enumerate(leaves):
-            field = self.fields[position]
+        columns: Sequence[Bytes | None] = [None] * len(leaves)
+        if rows.device.type == "cpu":
+            columns = self.columns(rows)
+        self.pack_bytes(leaves, self.bytes_of(leaves), index, rows, columns)
+
+    def pack_bytes(
+        self,
+        leaves: Sequence[Tensor],
+        samples: Sequence[Bytes | None],
+        index: Ints | None,
+        rows: Tensor,
+        columns: Sequence[Bytes | None],
+    ) -> None:
+        """As ``pack``, where views of both sides are known.
+
+        Args:
+            leaves: see ``pack``.
+            samples: their ``bytes_of``.
+            index: see ``pack``.
+            rows: see ``pack``.
+            columns: its ``columns``; None where it is not in CPU memory.
+        """
+        for position, (field, own, places) in enumerate(
+            zip(self.fields, samples, columns, strict=True)
+        ):
             if field.form is not None:
                 continue
-            samples = bytes_of(leaf)
-            if samples is None or rows.device.type != "cpu":
-                view, source = self.view(rows, position), leaf.detach()
+            if own is None or places is None:
+                view, source = self.view(rows, position), leaves[position].detach()
                 if index is not None:
                     on_device = accelerators.copied_to(rows.device, torch.from_numpy(index))
                     source = source.index_select(0, on_device)
                 view.copy_(source)
-                continue
-            places = rows.numpy()[:, field.offset : field.offset + field.num_bytes]
-            if index is None:
-                places[:] = samples
+            elif index is None:
+                places[:] = own
             elif field.num_bytes < LARGE_FIELD_BYTES:
-                places[:] = samples[index]
+                places[:] = own[index]
             else:
                 for place, sample in enumerate(index.tolist()):
-                    places[place] = samples[sample]
+                    places[place] = own[sample]
 
     def rebuild(self, leaves: Sequence[Any]) -> Batch:
         """A batch nested as the samples were, from one tensor per field, or ``Ragged`` leaf."""
@@ -429,14 +483,19 @@ def bytes_of(leaf: Tensor) -> Bytes | None:
     NumPy copies on the calling thread alone. For such small copies torch would wake all its
     threads, and wait for them.
     """
-    if leaf.device.type != "cpu" or not leaf.is_contiguous() or leaf.numel() == 0:
+    if not leaf.is_cpu or not leaf.is_contiguous() or leaf.numel() == 0:
         return None
     if leaf.is_conj() or leaf.is_neg():  # the bytes are not yet the values
         return None
-    rows = leaf.detach().view(leaf.shape[0], -1)
-    if rows.stride(1) != 1:  # of one element torch takes any stride for contiguous
-        return None
-    array: Bytes = rows.view(torch.uint8).numpy()
+    num_samples = leaf.shape[0]
+    own = leaf.detach() if leaf.requires_grad else leaf
+    if leaf.dtype not in IN_NUMPY:
+        own = own.view(num_samples, -1)
+        if own.stride(1) != 1:
+            return None
+        own = own.view(torch.uint8)
+    # Of one element torch takes any stride for contiguous, and NumPy copies it.
+    array: Bytes = own.numpy().reshape(num_samples, -1).view(np.uint8)
     return array
 
 

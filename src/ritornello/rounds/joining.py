@@ -14,12 +14,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ritornello.arrays import Bytes
 from ritornello.records.coding import Coding, Decoded
-from ritornello.records.layout import Layout, bytes_of
+from ritornello.records.layout import Field, Layout
 from ritornello.records.nesting import Batch
 from ritornello.records.nesting import leaves_of as nested_leaves_of
 from ritornello.records.paging import leaves_of, samples_of
@@ -39,11 +40,22 @@ NUM_SIZES = 8
 
 
 class _Block:
-    """Memory that is lent to one tensor at a time."""
+    """Memory that is lent to one tensor at a time.
 
-    def __init__(self, num_bytes: int) -> None:
-        self._bytes: Bytes = torch.empty(num_bytes, dtype=torch.uint8, device="cpu").numpy()
-        self._loan: weakref.ref[Bytes] | None = None
+    Args:
+        field: whose values it holds.
+        num_samples: how many of them.
+
+    Attributes:
+        rows: all of it, uint8 ``[num_samples, bytes of the field]``.
+    """
+
+    def __init__(self, field: Field, num_samples: int) -> None:
+        num_bytes = num_samples * field.num_bytes
+        memory = torch.empty(num_bytes, dtype=torch.uint8, device="cpu").numpy()
+        self.rows: Bytes = memory.reshape(num_samples, field.num_bytes)
+        self._field, self._values = field, field.values(self.rows)
+        self._loan: weakref.ref[Any] | None = None
 
     @property
     def is_free(self) -> bool:
@@ -51,38 +63,52 @@ class _Block:
         return self._loan is None or self._loan() is None
 
     def lend(self) -> Tensor:
-        """All of it as an uninitialised uint8 tensor."""
-        lent = self._bytes[:]
+        """All of it as an uninitialised tensor ``[num_samples, *shape]``."""
+        lent = self._values[:]
         self._loan = weakref.ref(lent)
-        return torch.from_numpy(lent)
+        return self._field.tensor(lent)
 
 
 class Joiner:
     """Joins mini-batches and representatives, in CPU memory that is used again where safe."""
 
     def __init__(self) -> None:
-        self._blocks: dict[int, list[_Block]] = {}
+        self._blocks: dict[tuple[Any, ...], list[_Block]] = {}
 
     def join(
-        self, layout: Layout, leaves: Sequence[Any], records: Tensor, pages: Tensor | None = None
+        self,
+        layout: Layout,
+        leaves: Sequence[Any],
+        samples: Sequence[Bytes | None],
+        records: Tensor,
+        columns: Sequence[Bytes | None],
+        pages: Tensor | None = None,
     ) -> list[Any]:
         """``torch.cat((leaf, past))`` for each field of some records.
 
         Args:
             layout: of the records.
             leaves: one tensor ``[b, *shape]`` per field, on any device.
+            samples: their ``Layout.bytes_of``.
             records: uint8 ``[r, record_bytes]``.
+            columns: their ``Layout.columns``; None where they are not in CPU memory.
             pages: those that go with them, if some fields are ragged. Of these, new samples stay
                 as they are, and past ones are copies.
         """
-        if pages is not None:
-            return [
-                self._join(layout, position, leaf, records)
-                if layout.fields[position].form is None
-                else leaf.joined(samples_of(layout, records.numpy(), pages, position))
-                for position, leaf in enumerate(leaves)
-            ]
-        return [self._join(layout, position, leaf, records) for position, leaf in enumerate(leaves)]
+        joined: list[Any] = []
+        for position, (field, leaf, own, past) in enumerate(
+            zip(layout.fields, leaves, samples, columns, strict=True)
+        ):
+            if field.form is not None:
+                assert pages is not None
+                ragged = samples_of(layout, records.numpy(), pages, position)
+                joined.append(leaf.joined(ragged))
+            elif own is None or past is None or leaf.requires_grad:
+                on_device = layout.view(records, position).to(leaf.device)
+                joined.append(torch.cat((leaf, on_device)))
+            else:
+                joined.append(self._join(field, leaf, own, past))
+        return joined
 
     def cat(self, leaf: Tensor, others: Sequence[Tensor]) -> Tensor:
         """``torch.cat((leaf, *others))``, where the leaf is.
@@ -96,37 +122,34 @@ class Joiner:
         num_bytes = sum(each.nbytes for each in parts)
         if leaf.device.type != "cpu" or num_bytes < WORTH_BYTES or leaf.requires_grad:
             return torch.cat(parts)
-        memory = self._free_block(num_bytes).lend().view(leaf.dtype)
-        return torch.cat(parts, out=memory.view(num_samples, *leaf.shape[1:]))
+        shape = tuple(leaf.shape[1:])
+        field = Field((), leaf.dtype, shape, 0, num_bytes // num_samples)
+        return torch.cat(parts, out=self._free_block(field, num_samples).lend())
 
-    def _join(self, layout: Layout, position: int, leaf: Tensor, records: Tensor) -> Tensor:
-        field = layout.fields[position]
-        num_samples = len(leaf) + len(records)
+    def _join(self, field: Field, leaf: Tensor, samples: Bytes, past: Bytes) -> Tensor:
+        """One field of mini-batch and records, whose bytes are in one piece."""
+        num_samples = len(samples) + len(past)
         num_bytes = num_samples * field.num_bytes
-        samples = None if leaf.requires_grad or records.device.type != "cpu" else bytes_of(leaf)
-        if samples is None:
-            return torch.cat((leaf, layout.view(records, position).to(leaf.device)))
         if num_bytes < WORTH_BYTES:
-            memory = torch.empty(num_bytes, dtype=torch.uint8, device="cpu")
-        else:
-            memory = self._free_block(num_bytes).lend()
-        joined = memory.view(field.dtype).view(num_samples, *field.shape)
-        rows = memory.numpy().reshape(num_samples, field.num_bytes)
+            return field.tensor(field.values(np.concatenate((samples, past))))
+        block = self._free_block(field, num_samples)
+        joined = block.lend()
         if num_bytes < MANY_BYTES:
-            rows[: len(leaf)] = samples
+            np.concatenate((samples, past), out=block.rows)
         else:
-            joined[: len(leaf)].copy_(leaf)
-        rows[len(leaf) :] = records.numpy()[:, field.offset : field.offset + field.num_bytes]
+            joined[: len(samples)].copy_(leaf)
+            block.rows[len(samples) :] = past
         return joined
 
-    def _free_block(self, num_bytes: int) -> _Block:
-        if num_bytes not in self._blocks and len(self._blocks) >= NUM_SIZES:
+    def _free_block(self, field: Field, num_samples: int) -> _Block:
+        size = num_samples, field.dtype, field.shape
+        if size not in self._blocks and len(self._blocks) >= NUM_SIZES:
             self._blocks.clear()
-        blocks = self._blocks.setdefault(num_bytes, [])
+        blocks = self._blocks.setdefault(size, [])
         for block in blocks:
             if block.is_free:
                 return block
-        block = _Block(num_bytes)
+        block = _Block(field, num_samples)
         if len(blocks) < NUM_KEPT:
             blocks.append(block)
         return block
@@ -160,17 +183,22 @@ class Outputs:
             return begun.layout.rebuild(leaves)
         return self.coding.alone(leaves)
 
-    def joined(self, begun: Begun, leaves: Sequence[Any], staged: Tensor) -> Batch:
+    def joined(
+        self, begun: Begun, leaves: Sequence[Any], samples: Sequence[Bytes | None], staged: Tensor
+    ) -> Batch:
         """A mini-batch with what is staged behind it.
 
         Args:
             begun: what is known of samples.
             leaves: of the mini-batch.
+            samples: their ``Layout.bytes_of``.
             staged: records.
         """
         began = time.perf_counter()
-        joined = self._joiner.join(begun.layout, leaves, staged, begun.staging.pages)
-        augmented = begun.layout.rebuild(joined)
+        layout, staging = begun.layout, begun.staging
+        columns = staging.columns_taken(len(staged))
+        joined = self._joiner.join(layout, leaves, samples, staged, columns, staging.pages)
+        augmented = layout.rebuild(joined)
         self.seconds += time.perf_counter() - began
         return augmented
 

@@ -492,6 +492,8 @@ class Rounds:
         return replace(turnover, rows=new[turnover.rows])
 
     def _count_bytes(self, plan: Plan, num_bytes: int) -> None:
+        if self._drawn_over.num_ranks == 1:
+            return
         kept = int(plan.send_counts[self._drawn_over.rank])
         self.bytes_sent += (int(plan.send_counts.sum()) - kept) * num_bytes
         self.bytes_received += (plan.num_drawn - kept) * num_bytes

@@ -21,11 +21,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ritornello.arrays import Ints
+from ritornello.arrays import Bytes, Ints
 from ritornello.records import accelerators
 from ritornello.records.layout import Layout
 from ritornello.records.pages import expanded
 from ritornello.records.paging import Records, pack_pages, pages_of_records, starts_of
+from ritornello.rounds.random_streams import Streams
 
 WorkerStreams = dict[torch.device, torch.Stream]
 """The worker's streams: one for each accelerator that it uses, for as long as the buffer lives."""
@@ -36,6 +37,39 @@ def at_least(pages: Tensor, num_pages: int) -> Tensor:
     if num_pages <= len(pages):
         return pages
     return torch.zeros((num_pages + num_pages // 4, pages.shape[1]), dtype=torch.uint8)
+
+
+def first_rows_of(rows: Tensor, num_rows: int) -> Tensor:
+    """The first ones; themselves if they are all: a view takes longer to make than to look."""
+    return rows if num_rows == rows.shape[0] else rows[:num_rows]
+
+
+def first_rows(columns: Sequence[Bytes | None], num_rows: int) -> Sequence[Bytes | None]:
+    """Of the columns of some records those of the first ones."""
+    return [None if column is None else column[:num_rows] for column in columns]
+
+
+def chosen_rows(
+    num_samples: int, num_candidates: int | None, streams: Streams, step: int
+) -> Ints | None:
+    """Which samples of a mini-batch are candidates: each with the same chance, on its own.
+
+    Args:
+        num_samples: in the mini-batch.
+        num_candidates: how many are expected; None: all.
+        streams: of these choices.
+        step: whose mini-batch it is.
+
+    Returns:
+        int64 ``[m]``, ascending; None: all of them.
+    """
+    if num_candidates == 0:
+        return np.zeros(0, dtype=np.int64)
+    if num_candidates is None or num_samples <= num_candidates:
+        return None
+    chance = num_candidates / num_samples
+    rows: Ints = (streams.at(step).random(num_samples) < chance).nonzero()[0]
+    return rows
 
 
 class Staging:
@@ -85,6 +119,8 @@ class Staging:
                 if trainer_device == shard_device and not reorders
                 else self._rows(num_representatives, trainer_device)
             )
+        self._taken_columns = self._columns(self._delivered)
+        self._collected_columns = self._columns(self._collected)
         self._turn_end = self._stream.record_event() if self._stream is not None else None
         self._collected_pages = self.pages = None
         self._collected_counts = np.zeros(0, dtype=np.int64)
@@ -99,11 +135,14 @@ class Staging:
 
     # On the trainer's thread.
 
-    def collect(self, leaves: Sequence[Any], rows: Ints | None) -> None:
+    def collect(
+        self, leaves: Sequence[Any], samples: Sequence[Bytes | None], rows: Ints | None
+    ) -> None:
         """Copies candidates out of a mini-batch.
 
         Args:
             leaves: one tensor ``[b, *shape]`` per field, of ragged ones a ``Ragged``.
+            samples: their ``Layout.bytes_of``.
             rows: int64 ``[m]``, the candidates; None: all samples.
         """
         num_rows = leaves[0].shape[0] if rows is None else len(rows)
@@ -112,11 +151,13 @@ class Staging:
         if num_rows > len(self._collected):
             # The worker has read it when its round ends: nothing of it is given away too early.
             self._collected = self._rows(num_rows, self.trainer_device)
-        collected = self._collected[:num_rows]
-        if self._collected_pages is None:
-            self._layout.pack([leaf.to(self.trainer_device) for leaf in leaves], rows, collected)
-        else:
-            self._layout.pack(leaves, rows, collected)
+            self._collected_columns = self._columns(self._collected)
+        collected = first_rows_of(self._collected, num_rows)
+        columns = first_rows(self._collected_columns, num_rows)
+        if self._collected_pages is None and self.on_gpu:
+            leaves = [leaf.to(self.trainer_device) for leaf in leaves]
+        self._layout.pack_bytes(leaves, samples, rows, collected, columns)
+        if self._collected_pages is not None:
             num_bytes = self._layout.bytes_in_pages(leaves)
             counts = -(-(num_bytes if rows is None else num_bytes[rows]) // self._page_bytes)
             pages = at_least(self._collected_pages, int(counts.sum()))
@@ -134,14 +175,18 @@ class Staging:
         """What was collected since the last call; must be used up before the next."""
         num, self._num_collected = self._num_collected, 0
         if self._collected_pages is None:
-            return Records(self._collected[:num])
+            return Records(first_rows_of(self._collected, num))
         return Records(self._collected[:num], self._collected_pages, self._collected_counts[:num])
 
     def take(self, num_rows: int) -> Tensor:
         """The first staged representatives as records, valid until ``release`` or ``collect``."""
         if self._stream is not None:
             self._begin_turn()
-        return self._delivered[:num_rows]
+        return first_rows_of(self._delivered, num_rows)
+
+    def columns_taken(self, num_rows: int) -> Sequence[Bytes | None]:
+        """``Layout.columns`` of what ``take`` gives; None where it is not in CPU memory."""
+        return first_rows(self._taken_columns, num_rows)
 
     def release(self) -> None:
         """Says that all use of the views from ``take`` has been issued."""
@@ -221,7 +266,7 @@ class Staging:
 
     def receive(self, num_rows: int) -> Tensor:
         """Where the exchange puts this round's records: ``[num_rows, record_bytes]``."""
-        return self._received[:num_rows]
+        return first_rows_of(self._received, num_rows)
 
     def receive_pages(self, num_pages: int) -> Tensor:
         """Where the exchange puts the pages of this round: ``[num_pages, page_bytes]``."""
@@ -236,7 +281,7 @@ class Staging:
             num_rows: how many.
             order: int64 ``[num_rows]``, the place of each; None: as they came.
         """
-        received = self._received[:num_rows]
+        received = first_rows_of(self._received, num_rows)
         if order is not None:
             places = order.argsort()
             if received.device.type != "cpu":
@@ -282,6 +327,10 @@ class Staging:
     def _page_bytes(self) -> int:
         assert self._layout.paging is not None
         return self._layout.paging.page_bytes
+
+    def _columns(self, rows: Tensor) -> Sequence[Bytes | None]:
+        on_cpu = rows.device.type == "cpu"
+        return self._layout.columns(rows) if on_cpu else [None] * len(self._layout.fields)
 
     def _rows(self, num_rows: int, device: torch.device) -> Tensor:
         pinned = device.type == "cpu" and self._stream is not None

@@ -18,10 +18,10 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from ritornello.arrays import Bytes
 from ritornello.errors import CheckpointError, PeerLostError, RoundError, round_error
 from ritornello.policies.selection import check_labels
 from ritornello.records import accelerators
@@ -35,7 +35,7 @@ from ritornello.rounds.first_batch import Begun, device_of, understood
 from ritornello.rounds.joining import Outputs
 from ritornello.rounds.random_streams import Purpose, Streams
 from ritornello.rounds.round import Rounds
-from ritornello.rounds.staging import Staging, WorkerStreams
+from ritornello.rounds.staging import Staging, WorkerStreams, chosen_rows
 from ritornello.rounds.watching import Training
 from ritornello.rounds.worker import Errand, Pace, Worker
 from ritornello.transports.watch import Watch, meet
@@ -152,6 +152,7 @@ class Steps:
         if coding.encodes:
             stored = coding.encoded(batch if offered is None else offered)
         begun, leaves = self._checked(stored)
+        samples = begun.layout.bytes_of(leaves)
         given = leaves
         if not coding.is_none:
             try:
@@ -162,14 +163,14 @@ class Steps:
         if staged is None:
             augmented = outputs.alone(begun, batch, given)
         elif coding.is_none:
-            augmented = outputs.joined(begun, leaves, staged)
+            augmented = outputs.joined(begun, leaves, samples, staged)
         else:
             draws = self._decoded() if coding.decodes else outputs.copies(begun, staged)
             try:
                 augmented = outputs.joined_with(begun, given, draws, len(staged))
             except (TypeError, ValueError) as error:
                 raise self.with_rank(error) from None
-        self._copy_candidates(begun.staging, leaves)
+        self._copy_candidates(begun.staging, leaves, samples)
         self._num_new_joined = leaves[0].shape[0]
         return augmented
 
@@ -203,7 +204,7 @@ class Steps:
                 "offer alternate (to store samples without training, call fill)"
             )
         begun, leaves = self._checked(self.outputs.coding.encoded(batch))
-        self._copy_candidates(begun.staging, leaves)
+        self._copy_candidates(begun.staging, leaves, begun.layout.bytes_of(leaves))
         self.start_round()
 
     def start_round(self) -> None:
@@ -291,17 +292,14 @@ class Steps:
         self.drop_prepared()
         self.start_round()
 
-    def _copy_candidates(self, staging: Staging, leaves: list[Tensor]) -> None:
+    def _copy_candidates(
+        self, staging: Staging, leaves: list[Tensor], samples: list[Bytes | None]
+    ) -> None:
         began = time.perf_counter()
-        num_samples = leaves[0].shape[0]
-        rows = None
-        if self.num_candidates == 0:
-            rows = np.zeros(0, dtype=np.int64)
-        elif self.num_candidates is not None and self.num_candidates < num_samples:
-            generator = self._candidate_streams.at(self._place.num_offers)
-            chance = self.num_candidates / num_samples
-            rows = (generator.random(num_samples) < chance).nonzero()[0]
-        staging.collect(leaves, rows)
+        rows = chosen_rows(
+            leaves[0].shape[0], self.num_candidates, self._candidate_streams, self.num_offers
+        )
+        staging.collect(leaves, samples, rows)
         self.seconds_offering += time.perf_counter() - began
 
     def _checked(self, batch: Batch) -> tuple[Begun, list[Tensor]]:
@@ -508,7 +506,7 @@ class Steps:
         advice = "" if self.begun is None else self._advice
         begun, leaves = self._checked(self.outputs.coding.encoded(batch))
         self._advice = advice  # the trainer's own may be on a device
-        begun.staging.collect(leaves, None)
+        begun.staging.collect(leaves, begun.layout.bytes_of(leaves), None)
         return leaves[0].shape[0]
 
     def start_between_steps(self, rate: float) -> None:
