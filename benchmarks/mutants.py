@@ -167,18 +167,18 @@ MUTANTS = (
     ),
     Mutant(
         "overwrite: writes on the caller's stream",
-        "rounds/round.py",
-        """            with self._staging.worker_stream():
-                if self.paged is not None:
-                    self.paged.clear()""",
-        """            if True:
-                if self.paged is not None:
-                    self.paged.clear()""",
+        "saving/restoring.py",
+        """        with rounds.staging.worker_stream():
+            if rounds.paged is not None:
+                rounds.paged.clear()""",
+        """        if True:
+            if rounds.paged is not None:
+                rounds.paged.clear()""",
     ),
     Mutant(
         "make_shard: zeroed on the caller's stream",
-        "rounds/round.py",
-        "with self._staging.worker_stream():  # whose rounds write it, once it is zeroed",
+        "saving/restoring.py",
+        "with rounds.staging.worker_stream():  # whose rounds write it, once it is zeroed",
         "if True:",
     ),
     Mutant(

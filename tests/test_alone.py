@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -105,3 +106,84 @@ def test_a_group_that_is_made_later(monkeypatch: pytest.MonkeyPatch) -> None:
         dist.destroy_process_group()
         for buffer in (early, used, private):
             buffer.close()
+
+
+# Rounds on the trainer's own thread.
+
+
+def given(buffer: RehearsalBuffer, first: int, num_steps: int) -> list[list[int]]:
+    """What the trainer gets in some steps that do nothing else."""
+    batches = (torch.arange(4 * step, 4 * step + 4) for step in range(first, first + num_steps))
+    return [buffer.update((values, values % 3))[0].tolist() for values in batches]
+
+
+def test_a_loop_of_brief_steps_runs_rounds_itself_with_the_same_results(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("ritornello.rounds.worker.ROUNDS_IN_BRIEF_STEP", 10**9)
+    with make() as buffer, make(asynchronous=True) as other:
+        assert given(buffer, 0, 700) == given(other, 0, 700)  # its policy is noted more than once
+        stats, there = buffer.stats(), other.stats()
+        assert stats.num_rounds_here > 600
+        assert there.num_rounds_here == there.seconds_here == 0
+        assert stats.num_rounds == there.num_rounds == 700
+        assert 0 < stats.seconds_here < stats.seconds_offering
+        monkeypatch.setattr("ritornello.rounds.worker.ROUNDS_IN_BRIEF_STEP", 0)
+        assert given(buffer, 700, 20) == given(other, 700, 20)
+        assert buffer.stats().since(stats).num_rounds_here == 0
+        monkeypatch.undo()
+        monkeypatch.setattr("ritornello.rounds.worker.ROUNDS_IN_BRIEF_STEP", 10**9)
+        assert given(buffer, 720, 20) == given(other, 720, 20)
+        assert buffer.stats().since(stats).num_rounds_here > 0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"identity": 0},
+        {"sampling": "class-balanced"},
+        {"asynchronous": False},
+        {"capacity_bytes": 10**6, "storage": "cpu", "label": None, "selection": "reservoir"},
+    ],
+)
+def test_rounds_that_could_not_be_done_again_stay_the_workers(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ritornello.rounds.worker.ROUNDS_IN_BRIEF_STEP", 10**9)
+    with make(**options) as buffer:
+        for step in range(30):
+            values = torch.arange(4 * step, 4 * step + 4)
+            lengths = [values[:1], values[:2], values[:3], values]
+            buffer.update(
+                (lengths, values % 3) if "capacity_bytes" in options else (values, values % 3)
+            )
+        assert buffer.stats().num_rounds_here == 0
+
+
+def test_a_save_in_the_background_keeps_rounds_with_the_worker(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ritornello.rounds.worker.ROUNDS_IN_BRIEF_STEP", 10**9)
+    with make() as buffer, make(asynchronous=True) as other:
+        assert given(buffer, 0, 30) == given(other, 0, 30)
+        buffer.save(tmp_path / "one", background=True)
+        assert given(buffer, 30, 30) == given(other, 30, 30)
+        buffer.wait_until_saved()
+        before = buffer.stats()
+        assert given(buffer, 60, 30) == given(other, 60, 30)
+        assert buffer.stats().since(before).num_rounds_here > 20
+        buffer.load(tmp_path / "one")
+        other.save(tmp_path / "two")
+        with make() as again:
+            again.load(tmp_path / "one")
+            assert given(again, 30, 30) == given(buffer, 30, 30)
+
+
+def test_what_changes_the_policy_between_rounds_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ritornello.rounds.worker.ROUNDS_IN_BRIEF_STEP", 10**9)
+    with make() as buffer, make(asynchronous=True) as other:
+        assert given(buffer, 0, 30) == given(other, 0, 30)
+        assert buffer.protect(0.5) == other.protect(0.5)
+        before = buffer.stats()
+        assert given(buffer, 30, 30) == given(other, 30, 30)
+        assert buffer.stats().since(before).num_rounds_here == 0

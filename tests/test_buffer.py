@@ -295,7 +295,7 @@ def test_leaves_that_require_gradients() -> None:
         ({"timeout_seconds": math.nan}, ValueError, "timeout_seconds=nan: it must be above 0"),
         ({"timeout_seconds": "5"}, TypeError, "timeout_seconds='5': it must be a number of s"),
         ({"timeout_seconds": True}, TypeError, "timeout_seconds=True: it must be a number of"),
-        ({"asynchronous": "no"}, TypeError, "asynchronous='no': it must be True or False"),
+        ({"asynchronous": "no"}, TypeError, "asynchronous='no': it must be True, False or 'auto'"),
         ({"label": None}, ValueError, "label=None: the policy class-balanced needs the class"),
     ],
 )

@@ -158,6 +158,45 @@ def test_an_interrupted_update_has_happened_or_not(
         assert number > 300
 
 
+@pytest.mark.parametrize(
+    ("selection", "each"),
+    [(name, "line") for name in SELECTION_POLICIES] + [("class-balanced", "opcode")],
+)
+def test_a_round_on_the_trainers_own_thread_is_done_again(
+    selection: str, each: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What breaks it off leaves nothing behind: the same rounds follow as without."""
+    monkeypatch.setattr("ritornello.rounds.worker.ROUNDS_IN_BRIEF_STEP", 10**9)
+    settings: dict[str, Any] = {"selection": selection, "sampling": "uniform", "capacity": 9}
+    with make(**settings) as buffer, make(asynchronous=False, **settings) as other:
+
+        def update(number: int) -> None:
+            buffer.update(batch_of(number))
+            other.update(batch_of(number))
+
+        for number in range(20):
+            update(number)
+        is_interrupted = True
+        for number in count(20):
+            if not is_interrupted:
+                break
+            call, offered = partial(buffer.update, batch_of(number)), buffer._steps.num_offers
+            is_interrupted = interrupted(
+                call, number - 19, (Preempted(0), Late())[number % 2], each
+            )
+            if buffer._steps.num_offers > offered:
+                other.update(batch_of(number))
+            if number % 3:  # a step more, on the way there
+                update(number)
+            check_consistent(buffer)
+            if number % 20 == 0:
+                assert state_of(buffer) == state_of(other)
+        assert number > 150
+        stats = buffer.stats()
+        assert stats.num_rounds_here > stats.num_rounds / 2
+        assert state_of(buffer) == state_of(other)
+
+
 def test_the_first_update_can_be_interrupted() -> None:
     for number in count(1):
         with make(num_candidates=None) as buffer:

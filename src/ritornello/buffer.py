@@ -36,13 +36,13 @@ from ritornello.records.modes import outside_modes
 from ritornello.records.nesting import Batch
 from ritornello.records.storage import Storage
 from ritornello.rounds.arguments import Arguments, check_count, check_seconds, check_share
-from ritornello.rounds.distances import measure_distances
+from ritornello.rounds.between.distances import measure_distances
+from ritornello.rounds.between.rewriting import representatives, rewrite
+from ritornello.rounds.between.uneven import fill
 from ritornello.rounds.first_round import OpenBuffer
-from ritornello.rounds.rewriting import representatives, rewrite
 from ritornello.rounds.round import Rounds
 from ritornello.rounds.stats import BufferStats
 from ritornello.rounds.steps import Steps
-from ritornello.rounds.uneven import fill
 from ritornello.rounds.worker import EXIT_SECONDS, Worker, shut_down
 from ritornello.saving.checkpointing import Checkpointing
 from ritornello.saving.converted import Converted
@@ -128,7 +128,10 @@ class RehearsalBuffer:
         timeout_seconds: how long a peer may be silent before a ``PeerLostError``. It must be
             longer than any pause that some ranks make and others do not, such as an evaluation
             on one rank. None: the process group's own, as a rule half an hour.
-        asynchronous: False makes ``offer`` wait for its round, with the same results.
+        asynchronous: whether ``update`` and ``offer`` go on while their round runs, on a thread of
+            the buffer's own; False: they wait for it. "auto": they go on, but where steps are so
+            short that nothing would hide a round, as in a loop that does nothing else, a single
+            rank with a full buffer in CPU memory runs it itself. The results are the same.
         encode: where another form of a sample is stored than is trained on, such as the file that
             an image was decoded from: gives what is stored of a mini-batch, as many samples. All
             other arguments are about what is stored. None: the mini-batch.
@@ -164,15 +167,15 @@ class RehearsalBuffer:
         transport: str | Transport = "auto",
         storage: str | torch.device = "auto",
         timeout_seconds: float | None = None,
-        asynchronous: bool = True,
+        asynchronous: bool | str = "auto",
         encode: Callable[[Batch], Batch] | None = None,
         decode: Callable[[Batch], Batch] | None = None,
     ) -> None:
         if timeout_seconds is not None:
             check_seconds("timeout_seconds", timeout_seconds)
             timeout_seconds = float(timeout_seconds)
-        if not isinstance(asynchronous, bool):
-            raise TypeError(f"asynchronous={asynchronous!r}: it must be True or False")
+        if not isinstance(asynchronous, bool) and asynchronous != "auto":
+            raise TypeError(f"asynchronous={asynchronous!r}: it must be True, False or 'auto'")
         place = Storage.of(storage)
         channel = open_transport(transport, process_group, timeout_seconds, place)
         if timeout_seconds is None:
@@ -353,7 +356,7 @@ class RehearsalBuffer:
         self._user = threading.get_ident()
         try:
             augmented = self._steps.prepare(batch, "update")
-            self._steps.start_round()
+            self._steps.start_round(may_run_here=True)
         finally:
             self._user = None
         return augmented

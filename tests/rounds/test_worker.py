@@ -89,3 +89,48 @@ def test_longer_rounds_begin_earlier_and_long_ones_at_once() -> None:
 
 def test_nobody_waits_for_long_in_the_middle_of_long_steps() -> None:
     assert pauses([10.0] * 9, last_round=0.001)[-1] == LONGEST_PAUSE_SECONDS
+
+
+def is_brief(steps: list[float], last_round: float) -> bool:
+    pace, now = Pace(), 0.0
+    for step in steps:
+        now += step
+        pace.pause(now, last_round)
+    return pace.is_brief
+
+
+def test_steps_of_a_few_rounds_are_brief() -> None:
+    assert is_brief([0.002] * 9, last_round=0.001)
+    assert is_brief([0.002] * 5 + [60.0] * 3, last_round=0.001)  # with evaluations in between
+    assert not is_brief([0.02] * 9, last_round=0.001)
+    assert not is_brief([0.002] * 7, last_round=0.001)  # not yet known
+
+
+def test_what_is_broken_off_on_the_callers_thread_is_the_workers() -> None:
+    calls = []
+
+    def act() -> int:
+        calls.append(threading.get_ident())
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        return 7
+
+    errand, worker = Errand(act), Worker("test")
+    with pytest.raises(KeyboardInterrupt):
+        errand.attempt()
+    assert not errand.has_begun
+    assert not errand.has_ended
+    assert worker.finish(errand, 10.0)
+    assert errand.result == 7
+    assert calls[0] == threading.get_ident() != calls[1]
+    assert worker.stop(10.0)
+
+
+def test_what_was_done_on_the_callers_thread_is_not_done_again() -> None:
+    calls: list[int] = []
+    errand, worker = Errand(lambda: calls.append(1)), Worker("test")
+    errand.attempt()
+    worker.start(errand)
+    assert worker.finish(errand, 10.0)
+    assert worker.stop(10.0)
+    assert calls == [1]

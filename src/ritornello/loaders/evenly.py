@@ -8,7 +8,7 @@ import numpy as np
 
 from ritornello.buffer import RehearsalBuffer
 from ritornello.records.nesting import Batch
-from ritornello.rounds.uneven import FAILED, HAS, Together
+from ritornello.rounds.between.uneven import FAILED, HAS, Together
 
 
 def evenly(

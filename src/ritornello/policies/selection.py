@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -174,6 +174,52 @@ class SelectionPolicy(ABC):
             f"the selection policy {type(self).__name__} {what}: it has no method {method}(); see "
             "ritornello.SelectionPolicy"
         )
+
+
+class Journal:
+    """What a policy has decided about since its state was noted: so it can be had again as it was.
+
+    Its state is all of its shard, and takes long to note; what it was told since takes nothing.
+
+    Args:
+        policy: one of those whose ``restore`` is exact.
+        size: representatives in its shard.
+
+    Attributes:
+        policy: what it gets.
+    """
+
+    def __init__(self, policy: SelectionPolicy, size: int) -> None:
+        self.policy = policy
+        self._state, self._size = policy.state(), size
+        self._told: dict[int, Ints] = {}
+
+    @property
+    def is_long(self) -> bool:
+        """Whether to begin anew costs less by now than to go on."""
+        return len(self._told) >= max(256, self.policy.num_slots // 64)
+
+    def note(self, number: int, labels: Ints) -> None:
+        """Notes of which candidates a round is about to decide."""
+        self._told[number] = labels
+
+    def policy_before(
+        self, number: int, unused: SelectionPolicy, stream: Callable[[int], np.random.Generator]
+    ) -> SelectionPolicy:
+        """The policy as it was before a round.
+
+        Args:
+            number: of the round.
+            unused: such a policy, bound, and not used.
+            stream: gives that of a round.
+        """
+        unused.restore(self._state, self._size)
+        unused.excess_labels = self.policy.excess_labels
+        for earlier, labels in self._told.items():
+            if earlier < number:
+                unused.admit(labels, stream(earlier))
+        self.policy = unused
+        return unused
 
 
 def part_of_rank(rank: int, num_ranks: int) -> slice:

@@ -47,14 +47,14 @@ class _Block:
         num_samples: how many of them.
 
     Attributes:
-        rows: all of it, uint8 ``[num_samples, bytes of the field]``.
+        memory: all of it, uint8 ``[num_samples, bytes of the field]``.
     """
 
     def __init__(self, field: Field, num_samples: int) -> None:
         num_bytes = num_samples * field.num_bytes
         memory = torch.empty(num_bytes, dtype=torch.uint8, device="cpu").numpy()
-        self.rows: Bytes = memory.reshape(num_samples, field.num_bytes)
-        self._field, self._values = field, field.values(self.rows)
+        self.memory: Bytes = memory.reshape(num_samples, field.num_bytes)
+        self._field, self._values = field, field.values(self.memory)
         self._loan: weakref.ref[Any] | None = None
 
     @property
@@ -135,10 +135,10 @@ class Joiner:
         block = self._free_block(field, num_samples)
         joined = block.lend()
         if num_bytes < MANY_BYTES:
-            np.concatenate((samples, past), out=block.rows)
+            np.concatenate((samples, past), out=block.memory)
         else:
             joined[: len(samples)].copy_(leaf)
-            block.rows[len(samples) :] = past
+            block.memory[len(samples) :] = past
         return joined
 
     def _free_block(self, field: Field, num_samples: int) -> _Block:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -17,12 +17,17 @@ import numpy as np
 import torch
 
 from ritornello.arrays import Bytes, Ints
-from ritornello.errors import CheckpointError
 from ritornello.policies.contents import Contents
 from ritornello.policies.names import SELECTION_POLICIES
 from ritornello.policies.protection import Protected, protectable
-from ritornello.policies.sampling import SamplingPolicy
-from ritornello.policies.selection import Assignment, SelectionPolicy, check_labels, size_after
+from ritornello.policies.sampling import SamplingPolicy, UniformSampling
+from ritornello.policies.selection import (
+    Assignment,
+    Journal,
+    SelectionPolicy,
+    check_labels,
+    size_after,
+)
 from ritornello.policies.within_bytes import Turnover, WithinBytes, within_bytes
 from ritornello.records.identities import Identities
 from ritornello.records.layout import Layout
@@ -35,7 +40,7 @@ from ritornello.rounds.first_round import OpenBuffer, compare_layouts
 from ritornello.rounds.planner import Planner
 from ritornello.rounds.random_streams import Purpose, Streams
 from ritornello.rounds.staging import Staging
-from ritornello.transports.agreement import check_same, gather_counts, gather_padded, together
+from ritornello.transports.agreement import check_same, gather_counts, gather_padded
 from ritornello.transports.base import Transport
 from ritornello.transports.local import LocalTransport
 from ritornello.transports.pages import exchange_pages
@@ -67,6 +72,7 @@ class Rounds:
         is_measured: whether the sampling policy may know distances.
         paged_as: the pages of all shards, if samples differ in length.
         paged: the shard with its pages, then.
+        staging: to and from the trainer.
         before_write: told the slots that are about to be overwritten, if anybody wants to know.
     """
 
@@ -108,6 +114,9 @@ class Rounds:
         self.selection, self.sampling = selection, self.new_sampling()
         self.needs_labels = selection.needs_labels or sampling.needs_labels
         self._is_builtin = type(selection) in SELECTION_POLICIES.values()
+        self._draws_uniformly = type(sampling) is UniformSampling
+        self._journal: Journal | None = None
+        self._is_broken_off = False
         self._selection_streams = Streams(seed, Purpose.SELECTION, transport.rank)
         self._protection_streams = Streams(seed, Purpose.PROTECTION, transport.rank)
         self.adoption_streams = Streams(seed, Purpose.ADOPTION)
@@ -144,7 +153,7 @@ class Rounds:
             identity: that of what tells samples apart, if none shall be held twice.
             staging: to and from the trainer.
         """
-        self._layout, self._label, self._staging = layout, label, staging
+        self._layout, self._label, self.staging = layout, label, staging
         self._identity = identity
         capacity = self._most_held
         if self._capacity_bytes is not None and layout.paging is None:
@@ -159,6 +168,41 @@ class Rounds:
         if identity is not None and self._identities is None:
             self._identities = Identities(self.num_rows)
 
+    @property
+    def can_be_repeated(self) -> bool:
+        """Whether a round may break off at any moment, and ``run_once`` does it again.
+
+        So it is where only the policy learns something in it: with a single, full shard.
+        """
+        return (
+            self._full
+            and self._is_builtin
+            and type(self.selection) is type(self._unused_selection)  # none is protected
+            and self._draws_uniformly
+            and self._identity is None
+            and self.before_write is None
+            and self.transport.num_ranks == 1
+        )
+
+    def run_once(self, number: int, candidates: Records) -> int:
+        """Runs a round where ``can_be_repeated``, also if it was broken off before.
+
+        Args:
+            number: of the round.
+            candidates: see ``run``.
+        """
+        if self.num_rounds == number:
+            journal = self._journal
+            if self._is_broken_off and journal is not None:
+                stream = self._selection_streams.at
+                self.selection = journal.policy_before(number, self.new_selection(), stream)
+            elif journal is None or journal.policy is not self.selection or journal.is_long:
+                self._journal = Journal(self.selection, self.num_held)
+            self._is_broken_off = True
+            self._run(candidates)
+        self._is_broken_off = False
+        return self.most_drawn
+
     def run(self, candidates: Records) -> int:
         """Runs one round.
 
@@ -171,7 +215,11 @@ class Rounds:
             MemoryError: the shard does not fit.
             PeerLostError: see ``Transport``.
         """
-        with self._staging.worker_stream():
+        self._journal = None
+        return self._run(candidates)
+
+    def _run(self, candidates: Records) -> int:
+        with self.staging.worker_stream():
             self._enter("admit")
             shard = self.make_shard()
             size, changes = self._admit(candidates, shard)
@@ -187,14 +235,14 @@ class Rounds:
             plan = self._planner.plan(self.num_rounds, self.contents, may_last)
             if plan.num_drawn:
                 self._enter("exchange")
-                received = self._staging.receive(plan.num_drawn)
+                received = self.staging.receive(plan.num_drawn)
                 self._drawn_over.exchange(shard, plan, received)
                 if self.paged is not None:
-                    room = self._staging.receive_pages
+                    room = self.staging.receive_pages
                     of_pages = exchange_pages(self._drawn_over, self.paged, plan, received, room)
                     self._count_bytes(of_pages, self.paged.page_bytes)
                 self._enter("stage")
-                self._staging.deliver(plan.num_drawn, plan.order)
+                self.staging.deliver(plan.num_drawn, plan.order)
         self._enter(None)
         self._count_bytes(plan, self._layout.record_bytes)
         self.most_drawn = self._planner.most_drawn(self.num_rounds, plan, self.contents)
@@ -205,7 +253,7 @@ class Rounds:
         """The labels (int64) of the representatives in this rank's shard."""
         if self.shard is None or self._label is None:
             return np.zeros(0, dtype=np.int64)
-        with self._staging.worker_stream():  # after the last round's writes
+        with self.staging.worker_stream():  # after the last round's writes
             return self._labels_of(self.shard.rows[: self.num_held])
 
     def num_distinct(self, compare: bool) -> int | None:
@@ -230,12 +278,12 @@ class Rounds:
         assert self.shard is not None
         if self.paged is not None:
             return self.paged.leaves(layout, first, num_rows)
-        rows = self._staging.copy_for_trainer(self.shard.rows[first : first + num_rows])
+        rows = self.staging.copy_for_trainer(self.shard.rows[first : first + num_rows])
         return layout.views(rows)
 
     def placed(self, values: Mapping[int, torch.Tensor]) -> dict[int, torch.Tensor]:
         """The trainer's values for ``rewrite``; on the trainer's thread."""
-        return {position: self._staging.placed(each) for position, each in values.items()}
+        return {position: self.staging.placed(each) for position, each in values.items()}
 
     def rewrite(self, first: int, num_rows: int, values: Mapping[int, torch.Tensor]) -> None:
         """Replaces fields of this rank's representatives from a slot on.
@@ -254,12 +302,12 @@ class Rounds:
         self.num_overwritten += 1
         if self.before_write is not None:
             self.before_write(slots)
-        with self._staging.worker_stream():
+        with self.staging.worker_stream():
             records = self.shard.rows[first : first + num_rows].clone()
             for position, each in values.items():
                 self._layout.view(records, position).copy_(each)
             self.shard.write(slots, records, np.arange(num_rows))
-        self._staging.finish_writes()
+        self.staging.finish_writes()
 
     # For who saves and restores it, between two rounds.
 
@@ -272,7 +320,7 @@ class Rounds:
             return self.paged.without_starts(rows).numpy()
         if rows.device.type == "cpu":
             return rows.numpy()
-        with self._staging.worker_stream():
+        with self.staging.worker_stream():
             return rows.cpu().numpy()
 
     def used_rows(self, record_bytes: int) -> torch.Tensor:
@@ -289,52 +337,6 @@ class Rounds:
         """
         if self.needs_labels:
             check_labels(self._labels_of(records), self.selection.num_classes)
-
-    def overwrite(self, records: Callable[[], Iterator[tuple[Ints, Records]]]) -> None:
-        """Writes records to the shard; they come with their slots. Blocks until all ranks have.
-
-        Raises:
-            CheckpointError: on every rank, if one could not read or place them.
-        """
-        failure: Exception | None = None
-        try:
-            with self._staging.worker_stream():  # whose rounds write it, once it is zeroed
-                shard = self.make_shard()
-        except (MemoryError, ValueError, OSError) as error:
-            failure = error
-
-        def check() -> None:
-            if failure is not None:
-                raise failure
-
-        try:
-            together(self.transport, check, "load")
-        except CheckpointError:
-            self.shard = self.paged = None  # as where it did not fit: none was there before
-            raise
-        self.transport.await_readers()
-
-        def write() -> None:
-            self.num_overwritten += 1
-            self.is_torn = self.contents.num_held > 0
-            with self._staging.worker_stream():
-                if self.paged is not None:
-                    self.paged.clear()
-                for slots, found in records():
-                    self.check_records(found.rows)
-                    if self.paged is None:
-                        rows = found.rows.to(shard.rows.device)
-                        shard.write(slots, rows, np.arange(len(rows)))
-                        continue
-                    self.paged.write(slots, found, num_held=0)
-
-        try:
-            together(self.transport, write, "load")
-        except CheckpointError:
-            if self.paged is not None:
-                self.paged.clear()
-            raise
-        self.is_torn = False
 
     def go_on(
         self,
@@ -428,10 +430,10 @@ class Rounds:
             The shard's new size; and, if the sampling policy is to know, slot and label of what was
             admitted, int64 ``[n, 2]``, or, where bytes are bounded, what ``_turn_over`` says.
         """
-        records = self._staging.arrive(candidates)
+        records = self.staging.arrive(candidates)
         if self.needs_labels:
             labels = self._labels_of(records)
-            if self._staging.on_gpu:  # else the trainer's thread has checked them
+            if self.staging.on_gpu:  # else the trainer's thread has checked them
                 check_labels(labels, self.selection.num_classes)
         else:
             labels = np.zeros(len(records), dtype=np.int64)
@@ -501,6 +503,8 @@ class Rounds:
     def _assign(self, records: torch.Tensor, labels: Ints) -> Assignment:
         """What the policy says of the candidates that are not held already."""
         generator = self._selection_streams.at(self.num_rounds)
+        if self._journal is not None:
+            self._journal.note(self.num_rounds, labels)
         if self._identity is None or self._identities is None:
             return self.selection.admit(labels, generator)
         identities = self._layout.integers(records, self._identity)

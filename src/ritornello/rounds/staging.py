@@ -129,6 +129,11 @@ class Staging:
             self._collected_pages = self.pages = torch.zeros((0, page_bytes), dtype=torch.uint8)
 
     @property
+    def runs_at_once(self) -> bool:
+        """Whether all that is copied is there when the call returns, in memory alone."""
+        return self._stream is None and not self.on_gpu and self._shard_device.type == "cpu"
+
+    @property
     def on_gpu(self) -> bool:
         """Whether mini-batches are on an accelerator."""
         return self.trainer_device.type != "cpu"

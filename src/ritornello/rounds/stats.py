@@ -42,9 +42,10 @@ class BufferStats:
     seconds_joining: float
     """What joining mini-batches and representatives has taken on the trainer's thread."""
     seconds_offering: float
-    """What copying candidates (and with ``asynchronous=False`` the rounds) has taken there."""
+    """What all else has taken there: checking mini-batches, copying candidates, starting rounds.
+    With ``asynchronous=False``, and where the trainer runs a round itself, the rounds, too."""
     seconds_per_stage: dict[str, float]
-    """Seconds of the worker: admit, plan, exchange, stage."""
+    """Seconds of the rounds: admit, plan, exchange, stage."""
     used_bytes: int = 0
     """How much of ``shard_bytes`` is in use: rows, and pages with their places in the table."""
     num_protected: int = 0
@@ -52,6 +53,10 @@ class BufferStats:
     num_distinct: int | None = None
     """Distinct samples in this rank's shard, by ``identity=``; without it those whose bytes differ,
     if asked, else None."""
+    num_rounds_here: int = 0
+    """Rounds that the trainer ran itself: where steps are too short to hide one."""
+    seconds_here: float = 0.0
+    """That these took, which are a part of ``seconds_offering``."""
 
     @classmethod
     def of(cls, steps: Steps, *, per_class: bool, distinct: bool) -> Self:
@@ -87,6 +92,8 @@ class BufferStats:
             seconds_per_stage=dict(rounds.seconds_per_stage),
             num_protected=rounds.selection.num_protected,
             num_distinct=rounds.num_distinct(distinct),
+            num_rounds_here=steps.num_rounds_here,
+            seconds_here=steps.seconds_here,
         )
 
     @property
@@ -123,6 +130,8 @@ class BufferStats:
                 stage: seconds - earlier.seconds_per_stage.get(stage, 0.0)
                 for stage, seconds in self.seconds_per_stage.items()
             },
+            num_rounds_here=self.num_rounds_here - earlier.num_rounds_here,
+            seconds_here=self.seconds_here - earlier.seconds_here,
         )
 
     def figures(self, prefix: str = "buffer") -> dict[str, float]:
@@ -142,8 +151,9 @@ class BufferStats:
             without, ``steps_without``. Where there were rounds, per round: ``past``, the
             representatives that the trainer got;
             ``exposed_ms`` on the trainer's thread, which is ``waiting_ms`` + ``joining_ms`` +
-            ``offering_ms``; ``worker_ms``, which is ``admit_ms`` + ``plan_ms`` + ``exchange_ms`` +
-            ``stage_ms``; ``hidden_ms``, the part of it for which the trainer did not wait (with
+            ``offering_ms``; ``worker_ms``, what the round took, which is ``admit_ms`` + ``plan_ms``
+            + ``exchange_ms`` + ``stage_ms``; ``hidden_ms``, the part of it for which the trainer
+            did not wait, and which it did not run itself (with
             ``asynchronous=False``, where ``offering_ms`` includes the rounds: what could be
             hidden); ``sent_mb`` and ``received_mb``.
         """
@@ -158,15 +168,15 @@ class BufferStats:
             found[f"held/class_{label}"] = num_held
         if self.num_distinct is not None:
             found["distinct"] = self.num_distinct
-        in_worker = sum(self.seconds_per_stage.values())
+        in_rounds = sum(self.seconds_per_stage.values())
         totals = {
             "past": self.num_given,
             "exposed_ms": self.seconds_exposed * MILLI,
-            "hidden_ms": max(0.0, in_worker - self.seconds_waited) * MILLI,
+            "hidden_ms": max(0.0, in_rounds - self.seconds_here - self.seconds_waited) * MILLI,
             "waiting_ms": self.seconds_waited * MILLI,
             "joining_ms": self.seconds_joining * MILLI,
             "offering_ms": self.seconds_offering * MILLI,
-            "worker_ms": in_worker * MILLI,
+            "worker_ms": in_rounds * MILLI,
             **{f"{stage}_ms": seconds * MILLI for stage, seconds in self.seconds_per_stage.items()},
             "sent_mb": self.bytes_sent * MEGA,
             "received_mb": self.bytes_received * MEGA,

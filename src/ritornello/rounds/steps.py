@@ -11,18 +11,15 @@ not happen, behind it the worker ends the round whatever comes.
 
 from __future__ import annotations
 
-import logging
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from ritornello.arrays import Bytes
-from ritornello.errors import CheckpointError, PeerLostError, RoundError, round_error
 from ritornello.policies.selection import check_labels
 from ritornello.records import accelerators
 from ritornello.records.coding import Coding, Drawn
@@ -36,32 +33,13 @@ from ritornello.rounds.joining import Outputs
 from ritornello.rounds.random_streams import Purpose, Streams
 from ritornello.rounds.round import Rounds
 from ritornello.rounds.staging import Staging, WorkerStreams, chosen_rows
+from ritornello.rounds.waiting import GRACE_SECONDS, Place, Waiting
 from ritornello.rounds.watching import Training
 from ritornello.rounds.worker import Errand, Pace, Worker
-from ritornello.transports.watch import Watch, meet
-
-logger = logging.getLogger(__name__)
-
-GRACE_SECONDS = 1.0
-"""How much longer than a peer the trainer waits, so that the error that names the peer is first."""
-
-Result = TypeVar("Result")
+from ritornello.transports.watch import Watch
 
 
-class Place(NamedTuple):
-    """Where a rank's steps are."""
-
-    num_offers: int
-    is_offered: bool
-    num_new: int
-    num_past: int
-    last_round: Errand[int]
-    """What the next step gets: how many representatives are staged for it."""
-    drawn: Drawn
-    """These as they are trained on."""
-
-
-class Steps:
+class Steps(Waiting):
     """One rank's steps.
 
     Args:
@@ -71,16 +49,18 @@ class Steps:
         storage: where the shard lies.
         timeout_seconds: how long a round may take.
         watch: over what ranks do together; None for a single one.
-        asynchronous: whether the trainer goes on while a round runs.
+        asynchronous: whether the trainer goes on while a round runs; "auto": or, where that is
+            quicker, runs it itself.
         coding: between the form of a sample that is trained on and the one that is stored.
 
     Attributes:
         arguments: of the buffer.
-        failure: what ended it; raised again by every later step.
         begun: what the first mini-batch has fixed; None before it.
         rate: ``r`` of the rounds to come.
         num_candidates: ``c`` of the mini-batches to come; 0: none of them is offered.
         training: what it gets.
+        num_rounds_here: how many ran on the trainer's own thread.
+        seconds_here: that these took.
     """
 
     def __init__(
@@ -91,38 +71,25 @@ class Steps:
         storage: Storage,
         timeout_seconds: float,
         watch: Watch | None = None,
-        asynchronous: bool = True,
+        asynchronous: bool | str = "auto",
         coding: Coding | None = None,
     ) -> None:
-        self.rounds, self._worker, self._storage, self._watch = rounds, worker, storage, watch
+        super().__init__(rounds, worker, timeout_seconds, watch)
         self._run = rounds.run if watch is None else watch.run
-        self.arguments = arguments
-        self._transport = rounds.transport
-        self._timeout_seconds, self._asynchronous = timeout_seconds, asynchronous
+        self.arguments, self._storage = arguments, storage
+        self._asynchronous = asynchronous
         self._candidate_streams = Streams(arguments.seed, Purpose.CANDIDATES, rounds.transport.rank)
         self._worker_streams: WorkerStreams = {}
         self.begun: Begun | None = None
         self.outputs = Outputs(coding or Coding(), arguments.num_draws)
-        self._pace = Pace(asynchronous)
-        self._place = Place(0, False, 0, 0, Errand.ended(0), Drawn())
-        self._call: Errand[Any] | None = None  # between two rounds, if it has not ended
+        self._pace = Pace(asynchronous is not False)
         self._num_new_joined = self._num_joined = 0
         self.rate: float = plain(arguments.num_representatives)
         self.num_candidates = arguments.num_candidates
-        self.failure: RoundError | None = None
         self.training = Training(arguments, rounds, self.here)
         self._advice: str | None = None  # in errors; None: the trainer's first batch has come
-        self.seconds_waited = self.seconds_offering = 0.0
-
-    @property
-    def num_offers(self) -> int:
-        """Mini-batches offered so far."""
-        return self._place.num_offers
-
-    @property
-    def is_offered(self) -> bool:
-        """Whether one was offered since the last draw."""
-        return self._place.is_offered
+        self.seconds_offering = 0.0
+        self.num_rounds_here, self.seconds_here = 0, 0.0
 
     @property
     def num_past(self) -> int:
@@ -147,7 +114,9 @@ class Steps:
             call: in which it is.
             offered: the mini-batch that is encoded, if it is another one: where the loader put it.
         """
+        began = time.perf_counter()
         outputs, coding = self.outputs, self.outputs.coding
+        seconds_otherwise = self.seconds_waited + outputs.seconds
         stored = batch
         if coding.encodes:
             stored = coding.encoded(batch if offered is None else offered)
@@ -172,6 +141,8 @@ class Steps:
                 raise self.with_rank(error) from None
         self._copy_candidates(begun.staging, leaves, samples)
         self._num_new_joined = leaves[0].shape[0]
+        seconds_otherwise -= self.seconds_waited + outputs.seconds
+        self.seconds_offering += time.perf_counter() - began + seconds_otherwise
         return augmented
 
     def draw(self, call: str) -> list[Batch] | None:
@@ -203,22 +174,35 @@ class Steps:
                 "offer: the last offer's representatives have not been drawn yet; draw and "
                 "offer alternate (to store samples without training, call fill)"
             )
+        began = time.perf_counter()
         begun, leaves = self._checked(self.outputs.coding.encoded(batch))
         self._copy_candidates(begun.staging, leaves, begun.layout.bytes_of(leaves))
-        self.start_round()
+        self.seconds_offering += time.perf_counter() - began
+        self.start_round(may_run_here=True)
 
-    def start_round(self) -> None:
-        """Starts the round of the candidates that were copied."""
+    def start_round(self, may_run_here: bool = False) -> None:
+        """Starts the round of the candidates that were copied.
+
+        Args:
+            may_run_here: whether it may run at once, on this thread, where that is quicker.
+        """
         began = time.perf_counter()
         # What `rehearse` has prepared becomes the trainer's only now.
-        next_round = self._start(self.rate, self._num_new_joined, self._num_joined, Drawn())
+        next_round = self._start(
+            self.rate, self._num_new_joined, self._num_joined, Drawn(), may_run_here
+        )
         self.training.got(self._num_joined, self._place.num_offers, self.rate)
-        if not self._asynchronous:
+        if self._asynchronous is False:
             self._worker.finish(next_round, self._timeout_seconds + GRACE_SECONDS)
         self.seconds_offering += time.perf_counter() - began
 
     def _start(
-        self, rate: float, num_new: int, num_past: int, drawn: Drawn | None = None
+        self,
+        rate: float,
+        num_new: int,
+        num_past: int,
+        drawn: Drawn | None = None,
+        may_run_here: bool = False,
     ) -> Errand[int]:
         """From one store on the step has happened, and the round will run.
 
@@ -227,16 +211,29 @@ class Steps:
             num_new: of the step.
             num_past: of the step.
             drawn: gets what is drawn as it is trained on; None: for who asks.
+            may_run_here: see ``start_round``.
         """
         self.rounds.rate = rate
         pause = self._pace.pause(time.perf_counter(), self._place.last_round.seconds)
-        run = partial(self._run, self._known.staging.candidates())
-        if drawn is not None and self.outputs.coding.decodes:
+        staging, decodes = self._known.staging, self.outputs.coding.decodes
+        runs_here = may_run_here and self._asynchronous == "auto" and self._pace.is_brief
+        runs_here = runs_here and not decodes and staging.runs_at_once
+        runs_here = runs_here and self.rounds.can_be_repeated
+        candidates = staging.candidates()
+        run: Callable[[], int] = partial(self._run, candidates)
+        if runs_here:
+            run = partial(self.rounds.run_once, self.rounds.num_rounds, candidates)
+        elif drawn is not None and decodes:
             run = partial(self._run_and_decode, run, drawn)
         next_round = Errand(run, pause)
         drawn = drawn or Drawn()
         self._place = Place(self._place.num_offers + 1, True, num_new, num_past, next_round, drawn)
-        self._worker.start(next_round)
+        if runs_here:
+            next_round.attempt()
+            self.num_rounds_here += 1
+            self.seconds_here += next_round.seconds
+        else:
+            self._worker.start(next_round)
         return next_round
 
     def _run_and_decode(self, run: Callable[[], int], drawn: Drawn) -> int:
@@ -295,12 +292,10 @@ class Steps:
     def _copy_candidates(
         self, staging: Staging, leaves: list[Tensor], samples: list[Bytes | None]
     ) -> None:
-        began = time.perf_counter()
         rows = chosen_rows(
             leaves[0].shape[0], self.num_candidates, self._candidate_streams, self.num_offers
         )
         staging.collect(leaves, samples, rows)
-        self.seconds_offering += time.perf_counter() - began
 
     def _checked(self, batch: Batch) -> tuple[Begun, list[Tensor]]:
         """A mini-batch's leaves; the first one fixes what ``Begun`` says."""
@@ -364,88 +359,6 @@ class Steps:
         self._advice = None
         return begun
 
-    # Waiting for the worker.
-
-    def settle(self) -> None:
-        """Waits for the running round, if any."""
-        if self._call is not None:
-            self._end_call(self._call)
-        if self.failure is not None:
-            raise self.failure
-        last_round = self._place.last_round
-        if not last_round.has_ended:
-            if self._worker.is_calling:
-                raise RuntimeError(self.here("decode has used the buffer, which waits for it"))
-            began = time.perf_counter()
-            try:
-                in_time = self._worker.finish(last_round, self._timeout_seconds + GRACE_SECONDS)
-            finally:
-                self.seconds_waited += time.perf_counter() - began
-            if not in_time:
-                self.failure = self._explain(TimeoutError())
-                raise self.failure
-        if last_round.error is not None:
-            self.failure = self._explain(last_round.error)
-            raise self.failure from last_round.error
-        if self.rounds.selection.excess_labels and self.begun is not None:
-            label = self.begun.label
-            assert label is not None
-            self.training.has_many_labels(path_text(self.begun.layout.fields[label].path))
-
-    def finish(self, wait_seconds: float) -> None:
-        """Ends the running round; no error is raised."""
-        self.training.optimisers.close()
-        if self.rounds.among_others is not None:
-            self.rounds.among_others.close()
-        if self._call is not None and self._worker.finish(self._call, wait_seconds):
-            self._call = None
-        last_round = self._place.last_round
-        if self.failure is not None or (last_round.has_ended and last_round.error is None):
-            return
-        in_time = self._worker.finish(last_round, wait_seconds)
-        error = last_round.error if in_time else TimeoutError()
-        if error is not None:
-            self.failure = self._explain(error)
-            logger.log(
-                logging.WARNING if wait_seconds else logging.DEBUG,
-                "the last round did not finish: %s",
-                self.failure,
-            )
-
-    def _explain(self, error: BaseException) -> RoundError:
-        """What the trainer sees of an error in the worker."""
-        where = self.here(f"round {self.rounds.num_rounds} ({self.rounds.stage})")
-        return round_error(error, where, self._timeout_seconds)
-
-    # Between two rounds.
-
-    def between_rounds(self, act: Callable[[], Result]) -> Result:
-        """Has the worker do something while no round runs; blocks until it has.
-
-        It is done as a whole: an interrupt ends the waiting alone, and the next step waits for it.
-        """
-        self.settle()
-        device = accelerators.current_device() if accelerators.is_in_use() else None
-
-        @torch.no_grad()
-        def as_the_trainer() -> Result:
-            if device is not None:
-                accelerators.use(device)
-            return act()
-
-        self._call = call = Errand(as_the_trainer)
-        self._worker.finish(call)
-        self._call = None
-        return call.result
-
-    def _end_call(self, call: Errand[Any]) -> None:
-        """Waits for one that was interrupted."""
-        if not self._worker.finish(call):  # it asks itself, as `convert` may
-            return
-        self._call = None
-        if call.error is not None:
-            logger.warning("%s", self.here(f"a call failed after an interrupt: {call.error}"))
-
     def change_rate(self, rate: float) -> None:
         """Says how many are drawn from the next round on.
 
@@ -458,41 +371,18 @@ class Steps:
         except (TypeError, ValueError) as error:
             raise self.with_rank(error) from None
 
-    def with_peers(self, call: str, act: Callable[[], Result]) -> Result:
-        """Has the worker do what all ranks do together, after as many offers; see above.
+    def settle(self) -> None:
+        """See ``Waiting.settle``."""
+        super().settle()
+        if self.rounds.selection.excess_labels and self.begun is not None:
+            label = self.begun.label
+            assert label is not None
+            self.training.has_many_labels(path_text(self.begun.layout.fields[label].path))
 
-        Without one of them nothing goes on.
-        """
-
-        def act_in_step() -> Result:
-            with self.explaining(call):
-                meet(self._transport, self._watch, call, self.num_offers, self.is_offered)
-                return act()
-
-        return self.between_rounds(act_in_step)
-
-    @contextmanager
-    def explaining(self, call: str) -> Iterator[None]:
-        """Around what needs other ranks between two rounds."""
-        try:
-            yield
-        except CheckpointError as error:
-            raise CheckpointError(self.here(str(error))) from error.__cause__
-        except PeerLostError as error:
-            self.failure = PeerLostError(self.here(f"{call} failed: {error}"), error.peers)
-            raise self.failure from error
-
-    def here(self, message: str) -> str:
-        """The message, with the rank where there are several."""
-        if self._transport.num_ranks == 1:
-            return message
-        return f"rank {self._transport.rank}: {message}"
-
-    def with_rank(self, error: Exception, advice: str = "") -> Exception:
-        """The error, with advice and, of several ranks, this one; of another type as it is."""
-        if type(error) not in (TypeError, ValueError):
-            return error
-        return type(error)(self.here(str(error) + advice))
+    def finish(self, wait_seconds: float) -> None:
+        """See ``Waiting.finish``."""
+        self.training.optimisers.close()
+        super().finish(wait_seconds)
 
     # For who fills it.
 

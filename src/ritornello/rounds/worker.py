@@ -33,6 +33,9 @@ POLL_SECONDS = 1.0
 LONGEST_PAUSE_SECONDS = 0.05
 """Of a round that waits for the middle of a step: where steps are longer, nobody would notice."""
 
+ROUNDS_IN_BRIEF_STEP = 10
+"""A step of fewer rounds is too short to hide one."""
+
 EXIT_SECONDS = 5.0
 """How long a buffer that was never closed waits for its round when it is collected."""
 
@@ -89,6 +92,20 @@ class Errand(Generic[Result]):
         self.has_ended = True
         self._running.release()
 
+    def attempt(self) -> None:
+        """Does it at once, on the caller's thread.
+
+        If anything breaks it off, it has not begun: whoever wants it next has the worker do it, so
+        ``act`` must bear to be called again.
+        """
+        assert self._act is not None
+        began = time.perf_counter()
+        self._result = self._act()
+        self.seconds = time.perf_counter() - began
+        self.has_ended = True
+        self.has_begun = True
+        self._act = None
+
     def wait(self, seconds: float) -> bool:
         """Whether it has ended within ``seconds``. May be interrupted, and called again."""
         deadline = time.monotonic() + seconds
@@ -121,6 +138,9 @@ class Pace:
     in the second half of a step, needs the interpreter hardly at all. A trainer that wants the
     round earlier does not wait: see ``Worker.finish``.
 
+    Where steps are hardly longer than rounds, as in a loop that only fills or reads a buffer, there
+    is nothing to hide a round behind: handing it over takes longer than it can save.
+
     Args:
         asynchronous: whether the trainer goes on meanwhile; else no round waits.
     """
@@ -147,11 +167,20 @@ class Pace:
         self._steps.append(now - self._began)
         self._rounds.append(last_round)
         self._began = now
-        if not self._asynchronous or len(self._steps) < 8:
+        if not self._asynchronous or not self._is_known:
             return 0.0
         step = min(self._steps)
         pause = min(step / 2, step * 3 / 4 - 2 * max(self._rounds), LONGEST_PAUSE_SECONDS)
         return max(0.0, pause)
+
+    @property
+    def is_brief(self) -> bool:
+        """Whether there is hardly anything to hide a round behind."""
+        return self._is_known and min(self._steps) < ROUNDS_IN_BRIEF_STEP * min(self._rounds)
+
+    @property
+    def _is_known(self) -> bool:
+        return len(self._steps) == 8
 
 
 @dataclass

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
 
 from ritornello.arrays import Arrays, Ints
+from ritornello.errors import CheckpointError
 from ritornello.policies.contents import Contents
 from ritornello.policies.protection import is_protected
 from ritornello.policies.sampling import SamplingPolicy
@@ -66,7 +67,7 @@ def restore(rounds: Rounds, saved: SavedBuffer, knows_contents: bool) -> None:
         return selection, sampling, contents, admitted_in
 
     own = together(rounds.transport, understand, "load")
-    rounds.overwrite(lambda: _all_records(saved, rank))
+    overwrite(rounds, lambda: _all_records(saved, rank))
     rounds.go_on(saved.manifest.num_rounds, *own)
     if rounds.contents.knows_places and not knows_contents:
         rounds.tell_contents()
@@ -125,7 +126,7 @@ def adopt(rounds: Rounds, saved: SavedBuffer) -> None:
             for positions, found in records_in(saved, owner, slots[own]):
                 yield own[positions], found
 
-    rounds.overwrite(records)
+    overwrite(rounds, records)
     rounds.go_on(manifest.num_rounds, selection, sampling, contents, admitted_in)
     if contents.knows_places:
         rounds.tell_contents()
@@ -182,3 +183,54 @@ def _state_in_pages(rounds: Rounds, saved: SavedBuffer, rank: int, arrays: Array
 def _check_sizes(sizes: Ints, rooms: Ints) -> None:
     if np.any(sizes > rooms):
         raise ValueError(f"there is no room for {sizes.max()} representatives in a shard")
+
+
+def overwrite(rounds: Rounds, records: Callable[[], Iterator[tuple[Ints, Records]]]) -> None:
+    """Writes records to this rank's shard. Blocks until all ranks have.
+
+    Args:
+        rounds: of the buffer.
+        records: with their slots.
+
+    Raises:
+        CheckpointError: on every rank, if one could not read or place them.
+    """
+    failure: Exception | None = None
+    try:
+        with rounds.staging.worker_stream():  # whose rounds write it, once it is zeroed
+            shard = rounds.make_shard()
+    except (MemoryError, ValueError, OSError) as error:
+        failure = error
+
+    def check() -> None:
+        if failure is not None:
+            raise failure
+
+    try:
+        together(rounds.transport, check, "load")
+    except CheckpointError:
+        rounds.shard = rounds.paged = None  # as where it did not fit: none was there before
+        raise
+    rounds.transport.await_readers()
+
+    def write() -> None:
+        rounds.num_overwritten += 1
+        rounds.is_torn = rounds.contents.num_held > 0
+        with rounds.staging.worker_stream():
+            if rounds.paged is not None:
+                rounds.paged.clear()
+            for slots, found in records():
+                rounds.check_records(found.rows)
+                if rounds.paged is None:
+                    rows = found.rows.to(shard.rows.device)
+                    shard.write(slots, rows, np.arange(len(rows)))
+                    continue
+                rounds.paged.write(slots, found, num_held=0)
+
+    try:
+        together(rounds.transport, write, "load")
+    except CheckpointError:
+        if rounds.paged is not None:
+            rounds.paged.clear()
+        raise
+    rounds.is_torn = False

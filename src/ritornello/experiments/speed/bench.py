@@ -233,7 +233,7 @@ def measure_beside(
         after = buffer.stats(per_class=False)
     spent = {
         name: (getattr(after, name) - getattr(before, name)) / len(beside)
-        for name in ("seconds_waited", "seconds_offering", "seconds_joining")
+        for name in ("seconds_waited", "seconds_offering", "seconds_joining", "seconds_here")
     }
     rounds = sum(after.seconds_per_stage.values()) - sum(before.seconds_per_stage.values())
     mine = Beside(
@@ -243,7 +243,9 @@ def measure_beside(
         step_seconds=float(np.mean(beside)),
         exposed_seconds=spent["seconds_waited"] + spent["seconds_offering"],
         join_seconds=spent["seconds_joining"],
-        hidden_seconds=max(0.0, rounds / len(beside) - spent["seconds_waited"]),
+        hidden_seconds=max(
+            0.0, rounds / len(beside) - spent["seconds_waited"] - spent["seconds_here"]
+        ),
     )
     slowest: Beside = max(_everybodys(mine), key=lambda each: each.exposed_seconds)
     return slowest

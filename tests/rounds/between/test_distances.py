@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from ritornello.rounds.distances import cosine_distances
+from ritornello.rounds.between.distances import cosine_distances
 from ritornello.testing import connect_collective, run_ranks
 from ritornello.transports import LocalTransport, Transport
 from ritornello.transports.agreement import gather_padded
@@ -36,7 +36,7 @@ def test_distances_are_those_of_one_buffer(connect: object) -> None:
 
 def test_means_are_gathered_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = cosine_distances(*features_of(2), LocalTransport())
-    monkeypatch.setattr("ritornello.rounds.distances.NUMBERS_AT_ONCE", 4)
+    monkeypatch.setattr("ritornello.rounds.between.distances.NUMBERS_AT_ONCE", 4)
     assert np.array_equal(cosine_distances(*features_of(2), LocalTransport()), whole)
 
 
