@@ -126,7 +126,7 @@ class Recipe:
     """How far a rank's surrogate model goes its own way: above 0, and below 1 (fedssi)."""
     surrogate_steps: int = 100
     """Steps of the surrogate model at each task's end (fedssi)."""
-    ridge_penalty: float = 0.01
+    ridge_penalty: float = 0.03
     """Of squared weights, in multiples of a feature's mean square over all samples (ridge)."""
     loss_weights: str = "by-sample"
     """How rehearsal weighs samples. "by-sample": all of the augmented mini-batch count the same;
