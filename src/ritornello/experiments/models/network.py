@@ -77,9 +77,16 @@ class Network(nn.Module):
             begin_with(whole, recipe.model, weights)
         whole.to(device).to(memory_format=self._memory_format)
         self.model, trunk = whole, None
-        if recipe.backbone_rate == 0:
-            trunk, self.model = stages.split(whole, num_last=0)
-            trunk.requires_grad_(False).eval()
+        try:
+            if recipe.backbone_rate != 1:
+                stages.last_layer_name(whole)
+            if recipe.backbone_rate == 0:
+                trunk, self.model = stages.split(whole, num_last=0)
+                trunk.requires_grad_(False).eval()
+        except ValueError as error:
+            raise ValueError(
+                f"backbone_rate={recipe.backbone_rate} with model={recipe.model!r}: {error}"
+            ) from None
         self._whole, self._trunk, self._embedded_pixels = (whole,), (trunk,), (pixels,)
         self.sees_features = recipe.stores == "features"
         self.pixels: Pixels | Features = Features() if self.sees_features else pixels
