@@ -260,6 +260,8 @@ def test_ridge_goes_on_between_two_mini_batches(
     recipe = recipe_of(folder, strategy="ridge", data_path=str(tmp_path / "more.npz"))
     expected = train.run(recipe)
     assert expected["steps_per_task"] == [2, 2, 2], "each sample once, 256 at a time"
+    assert expected["samples_per_step"] == 256
+    assert 6 * expected["step_seconds"]["train"] <= expected["seconds"]
     between_steps = Saver.between_steps
 
     def stopping(saver: Saver, now: int, *rest: Any) -> None:

@@ -252,6 +252,7 @@ class Trainer:
                 self.strategy.observe(self.network, images, labels)
                 self.seconds.step += time.perf_counter() - began
                 self.position.num_observed += 1
+                self.seconds.num_steps += self.strategy.solves
                 self.between_steps()
         if self.strategy.restarts:
             self.start_afresh()
