@@ -75,7 +75,6 @@ class Network(nn.Module):
         )
         if (weights := begins_with or recipe.weights) is not None:
             begin_with(whole, recipe.model, weights)
-        whole.to(device).to(memory_format=self._memory_format)
         self.model, trunk = whole, None
         try:
             if recipe.backbone_rate != 1:
@@ -87,6 +86,7 @@ class Network(nn.Module):
             raise ValueError(
                 f"backbone_rate={recipe.backbone_rate} with model={recipe.model!r}: {error}"
             ) from None
+        whole.to(device).to(memory_format=self._memory_format)  # its parts as well
         self._whole, self._trunk, self._embedded_pixels = (whole,), (trunk,), (pixels,)
         self.sees_features = recipe.stores == "features"
         self.pixels: Pixels | Features = Features() if self.sees_features else pixels

@@ -106,7 +106,7 @@ class Trainer:
             **stored_files(self.recipe, data, place),
         )
         if self.strategy.solves:
-            self.network.last_layer  # noqa: B018 - there is none: better said now than at the end
+            assert self.network.last_layer is not None  # it raises now, not at the task's end
         self.schedule = Schedule(self.recipe, data, self.tasks, self.strategy, place)
 
     def train(self, saver: Saver | None = None, figures: Watcher | None = None) -> Results:
