@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ritornello.experiments.models import stages
 from ritornello.experiments.models.ptychonn import NAME, is_ptychonn, ptychonn
 
 
@@ -226,8 +227,4 @@ def features(model: nn.Module, images: Tensor) -> Tensor:
     while isinstance(plain, DistributedDataParallel) or hasattr(plain, "_orig_mod"):
         is_parallel = isinstance(plain, DistributedDataParallel)
         plain = plain.module if is_parallel else plain._orig_mod  # else torch.compile's
-    if isinstance(plain, nn.Sequential):
-        seen: Tensor = plain[:-1](images)
-    else:
-        seen = plain.forward_head(plain.forward_features(images), pre_logits=True)
-    return seen
+    return stages.features(plain, images)

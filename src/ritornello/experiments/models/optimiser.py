@@ -2,16 +2,40 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
+from ritornello.experiments.models.stages import last_layer_name
 from ritornello.experiments.recipes.recipe import Recipe
 
 
 def optimiser_of(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
-    """The recipe's optimiser for a model, without state."""
+    """The recipe's optimiser for a model, without state.
+
+    A group of parameters whose learning rate is another one has its factor as "rate".
+    """
     rate, decay = recipe.learning_rate, recipe.weight_decay
+    parameters: Any = model.parameters()
+    if recipe.backbone_rate not in (0, 1):  # frozen layers are no part of the model
+        parameters = _slow_backbone(model, recipe.backbone_rate)
     if recipe.optimiser == "adam":
-        return torch.optim.Adam(model.parameters(), lr=rate, weight_decay=decay)
+        return torch.optim.Adam(parameters, lr=rate, weight_decay=decay)
     momentum = recipe.momentum
-    return torch.optim.SGD(model.parameters(), lr=rate, momentum=momentum, weight_decay=decay)
+    return torch.optim.SGD(parameters, lr=rate, momentum=momentum, weight_decay=decay)
+
+
+def set_learning_rate(optimiser: torch.optim.Optimizer, rate: float) -> None:
+    """Gives every group of parameters its learning rate."""
+    for group in optimiser.param_groups:
+        group["lr"] = rate * group.get("rate", 1.0)
+
+
+def _slow_backbone(model: nn.Module, factor: float) -> list[dict[str, Any]]:
+    """The last layer's parameters, and all others, which learn at another rate."""
+    last = last_layer_name(model) + "."
+    groups: list[dict[str, Any]] = [{"params": []}, {"params": [], "rate": factor}]
+    for name, parameter in model.named_parameters():
+        groups[not name.startswith(last)]["params"].append(parameter)
+    return groups

@@ -64,7 +64,8 @@ class Recipe:
     data_path: str | None = None
     image_size: int | None = None
     """Images that are decoded from files are resized to it and cropped at the centre; diffraction
-    patterns have this height and width."""
+    patterns have this height and width. Of images in arrays, and with ``weights``, what the model
+    sees is resized to it, behind the augmentation."""
     scenario: str = "class-incremental"
     """See ``scenarios.SCENARIOS``."""
     num_tasks: int = 5
@@ -82,7 +83,8 @@ class Recipe:
 
     # The pixels that the model sees. What the buffer stores is neither normalised nor augmented.
     pixels: str = "standardised"
-    """"standardised": mean 0, deviation 1 per channel; "unit": from 0 to 1."""
+    """"standardised": mean 0, deviation 1 per channel; with ``weights`` as the model was trained;
+    "unit": from 0 to 1."""
     augmentation: str = "none"
     """See ``augmentation.AUGMENTATIONS``."""
     crop_size: int | None = None
@@ -91,6 +93,12 @@ class Recipe:
     # The model.
     model: str = "mlp"
     """See ``models.build``."""
+    weights: str | None = None
+    """What a model of timm begins with: a file of tensors; or "timm", what timm downloads; None:
+    it is untrained. See ``models.weights``."""
+    backbone_rate: float = 1.0
+    """The learning rate of all but the last layer, in multiples of ``learning_rate``; 0: they are
+    frozen, with their running statistics."""
     dropout: float = 0.0
     channels_last: bool = False
     compile: bool = False
@@ -118,6 +126,8 @@ class Recipe:
     """How far a rank's surrogate model goes its own way: above 0, and below 1 (fedssi)."""
     surrogate_steps: int = 100
     """Steps of the surrogate model at each task's end (fedssi)."""
+    ridge_penalty: float = 0.03
+    """Of squared weights, in multiples of a feature's mean square over all samples (ridge)."""
     loss_weights: str = "by-sample"
     """How rehearsal weighs samples. "by-sample": all of the augmented mini-batch count the same;
     "by-task": in task k the new ones count 1/k, the past ones 1 - 1/k, together."""
@@ -178,8 +188,11 @@ class Recipe:
     """Bytes of the whole buffer, over all ranks, that bound it beside ``capacity``; None: no bound,
     and where files are stored, what ``capacity`` files take."""
     stores: str = "pixels"
-    """What the buffer stores of images: "pixels"; or "files", what they are decoded from, of data
-    sets that are folders of images."""
+    """What the buffer stores of images: "pixels"; "files", what they are decoded from, of data
+    sets that are folders of images; or "features", what the frozen layers make of them: these are
+    the samples then, and all images pass the frozen layers once."""
+    features_dtype: str = "float32"
+    """How features are stored: "float32" or "float16"."""
     remembers: str = "stream"
     """"stream": candidates come from every mini-batch; "last-epoch": from those of a task's last
     epoch alone, so that what came before it stays whole until then; else how a task's exemplars
@@ -309,8 +322,8 @@ class Recipe:
             return max(1, round(self.capacity * num_train_samples))
         return int(self.capacity)
 
-    def check(self, num_ranks: int) -> None:
-        """Checks what can be checked before anything is loaded.
+    def check(self) -> None:
+        """Checks what can be checked before anything is loaded, on any number of ranks.
 
         Raises:
             ValueError: names the setting, its value and the rule.
@@ -322,7 +335,8 @@ class Recipe:
             ("pixels", ("standardised", "unit")),
             ("loss_weights", ("by-sample", "by-task")),
             ("logits_dtype", ("float32", "float16")),
-            ("stores", ("pixels", "files")),
+            ("stores", ("pixels", "files", "features")),
+            ("features_dtype", ("float32", "float16")),
             ("composition", tuple(COMPOSITIONS)),
             ("distance", DISTANCES),
             ("prior", PRIORS),
@@ -341,7 +355,8 @@ class Recipe:
                 f"capacity={self.capacity}: it must be at least 1, or a fraction of the training "
                 "samples between 0 and 1"
             )
-        for name in ("learning_rate", "generator_learning_rate", "prior_concentration"):
+        above_zero = ("learning_rate", "generator_learning_rate", "prior_concentration")
+        for name in (*above_zero, "ridge_penalty"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)}: it must be above 0")
         weights = ("alpha", "beta", "si_strength", "soft_targets", "distillation")
@@ -359,7 +374,6 @@ class Recipe:
                 )
         if self.probe_every < 0:
             raise ValueError(f"probe_every={self.probe_every}: it must be 0 (off) or more steps")
-        self._check_split(num_ranks)
 
     def _check_composition(self) -> None:
         if self.first_share is not None and not 0 < self.first_share <= 1:
@@ -379,68 +393,6 @@ class Recipe:
             raise ValueError(
                 f"soft_targets={self.soft_targets} with scenario='task-incremental': soft targets "
                 "compare the classes of all tasks; leave them out"
-            )
-
-    def _check_generated(self, num_ranks: int) -> None:
-        """Of a recipe with sizes of all ranks."""
-        if self.strategy == "generative":
-            raise ValueError(
-                f"generated_share={self.generated_share} with strategy='generative': it generates "
-                "all past samples; use 'rehearsal', which draws the others from its buffer, or "
-                "generated_share=0"
-            )
-        num_generated = self.global_num_generated
-        num_drawn = self.global_num_representatives - num_generated
-        if min(num_generated, num_drawn) < num_ranks:
-            raise ValueError(
-                f"generated_share={self.generated_share} of global_num_representatives="
-                f"{self.global_num_representatives}: {num_generated} would be generated and "
-                f"{num_drawn} drawn; there must be at least as many of either as ranks "
-                f"({num_ranks})"
-            )
-
-    def _check_split(self, num_ranks: int) -> None:
-        sizes = self.on(num_ranks)
-        if sizes.global_batch_size < num_ranks:
-            raise ValueError(
-                f"global_batch_size={sizes.global_batch_size}: it must be at least the number of "
-                f"ranks ({num_ranks}), so that every rank has a sample"
-            )
-        if self.is_proportional:
-            sizes._check_composed_split(num_ranks)
-        elif sizes.global_num_representatives < num_ranks:
-            raise ValueError(
-                f"global_num_representatives={sizes.global_num_representatives}: it must be at "
-                f"least the number of ranks ({num_ranks}), so that every rank draws one"
-            )
-        elif sizes.generated_share:
-            sizes._check_generated(num_ranks)
-        candidates = sizes.global_num_candidates
-        if candidates is not None and candidates % num_ranks:
-            below = candidates // num_ranks * num_ranks
-            near = [each for each in (below, below + num_ranks) if each > 0]
-            raise ValueError(
-                f"global_num_candidates={candidates} does not divide evenly over {num_ranks} "
-                f"ranks; take {' or '.join(map(str, near))}, or another number of ranks"
-            )
-
-    def _check_composed_split(self, num_ranks: int) -> None:
-        for name, size in (
-            ("global_batch_size", self.global_batch_size),
-            ("samples_per_step", self.composed_samples),
-        ):
-            if size % num_ranks:
-                below = size // num_ranks * num_ranks
-                near = [each for each in (below, below + num_ranks) if each > 0]
-                raise ValueError(
-                    f"{name}={size} does not divide evenly over {num_ranks} ranks, as "
-                    f"composition='proportional' needs; take {' or '.join(map(str, near))}, or "
-                    "another number of ranks"
-                )
-        if self.composed_samples < 2 * num_ranks:
-            raise ValueError(
-                f"samples_per_step={self.composed_samples}: it must be at least two for each of "
-                f"{num_ranks} ranks, a new one and a past one"
             )
 
     def learning_rate_factor(self, epoch: float, step_epochs: float = 0.0) -> float:

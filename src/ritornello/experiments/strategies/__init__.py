@@ -27,12 +27,15 @@ from ritornello.experiments.strategies.incremental import Incremental
 from ritornello.experiments.strategies.joint import Joint
 from ritornello.experiments.strategies.rehearsal import Rehearsal
 from ritornello.experiments.strategies.soft_targets import SoftTargets
+from ritornello.experiments.strategies.without_samples.class_means import ClassMeans
 from ritornello.experiments.strategies.without_samples.fedssi import FedSSI
 from ritornello.experiments.strategies.without_samples.generated import GeneratedPast
 from ritornello.experiments.strategies.without_samples.generative import (
     Generative,
     PartlyGenerated,
 )
+from ritornello.experiments.strategies.without_samples.ridge import Ridge
+from ritornello.experiments.strategies.without_samples.solved import Solved
 from ritornello.experiments.strategies.without_samples.synaptic_intelligence import SI, SIRehearsal
 from ritornello.policies.class_shares import (
     ClassBalanced,
@@ -54,6 +57,8 @@ STRATEGIES: dict[str, type[Strategy]] = {
     "si-rehearsal": SIRehearsal,
     "fedssi": FedSSI,
     "generative": Generative,
+    "class-means": ClassMeans,
+    "ridge": Ridge,
     "from-scratch": FromScratch,
     "joint": Joint,
 }
@@ -72,6 +77,7 @@ __all__ = [
     "ERACE",
     "SI",
     "STRATEGIES",
+    "ClassMeans",
     "DERPlusPlus",
     "FedSSI",
     "FromScratch",
@@ -85,6 +91,7 @@ __all__ = [
     "PartlyGenerated",
     "Rehearsal",
     "RehearsalStrategy",
+    "Ridge",
     "SIRehearsal",
     "SoftTargets",
     "Strategy",
@@ -146,7 +153,7 @@ def strategy_of(
         rate["num_representatives"] = -(-num_drawn // num_ranks)
     if recipe.generated_share and kind is Rehearsal:
         kind = PartlyGenerated
-    if issubclass(kind, Generative):
+    if issubclass(kind, Generative | Solved):
         common["num_classes"] = num_classes
     if recipe.soft_targets and kind is Rehearsal:
         kind, common["num_classes"] = SoftTargets, num_classes

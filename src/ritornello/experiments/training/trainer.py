@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
@@ -18,8 +18,9 @@ from ritornello.buffer import RehearsalBuffer
 from ritornello.experiments.data.data_set import DataSet
 from ritornello.experiments.data.scenarios import Task, scenario_of
 from ritornello.experiments.models import build as models
+from ritornello.experiments.models.embedding import Embedded, Embeddings
 from ritornello.experiments.models.network import Network
-from ritornello.experiments.models.optimiser import optimiser_of
+from ritornello.experiments.models.optimiser import optimiser_of, set_learning_rate
 from ritornello.experiments.ranks.place import Place
 from ritornello.experiments.ranks.progress import ProgressBar
 from ritornello.experiments.recipes.recipe import Recipe
@@ -32,10 +33,8 @@ from ritornello.experiments.results.writing import (
     weights_digest,
 )
 from ritornello.experiments.strategies import strategy_of
-from ritornello.experiments.strategies.base import Criterion, cross_entropy
-from ritornello.experiments.strategies.errors import error_criterion
 from ritornello.experiments.training import exemplars
-from ritornello.experiments.training.checkpoints import Checkpoint, RunSnapshot
+from ritornello.experiments.training.checkpoints import Checkpoint, Position, RunSnapshot
 from ritornello.experiments.training.evaluation import Evaluation
 from ritornello.experiments.training.probe import probe_of
 from ritornello.experiments.training.saver import Saver
@@ -57,22 +56,6 @@ class Watcher(Protocol):
         """The tasks so far were probed."""
 
 
-@dataclass
-class Position:
-    """Where a run stands, between two steps."""
-
-    task: int = 0
-    """From 0."""
-    num_observed: int = 0
-    """The task's mini-batches that the buffer has seen before the training (GDumb)."""
-    step: int = 0
-    """The task's steps that are done."""
-    seconds: float = 0.0
-    """That the task has taken."""
-    count: int = 0
-    """Steps, mini-batches observed and tasks ended, in the whole run."""
-
-
 class Trainer:
     """One run on one rank. Close it, or use it as a context.
 
@@ -81,6 +64,8 @@ class Trainer:
         data: its data set.
         place: of this rank.
         tasks: of the stream; None: those of the recipe's scenario.
+        embeddings: where features are stored, those of runs before.
+        begins_with: see ``Network``.
     """
 
     def __init__(
@@ -89,12 +74,13 @@ class Trainer:
         data: DataSet,
         place: Place,
         tasks: Sequence[Task] | None = None,
+        embeddings: Embeddings | None = None,
+        begins_with: Path | None = None,
     ) -> None:
         self.recipe, self.data, self.place = recipe.on(place.num_ranks), data, place
+        self._begins_with = begins_with
         self.tasks = scenario_of(data, recipe) if tasks is None else list(tasks)
         exemplars.check(recipe, data, self.tasks)
-        self.evaluation = Evaluation(recipe, data, self.tasks, place)
-        self._probe = probe_of(recipe, data, self.tasks, place)
         self.position, self.num_resumed = Position(), 0
         self.seconds, self.log = StepSeconds(), TaskLog()
         self._task_began = self._buffer_seconds = 0.0
@@ -103,15 +89,24 @@ class Trainer:
         self.optimiser: torch.optim.Optimizer | None = None
         self.scaler = torch.amp.GradScaler(place.device.type, enabled=recipe.amp == "float16")
         self.start_afresh()
+        self._embedded: Embedded | None = None
+        if self.network.sees_features:
+            embeddings = embeddings or Embeddings()
+            self._embedded = embeddings.of(recipe, data, self.network, place)
+            self.data = data = self._embedded.data
+        self.evaluation = Evaluation(recipe, data, self.tasks, place)
+        self._probe = probe_of(recipe, data, self.tasks, place)
         self.strategy = strategy_of(
             self.recipe,
             place.rank,
             place.num_ranks,
             num_train_samples=len(data.train),
             num_classes=data.num_classes,
-            criterion=self._criterion(),
+            criterion=self.evaluation.criterion,
             **stored_files(self.recipe, data, place),
         )
+        if self.strategy.solves:
+            assert self.network.last_layer is not None  # it raises now, not at the task's end
         self.schedule = Schedule(self.recipe, data, self.tasks, self.strategy, place)
 
     def train(self, saver: Saver | None = None, figures: Watcher | None = None) -> Results:
@@ -152,7 +147,8 @@ class Trainer:
             "resumed": self.num_resumed,
             "seconds_saving": self.seconds.saving,
             "buffer": self.strategy.stats(),
-            "weights_sha256": weights_digest(self.network.model),
+            "weights_sha256": weights_digest(self.network.whole),
+            **({} if self._embedded is None else {"seconds_embedding": self._embedded.seconds}),
             **self.strategy.outcome(),
             **self._of_average(),
             **self.evaluation.pictures(self.network),
@@ -166,9 +162,9 @@ class Trainer:
                 self.log.note_average(self.evaluation.measured(self.network))
 
     def start_afresh(self) -> None:
-        """Makes the untrained model, the same on every rank."""
+        """Makes the model as it is before training, the same on every rank."""
         torch.manual_seed(self.recipe.seed)
-        self.network = Network(self.recipe, self.data, self.place)
+        self.network = Network(self.recipe, self.data, self.place, self._begins_with)
         self._seed_this_rank()
         self.optimiser = None
 
@@ -193,8 +189,7 @@ class Trainer:
             if step % steps_per_epoch == 0:
                 self.begin_epoch()
             factor = self.recipe.learning_rate_factor(step / steps_per_epoch, 1 / steps_per_epoch)
-            for group in self.optimiser.param_groups:
-                group["lr"] = self.recipe.learning_rate * factor
+            set_learning_rate(self.optimiser, self.recipe.learning_rate * factor)
             began = time.perf_counter()
             images, labels, self.strategy.encoded = next(batches)
             loaded = time.perf_counter()
@@ -227,7 +222,8 @@ class Trainer:
             )
         accelerators.synchronize(self.place.device)
         self.log.seconds.append(time.perf_counter() - self._task_began)
-        self.log.steps.append(num_steps)
+        # Without steps, the mini-batches that have passed by.
+        self.log.steps.append(num_steps or position.num_observed)
 
     def _set_sizes(
         self, buffer: RehearsalBuffer, number: int, step: int, is_in_last_epoch: bool
@@ -249,13 +245,14 @@ class Trainer:
 
     def begin_training(self, number: int) -> None:
         """What comes before the first step of a task."""
-        if self.strategy.observes:
+        if self.strategy.observes or self.strategy.solves:
             for batch in self.schedule.observed(number, self.position.num_observed):
                 images, labels, self.strategy.encoded = batch
                 began = time.perf_counter()
-                self.strategy.observe(images, labels)
+                self.strategy.observe(self.network, images, labels)
                 self.seconds.step += time.perf_counter() - began
                 self.position.num_observed += 1
+                self.seconds.num_steps += self.strategy.solves
                 self.between_steps()
         if self.strategy.restarts:
             self.start_afresh()
@@ -411,11 +408,11 @@ class Trainer:
             ValueError: the weights are of another model.
         """
         number = len(self.tasks) - 1
-        model = self.network.model
-        fresh = model.state_dict()
+        whole = self.network.whole
+        fresh = whole.state_dict()
         average = models.widened(weights if averaged is None else averaged, fresh)
         self.network.begin_average(average)
-        model.load_state_dict(models.widened(weights, fresh))
+        whole.load_state_dict(models.widened(weights, fresh))
         if self.strategy.buffer is not None and buffer is not None:
             convert = self.strategy.widening(self.data.num_classes)
             self.strategy.buffer.load(buffer, convert=convert)
@@ -505,14 +502,3 @@ class Trainer:
 
     def _backward(self, loss: Tensor) -> None:
         self.scaler.scale(loss).backward()
-
-    def _criterion(self) -> Criterion:
-        """The loss of a sample; if its task is known, only that task's classes compete."""
-        if self.data.targets is not None:
-            return error_criterion(self.recipe.loss, max(1, len(self.data.targets.parts)))
-        mask = self.evaluation.mask
-        if mask is None:
-            return cross_entropy
-        return lambda logits, labels: cross_entropy(
-            logits.masked_fill(~mask[labels], torch.finfo(logits.dtype).min), labels
-        )
