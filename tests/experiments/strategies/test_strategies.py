@@ -549,7 +549,7 @@ def test_every_strategy_is_made_from_a_recipe(name: str) -> None:
     strategy = strategy_of(recipe, 0, 1, num_train_samples=1000, num_classes=10)
     assert type(strategy) is STRATEGIES[name]
     assert (strategy.stats() is not None) == strategy.rehearses
-    draws_nothing = name in ("incremental", "from-scratch", "joint", "si", "fedssi")
+    draws_nothing = name in ("incremental", "from-scratch", "joint", "si", "fedssi", "adapter")
     assert strategy.num_draws == (0 if draws_nothing else 2 if name == "der++" else 1)
     if isinstance(strategy, DERPlusPlus):
         assert (strategy.alpha, strategy.beta) == (0.25, 0.75)

@@ -47,6 +47,9 @@ class TaskChanges:
     softmaxes)."""
     beta: float | None = None
     """DER++: weight of the labels of a second draw."""
+    orthogonality: float | None = None
+    """adapter, adapter-rehearsal: weight of the loss that keeps the newest adapters orthogonal to
+    those before."""
     loss_weights: str | None = None
     """by-sample, or by-task: in task k new samples count 1/k, past ones 1 - 1/k, together."""
 
@@ -160,6 +163,14 @@ class Changes(TaskChanges):
     """fedssi: how far a rank's surrogate model goes its own way, above 0 and below 1."""
     surrogate_steps: int | None = None
     """fedssi: steps of the surrogate model at each task's end, at most as many as the task has."""
+
+    adapted_stages: int | None = None
+    """adapter, adapter-rehearsal: how many of the model's last stages (of a transformer: blocks)
+    have adapters."""
+    adapter_width: int | None = None
+    """adapter, adapter-rehearsal: hidden units that each adapter has for each task."""
+    adapter_scale: float | None = None
+    """adapter, adapter-rehearsal: what the adapters' outputs are multiplied by."""
 
     # What is generated.
     generated_share: float | None = None

@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ritornello.experiments.data.data_set import DataSet
+from ritornello.experiments.models import adapters
 from ritornello.experiments.models import build as models
 from ritornello.experiments.models.augmentation import Pixels
 from ritornello.experiments.models.local_steps import average_over_ranks
@@ -35,6 +36,9 @@ class Network(nn.Module):
     With ``local_steps`` gradients are not averaged: each rank goes its own way, for so many steps.
     Then model and running average become their mean over the ranks (``agree``).
 
+    With adapters (``models.adapters``) all else but the last layer is frozen, running statistics
+    too, and the model grows with each task (``grow``).
+
     Args:
         recipe: what to build.
         data: what to build it for.
@@ -47,7 +51,6 @@ class Network(nn.Module):
         self._num_ranks, self._local_steps = place.num_ranks, recipe.local_steps
         self._num_alone = self._num_samples_alone = 0
         self._amp = recipe.amp
-        self._device_type = device.type
         self._memory_format = (
             torch.channels_last if recipe.channels_last else torch.contiguous_format
         )
@@ -59,18 +62,21 @@ class Network(nn.Module):
             self.pixels.image_shape,
             recipe.dropout,
         )
+        if recipe.has_adapters:
+            adapters.adapt(
+                self.model,
+                recipe.adapted_stages,
+                recipe.adapter_width,
+                recipe.adapter_scale,
+                torch.zeros(2, *self.pixels.image_shape),
+            )
+        self._seed = recipe.seed
         self.model.to(device).to(memory_format=self._memory_format)
         # In tuples, so that its parameters are not counted a second time.
         self._averages = (_average_of(self.model, recipe.averaged),) if recipe.averaged else ()
         self._evaluated = (self.model,)
-        parallel: nn.Module = self.model
-        if place.num_ranks > 1 and not self.is_local:
-            parallel = DistributedDataParallel(
-                self.model, device_ids=None if device.type == "cpu" else [device]
-            )
-        if recipe.compile:
-            parallel.compile()
-        self._parallel = (parallel,)
+        self._device, self._compiles = device, recipe.compile
+        self._parallel: tuple[nn.Module, ...] = (self._made_parallel(),)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits, float32 ``[b, num_classes]``, of uint8 images ``[b, C, H, W]``.
@@ -86,6 +92,32 @@ class Network(nn.Module):
         if self._predicts_tensors:
             return outputs.reshape(len(images), *self._output_shape)
         return outputs
+
+    def train(self, mode: bool = True) -> Network:
+        """See ``nn.Module``; what is frozen stays as in evaluation, with its running statistics."""
+        super().train(mode)
+        for part in self.model.modules():
+            weights = [*part.parameters()]
+            if weights and not any(weight.requires_grad for weight in weights):
+                part.eval()
+        return self
+
+    def grow(self, num_tasks: int) -> None:
+        """Has adapters, if there are any, for so many tasks; the outputs stay as they are.
+
+        Parameters come with it: make the optimiser behind it. Blocks until all ranks have called
+        it.
+        """
+        own = adapters.adapters_of(self.model)
+        if min((each.num_tasks for each in own), default=num_tasks) >= num_tasks:
+            return
+        models = [self.model, *(average.module for average in self._averages)]
+        while own[0].num_tasks < num_tasks:
+            adapters.grow(models, self._seed)
+        for average in self._averages:
+            average.requires_grad_(False)
+        self._parallel = ()  # it knows the old parameters
+        self._parallel = (self._made_parallel(),)
 
     @property
     def is_local(self) -> bool:
@@ -151,7 +183,10 @@ class Network(nn.Module):
         models = (self.model, *(average.module for average in self._averages))
         if self.is_local:
             if self._num_alone:
-                average_over_ranks(models, self._num_samples_alone)
+                own = dict(self.model.named_parameters())
+                trained = {name for name, each in own.items() if each.requires_grad}
+                only = trained if len(trained) < len(own) else None
+                average_over_ranks(models, self._num_samples_alone, only)
             self.alone = 0, 0
         elif self._num_ranks > 1:
             for model in models:
@@ -194,10 +229,20 @@ class Network(nn.Module):
         self.train(was_training)
         return features.float()
 
+    def _made_parallel(self) -> nn.Module:
+        """The model as ranks train it together, compiled if it shall be."""
+        parallel = self.model
+        if self._num_ranks > 1 and not self.is_local:
+            device_ids = None if self._device.type == "cpu" else [self._device]
+            parallel = DistributedDataParallel(self.model, device_ids=device_ids)
+        if self._compiles:
+            parallel.compile()
+        return parallel
+
     def _autocast(self) -> AbstractContextManager[object]:
         if self._amp == "off":
             return nullcontext()
-        return torch.autocast(self._device_type, getattr(torch, self._amp))
+        return torch.autocast(self._device.type, getattr(torch, self._amp))
 
 
 def _average_of(model: nn.Module, decay: float) -> AveragedModel:

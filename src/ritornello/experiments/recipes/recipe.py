@@ -118,6 +118,15 @@ class Recipe:
     """How far a rank's surrogate model goes its own way: above 0, and below 1 (fedssi)."""
     surrogate_steps: int = 100
     """Steps of the surrogate model at each task's end (fedssi)."""
+    adapted_stages: int = 2
+    """How many of a model's last stages have adapters (adapter, adapter-rehearsal). See
+    ``models.adapters``."""
+    adapter_width: int = 16
+    """Hidden units that each adapter has for each task."""
+    adapter_scale: float = 0.1
+    """What the adapters' outputs are multiplied by."""
+    orthogonality: float = 1.0
+    """Weight of the loss that keeps the newest adapters orthogonal to those before."""
     loss_weights: str = "by-sample"
     """How rehearsal weighs samples. "by-sample": all of the augmented mini-batch count the same;
     "by-task": in task k the new ones count 1/k, the past ones 1 - 1/k, together."""
@@ -273,6 +282,11 @@ class Recipe:
     def is_proportional(self) -> bool:
         """Whether steps are composed in proportion."""
         return self.composition == "proportional"
+
+    @property
+    def has_adapters(self) -> bool:
+        """Whether adapters and the last layer are all that learns."""
+        return self.strategy in ("adapter", "adapter-rehearsal")
 
     @property
     def offers_stream(self) -> bool:

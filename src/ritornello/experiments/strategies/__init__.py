@@ -27,6 +27,7 @@ from ritornello.experiments.strategies.incremental import Incremental
 from ritornello.experiments.strategies.joint import Joint
 from ritornello.experiments.strategies.rehearsal import Rehearsal
 from ritornello.experiments.strategies.soft_targets import SoftTargets
+from ritornello.experiments.strategies.without_samples.adapter import Adapter, AdapterRehearsal
 from ritornello.experiments.strategies.without_samples.fedssi import FedSSI
 from ritornello.experiments.strategies.without_samples.generated import GeneratedPast
 from ritornello.experiments.strategies.without_samples.generative import (
@@ -54,6 +55,8 @@ STRATEGIES: dict[str, type[Strategy]] = {
     "si-rehearsal": SIRehearsal,
     "fedssi": FedSSI,
     "generative": Generative,
+    "adapter": Adapter,
+    "adapter-rehearsal": AdapterRehearsal,
     "from-scratch": FromScratch,
     "joint": Joint,
 }
@@ -72,6 +75,8 @@ __all__ = [
     "ERACE",
     "SI",
     "STRATEGIES",
+    "Adapter",
+    "AdapterRehearsal",
     "DERPlusPlus",
     "FedSSI",
     "FromScratch",

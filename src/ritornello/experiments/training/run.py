@@ -34,7 +34,7 @@ from ritornello.experiments.results.reading import runs_in
 from ritornello.experiments.results.run_folder import locked, write_json
 from ritornello.experiments.results.writing import Results
 from ritornello.experiments.strategies import Rehearsal, strategy_named
-from ritornello.experiments.strategies.without_samples import generative
+from ritornello.experiments.strategies.without_samples import adapter, generative
 from ritornello.experiments.training import exemplars
 from ritornello.experiments.training.checkpoints import Checkpoints
 from ritornello.experiments.training.saver import CheckpointSettings, Saver
@@ -286,6 +286,7 @@ def check(recipe: Recipe, num_ranks: int) -> None:
                 f"new and past samples in its own way; use 'rehearsal', or {name}={without!r}"
             )
     generative.check(recipe)
+    adapter.check(recipe)
     if isinstance(recipe.class_order, int):
         if recipe.class_order < 0:
             raise ValueError(f"class_order={recipe.class_order}: it must not be negative")

@@ -1,0 +1,103 @@
+"""Whole runs with adapters: what a later task leaves as it was, however many ranks there are."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ritornello.experiments.ranks.launch import launch
+from ritornello.experiments.recipes.named import recipe_named
+from ritornello.experiments.recipes.recipe import Recipe
+from ritornello.experiments.training import run as train
+from ritornello.experiments.training.trainer import Trainer
+
+pytestmark = pytest.mark.usefixtures("forked_ranks")
+
+
+def quick(**changes: Any) -> Recipe:
+    return recipe_named(
+        "digits",
+        **{
+            "strategy": "adapter", "model": "test_efficientnet", "adapter_width": 4, "iterations": 3,
+            "global_batch_size": 33, "global_num_candidates": None, "momentum": 0.9,
+            "weight_decay": 0.1, **changes,
+        },
+    )  # fmt: skip
+
+
+Weights = dict[str, Tensor]
+
+
+def weights_after_tasks(recipe: Recipe) -> list[Weights]:
+    """The model as it begins, and behind each task."""
+    seen: list[Weights] = []
+    evaluate = Trainer.evaluate
+
+    def noting(trainer: Trainer) -> None:
+        seen.append({name: v.clone() for name, v in trainer.network.model.state_dict().items()})
+        evaluate(trainer)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Trainer, "evaluate", noting)
+        train.run(recipe)
+    return seen
+
+
+def of_recipes(recipes: list[Recipe]) -> list[list[Weights]]:
+    return [weights_after_tasks(recipe) for recipe in recipes]
+
+
+def check_kept(seen: list[Weights], outputs_stay: bool) -> None:
+    """Each task changes its own adapters and outputs; all else is bit by bit as it was."""
+    assert len(seen) == 5
+    for number, (before, after) in enumerate(itertools.pairwise(seen), 1):
+        changed = {name for name in before if not torch.equal(before[name], after[name])}
+        assert changed == {"classifier.weight", "classifier.bias"}
+        for name in changed:
+            same = (before[name] == after[name]).reshape(10, -1).all(dim=1).tolist()
+            own = (2 * number, 2 * number + 1)
+            assert same == [outputs_stay and row not in own for row in range(10)]
+        new = {name.rpartition("adapter.")[2] for name in after.keys() - before.keys()}
+        assert new == {f"down.{number}", f"up.{number}"}
+        assert all(value.any() for name, value in after.items() if f"up.{number}" in name)
+
+
+def test_a_later_task_changes_nothing_of_an_earlier_one() -> None:
+    check_kept(weights_after_tasks(quick()), outputs_stay=True)
+    check_kept(weights_after_tasks(quick(strategy="adapter-rehearsal")), outputs_stay=False)
+
+
+def test_nor_does_it_on_several_ranks() -> None:
+    """Neither by averaged gradients nor by averaged weights, of ranks with unlike many samples."""
+    unlike: dict[str, Any] = {"local_steps": 2, "ranks_differ": 1.0, "averaged": 0.9}
+    recipes = [
+        quick(optimiser="adam"),
+        quick(**unlike),
+        quick(strategy="adapter-rehearsal", **unlike),
+    ]
+    together, alone, rehearsing = launch(2, of_recipes, recipes)
+    check_kept(together, outputs_stay=True)
+    check_kept(alone, outputs_stay=True)
+    check_kept(rehearsing, outputs_stay=False)
+
+
+def test_compiled_models_grow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the compiler's front end alone."""
+    compile_module = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda model: compile_module(model, backend="eager"))
+    compiled, plain = (weights_after_tasks(quick(num_tasks=2, compile=each)) for each in (1, 0))
+    for name, value in plain[-1].items():
+        torch.testing.assert_close(compiled[-1][name], value, atol=1e-4, rtol=1e-3)
+
+
+def test_what_does_not_fit_the_model_is_said_before_anything_is_trained() -> None:
+    for changes, message in (
+        ({"adapted_stages": 6}, r"adapted_stages=6: .* number of the model's stages \(5\)"),
+        ({"adapter_width": 40}, "adapter_width=40: the layer 'blocks.3.0' sees vectors of 32"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train.run(quick(**changes))
