@@ -47,11 +47,9 @@ def test_the_parts_give_what_the_model_gives(model, images):
 
 
 def test_each_tensor_is_in_one_part_under_its_own_name(model):
-    trunk, rest = split(model, 2)
-
-    names = [*trunk.state_dict(), *rest.state_dict()]
-
-    assert sorted(names) == sorted(model.state_dict())
+    for num_last in (0, 2):
+        trunk, rest = split(model, num_last)
+        assert sorted([*trunk.state_dict(), *rest.state_dict()]) == sorted(model.state_dict())
     last = split(model, 0)[1]
     assert [name.rpartition(".")[0] for name in last.state_dict()] == [
         model.pretrained_cfg["classifier"]

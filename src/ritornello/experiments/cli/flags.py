@@ -126,8 +126,9 @@ class Changes(TaskChanges):
     data: str | None = None
     """An npz file, a folder of images, or where torchvision keeps the data set."""
     image_size: int | None = None
-    """What images of a folder are resized to and cropped at the centre, in pixels; with recipes for
-    diffraction patterns, their size, a multiple of 16."""
+    """What images of a folder are resized to and cropped at the centre, in pixels; of images in
+    arrays, what the model sees of them; with recipes for diffraction patterns, their size, a
+    multiple of 16."""
     scenario: str | None = None
     """How the data become a stream of tasks: class-incremental, task-incremental,
     domain-incremental-permuted, domain-incremental-rotated, instance-incremental, blurry,
@@ -152,6 +153,15 @@ class Changes(TaskChanges):
     model: str | None = None
     """mlp, mlp-400, small-cnn, strided-cnn, halving-cnn, cifar-resnet18, or a model of timm; for
     diffraction patterns ptychonn, or with more channels than 8 ptychonn-32."""
+    weights: str | None = None
+    """What a model of timm begins with: a file of tensors (.safetensors, .pth, .pt or .bin), or
+    timm: what timm downloads for it."""
+    backbone_rate: float | None = None
+    """The learning rate of all but the last layer, in multiples of the learning rate, from 0 (they
+    are frozen) to 1."""
+    tuned_stages: int | None = None
+    """With --backbone-rate 0: how many of the last stages (of a transformer: blocks) learn all the
+    same, with the last layer."""
     loss: str | None = None
     """Where targets are tensors: mae or mse, which is also the error in the results."""
 
@@ -163,6 +173,8 @@ class Changes(TaskChanges):
     """fedssi: how far a rank's surrogate model goes its own way, above 0 and below 1."""
     surrogate_steps: int | None = None
     """fedssi: steps of the surrogate model at each task's end, at most as many as the task has."""
+    ridge_penalty: float | None = None
+    """ridge: of squared weights, in multiples of a feature's mean square over all samples."""
 
     adapted_stages: int | None = None
     """adapter, adapter-rehearsal: how many of the model's last stages (of a transformer: blocks)
@@ -195,8 +207,10 @@ class Changes(TaskChanges):
     logits_dtype: str | None = None
     """DER, DER++: of the logits that the buffer remembers: float32 or float16."""
     stores: str | None = None
-    """What the buffer stores of images: pixels; or files, what they are decoded from, of folders
-    of images."""
+    """What the buffer stores of images: pixels; files, what they are decoded from, of folders of
+    images; or features, what a frozen backbone makes of them, once for the whole run."""
+    features_dtype: str | None = None
+    """With --stores features: of them, float32 or float16."""
     capacity_bytes: int | None = None
     """Bytes of the whole buffer, which bound it beside the capacity; if not given and files are
     stored, what as many take."""

@@ -59,7 +59,7 @@ class InMemoryImages(LabelledImages):
     """Images in one array.
 
     Args:
-        images: uint8 ``[n, C, H, W]``; beside tensors as targets float32, too.
+        images: uint8 ``[n, C, H, W]``; beside tensors as targets float32, too; or features.
         labels: int64 ``[n]``, of classes or groups.
         targets: float32 ``[n, *shape]``; None: the labels.
     """
@@ -193,6 +193,8 @@ class DataSet:
     """In the order of time; None: nothing is known of when the samples arrived."""
     targets: Targets | None = None
     """None: a sample's class."""
+    embedded_from: tuple[int, int, int] | None = None
+    """``(C, H, W)`` of the images, where what is given of them are features; None: images are."""
 
     @property
     def num_classes(self) -> int:
@@ -207,6 +209,8 @@ class DataSet:
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """``(C, H, W)``."""
+        if self.embedded_from is not None:
+            return self.embedded_from
         channels, height, width = self.train[0][0].shape
         return channels, height, width
 

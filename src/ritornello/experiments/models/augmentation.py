@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ritornello.experiments.data.data_set import DataSet
+from ritornello.experiments.data.load import OF_OBJECTS as IN_ARRAYS
+from ritornello.experiments.models.weights import normalisation_of
 from ritornello.experiments.recipes.recipe import Recipe
 
 Size = tuple[int, int]
@@ -69,6 +71,9 @@ class Pixels(nn.Module):
         crop_size: height and width of what the model sees; None: those of the image.
         mean: per channel, of pixels scaled to [0, 1]; what normalisation subtracts.
         std: per channel; what normalisation divides by.
+        seen_size: height and width of what the model sees, if that is resized to it (its shorter
+            side, behind all else) and cropped at the centre; then ``crop_size`` comes before.
+        num_channels: that the model sees, if it sees grey images several times over.
 
     Attributes:
         image_shape: ``(C, H, W)`` of what the model sees.
@@ -87,6 +92,8 @@ class Pixels(nn.Module):
         crop_size: int | None = None,
         mean: tuple[float, ...] = (0.0,),
         std: tuple[float, ...] = (1.0,),
+        seen_size: int | None = None,
+        num_channels: int | None = None,
     ) -> None:
         super().__init__()
         if augmentation not in AUGMENTATIONS:
@@ -98,7 +105,11 @@ class Pixels(nn.Module):
                 f"({height} x {width})"
             )
         self._crop = (height, width) if crop_size is None else (crop_size, crop_size)
-        self.image_shape = (channels, *self._crop)
+        if seen_size is not None and seen_size < 1:
+            raise ValueError(f"image_size={seen_size}: it must be at least 1")
+        self._seen_size = None if self._crop == (seen_size, seen_size) else seen_size
+        seen = self._crop if self._seen_size is None else (self._seen_size, self._seen_size)
+        self.image_shape = (num_channels or channels, *seen)
         augment = AUGMENTATIONS[augmentation]
         self._augment = None if augment is None else augment((height, width), self._crop)
         for name, values in (("mean", mean), ("std", std)):
@@ -107,8 +118,23 @@ class Pixels(nn.Module):
     @classmethod
     def of(cls, recipe: Recipe, data: DataSet) -> Pixels:
         """What a recipe asks for."""
-        normalisation = (data.mean, data.std) if recipe.pixels == "standardised" else ()
-        return cls(data.image_shape, recipe.augmentation, recipe.crop_size, *normalisation)
+        mean, std = data.mean, data.std
+        channels = num_channels = data.image_shape[0]
+        if recipe.weights is not None:
+            mean, std = normalisation_of(recipe.model)
+            num_channels = len(mean) if channels == 1 else channels
+        if recipe.pixels != "standardised":
+            mean, std = (0.0,), (1.0,)
+        resizes = recipe.data in IN_ARRAYS or recipe.weights is not None
+        return cls(
+            data.image_shape,
+            recipe.augmentation,
+            recipe.crop_size,
+            mean,
+            std,
+            seen_size=recipe.image_size if resizes else None,
+            num_channels=num_channels,
+        )
 
     def for_training(self, images: Tensor) -> Tensor:
         """Augmented and normalised.
@@ -134,4 +160,29 @@ class Pixels(nn.Module):
         return self._normal(cropped.float() / 255)
 
     def _normal(self, images: Tensor) -> Tensor:
-        return (images - self.mean) / self.std
+        if self._seen_size is not None:
+            images = resized(images, self._seen_size)
+        normal: Tensor = (images - self.mean) / self.std
+        return normal.expand(-1, self.image_shape[0], -1, -1)
+
+
+class Features(nn.Module):
+    """Stands for ``Pixels`` where samples are features: the model sees them as they are."""
+
+    def for_training(self, features: Tensor) -> Tensor:
+        """float32 ``[b, ...]``."""
+        return features.float()
+
+    def for_evaluation(self, features: Tensor) -> Tensor:
+        """float32 ``[b, ...]``."""
+        return features.float()
+
+
+def resized(images: Tensor, size: int) -> Tensor:
+    """Images ``[b, C, H, W]`` whose shorter side has a size, cropped at the centre to a square."""
+    height, width = images.shape[2:]
+    scale = size / min(height, width)
+    sides = [max(size, round(side * scale)) for side in (height, width)]
+    grown = nn.functional.interpolate(images, sides, mode="bilinear", antialias=True)
+    top, left = ((side - size) // 2 for side in sides)
+    return grown[:, :, top : top + size, left : left + size]

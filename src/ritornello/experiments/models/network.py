@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -14,16 +15,17 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ritornello.experiments.data.data_set import DataSet
-from ritornello.experiments.models import adapters
+from ritornello.experiments.models import adapters, stages
 from ritornello.experiments.models import build as models
-from ritornello.experiments.models.augmentation import Pixels
+from ritornello.experiments.models.augmentation import Features, Pixels
 from ritornello.experiments.models.local_steps import average_over_ranks
+from ritornello.experiments.models.weights import begin_with
 from ritornello.experiments.ranks.place import Place
 from ritornello.experiments.recipes.recipe import Recipe
 
 
 class Network(nn.Module):
-    """An untrained model with all that surrounds it, the same on every rank.
+    """A model as it is before training, with all that surrounds it, the same on every rank.
 
     Images are augmented and normalised, the model runs in mixed precision if the recipe asks for
     it, and logits come out as float32. In training mode gradients are averaged over the ranks.
@@ -32,6 +34,10 @@ class Network(nn.Module):
     ``average = decay * average + (1 - decay) * model``, of weights and of running statistics
     alike. So the average never sees data of its own: to measure its statistics anew there would
     have to be a pass over what was learnt long ago.
+
+    With a frozen backbone the model is split (``stages``): ``whole`` is the trunk, which is frozen,
+    and ``model``, the rest, where something is trained. Where features are stored, samples have
+    passed the trunk before: ``embed``. Else ``model`` is the ``whole``.
 
     With ``local_steps`` gradients are not averaged: each rank goes its own way, for so many steps.
     Then model and running average become their mean over the ranks (``agree``).
@@ -43,9 +49,16 @@ class Network(nn.Module):
         recipe: what to build.
         data: what to build it for.
         place: of this rank; with several, the model is made parallel.
+        begins_with: a file of the whole model's weights; None: the recipe's, if it has any.
+
+    Raises:
+        FileNotFoundError, ValueError, ConnectionError: there are no such weights (``weights``), or
+            the model cannot be split.
     """
 
-    def __init__(self, recipe: Recipe, data: DataSet, place: Place) -> None:
+    def __init__(
+        self, recipe: Recipe, data: DataSet, place: Place, begins_with: Path | None = None
+    ) -> None:
         super().__init__()
         device = place.device
         self._num_ranks, self._local_steps = place.num_ranks, recipe.local_steps
@@ -54,24 +67,40 @@ class Network(nn.Module):
         self._memory_format = (
             torch.channels_last if recipe.channels_last else torch.contiguous_format
         )
-        self.pixels = Pixels.of(recipe, data).to(device)
+        pixels = Pixels.of(recipe, data).to(device)
         self._output_shape, self._predicts_tensors = data.output_shape, data.targets is not None
-        self.model = models.build(
+        whole = models.build(
             recipe.model,
             math.prod(self._output_shape),
-            self.pixels.image_shape,
+            pixels.image_shape,
             recipe.dropout,
         )
+        if begins_with is None and recipe.weights is not None:
+            begin_with(whole, recipe.model, recipe.weights)
         if recipe.has_adapters:
             adapters.adapt(
-                self.model,
+                whole,
                 recipe.adapted_stages,
                 recipe.adapter_width,
                 recipe.adapter_scale,
-                torch.zeros(2, *self.pixels.image_shape),
+                torch.zeros(2, *pixels.image_shape),
             )
+        if begins_with is not None:
+            begin_with(whole, recipe.model, begins_with)
+        whole.to(device).to(memory_format=self._memory_format)
+        self.model, trunk = whole, None
+        if recipe.freezes_trunk:
+            num_last = recipe.num_last_stages
+            if num_last and num_last > (num_stages := len(stages.stage_names(whole))):
+                raise ValueError(
+                    f"tuned_stages={num_last} with model={recipe.model!r}: it has {num_stages}"
+                )
+            trunk, self.model = stages.split(whole, num_last)
+            trunk.requires_grad_(False).eval()
+        self._whole, self._trunk, self._embedded_pixels = (whole,), (trunk,), (pixels,)
+        self.sees_features = recipe.stores == "features"
+        self.pixels: Pixels | Features = Features() if self.sees_features else pixels
         self._seed = recipe.seed
-        self.model.to(device).to(memory_format=self._memory_format)
         # In tuples, so that its parameters are not counted a second time.
         self._averages = (_average_of(self.model, recipe.averaged),) if recipe.averaged else ()
         self._evaluated = (self.model,)
@@ -87,7 +116,7 @@ class Network(nn.Module):
         model = self._parallel[0] if self.training else self._evaluated[0]
         pixels = self.pixels.for_training if self.training else self.pixels.for_evaluation
         with self._autocast():
-            logits: Tensor = model(pixels(images).contiguous(memory_format=self._memory_format))
+            logits: Tensor = model(self._up_to_model(pixels(images)))
         outputs = logits.float()
         if self._predicts_tensors:
             return outputs.reshape(len(images), *self._output_shape)
@@ -118,6 +147,31 @@ class Network(nn.Module):
             average.requires_grad_(False)
         self._parallel = ()  # it knows the old parameters
         self._parallel = (self._made_parallel(),)
+
+    @property
+    def whole(self) -> nn.Module:
+        """The whole model, with the trunk if there is one; what is trained of it is shared."""
+        return self._whole[0]
+
+    @property
+    def last_layer(self) -> nn.Linear:
+        """The layer that makes logits of features."""
+        layer = self.whole.get_submodule(stages.last_layer_name(self.whole))
+        assert isinstance(layer, nn.Linear)
+        return layer
+
+    def state_of(self, model: nn.Module) -> dict[str, Tensor]:
+        """The state of the whole model, with another one's in the place of ``model``'s."""
+        return self.whole.state_dict() | model.state_dict()
+
+    @torch.no_grad()
+    def embed(self, images: Tensor) -> Tensor:
+        """What the trunk makes of images as they are in evaluation, float32 ``[b, ...]``."""
+        [trunk], [pixels] = self._trunk, self._embedded_pixels
+        assert trunk is not None
+        with self._autocast():
+            embedded: Tensor = trunk(self._laid_out(pixels.for_evaluation(images)))
+        return embedded.float()
 
     @property
     def is_local(self) -> bool:
@@ -159,7 +213,8 @@ class Network(nn.Module):
     def begin_average(self, weights: Mapping[str, Tensor]) -> None:
         """Has the average, if there is one, go on from given weights of the model."""
         for average in self._averages:
-            average.module.load_state_dict(weights)
+            own = average.module.state_dict()
+            average.module.load_state_dict({name: weights[name] for name in own})
             average.n_averaged.fill_(1)
 
     @contextmanager
@@ -225,7 +280,8 @@ class Network(nn.Module):
         was_training = self.training
         self.eval()
         with self._autocast():
-            features = models.features(self.model, self.pixels.for_evaluation(images))
+            seen = self._up_to_model(self.pixels.for_evaluation(images))
+            features = models.features(self.model, seen)
         self.train(was_training)
         return features.float()
 
@@ -238,6 +294,20 @@ class Network(nn.Module):
         if self._compiles:
             parallel.compile()
         return parallel
+
+    def _up_to_model(self, pixels: Tensor) -> Tensor:
+        """What the model sees: of pixels what the trunk makes of them, if there is one."""
+        laid_out, [trunk] = self._laid_out(pixels), self._trunk
+        if trunk is None or self.sees_features:
+            return laid_out
+        with torch.no_grad():
+            embedded: Tensor = trunk(laid_out)
+        return embedded
+
+    def _laid_out(self, pixels: Tensor) -> Tensor:
+        if pixels.dim() != 4:  # features in a row
+            return pixels
+        return pixels.contiguous(memory_format=self._memory_format)
 
     def _autocast(self) -> AbstractContextManager[object]:
         if self._amp == "off":

@@ -25,7 +25,7 @@ class Trunk(nn.Module):
     """What comes before the rest: maps images to what the rest takes.
 
     Args:
-        model: without what comes behind, or whole.
+        model: without what comes behind.
         pools: whether the trunk goes up to the last layer, so that features are pooled.
     """
 
@@ -120,8 +120,10 @@ def split(model: nn.Module, num_last: int) -> tuple[Trunk, nn.Module]:
     if num_last == 0:
         name = last_layer_name(model)
         layer = cast(nn.Linear, model.get_submodule(name))
-        dropout = getattr(model, "drop_rate", 0.0)
-        parts: tuple[Trunk, nn.Module] = (Trunk(model, pools=True), LastLayer(name, layer, dropout))
+        before = _shallow(model)
+        _leave_out(before, name)
+        last = LastLayer(name, layer, getattr(model, "drop_rate", 0.0))
+        parts: tuple[Trunk, nn.Module] = (Trunk(before, pools=True), last)
     else:
         names = stage_names(model)
         if not 1 <= num_last <= len(names):
@@ -181,17 +183,19 @@ def _split_at(model: nn.Module, names: list[str], at: int) -> tuple[Trunk, nn.Mo
         if children.index(name) < children.index(first_kept):
             rest._modules[name] = nn.Identity()
     for number, name in enumerate(names):
-        part = rest if number < at else before
-        *parents, own = name.split(".")
-        holder = part
-        for parent in parents:
-            if part._modules[parent] is model._modules[parent]:
-                part._modules[parent] = _shallow(model.get_submodule(parent))
-            holder = part.get_submodule(parent)
-        holder._modules[own] = nn.Identity()
+        _leave_out(rest if number < at else before, name)
     # Such as a transformer's positions and class token, which are added before its blocks.
     rest._parameters = dict.fromkeys(model._parameters)
     return Trunk(before, pools=False), rest
+
+
+def _leave_out(part: nn.Module, name: str) -> None:
+    """Puts the identity in a layer's place, in this part alone."""
+    *parents, own = name.split(".")
+    for parent in parents:
+        part._modules[parent] = _shallow(part.get_submodule(parent))
+        part = part.get_submodule(parent)
+    part._modules[own] = nn.Identity()
 
 
 def _shallow(module: nn.Module) -> nn.Module:

@@ -89,6 +89,34 @@ def cifar10_quick() -> Recipe:
     )
 
 
+def cifar10_pretrained() -> Recipe:
+    """Split CIFAR-10 on features of a frozen EfficientNet-Lite0, which has learnt ImageNet.
+
+    All images pass the frozen layers once; what is stored, sent and trained on are 1,280 features.
+    ``weights`` may be a file, where timm cannot download its own.
+    """
+    return Recipe(
+        name="cifar10-pretrained",
+        description="Split CIFAR-10, 5 tasks of 2 classes, features of a frozen EfficientNet-Lite0",
+        data="cifar10",
+        image_size=96,
+        model="tf_efficientnet_lite0",
+        weights="timm",
+        backbone_rate=0.0,
+        stores="features",
+        features_dtype="float16",
+        channels_last=True,
+        global_batch_size=64,
+        learning_rate=0.01,
+        momentum=0.9,
+        milestones=((0.5, 0.3), (0.8, 0.1)),
+        capacity=1000,
+        global_num_representatives=64,
+        loss_weights="by-task",
+        tuned_on=HELD_OUT,
+    )
+
+
 RATE_SCHEDULE: dict[str, Any] = {
     "warmup_epochs": 5,
     "milestones": ((21, 0.5), (26, 0.05), (28, 0.01)),
@@ -246,7 +274,7 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     **{
         recipe.__name__.replace("_", "-"): recipe
         for recipe in (
-            *(digits, mnist, cifar10, cifar10_quick, cifar10_frontier),
+            *(digits, mnist, cifar10, cifar10_quick, cifar10_frontier, cifar10_pretrained),
             *(frontier, folder, arrivals),
             *(ptychography, ptycho_cifar10, regression),
         )

@@ -64,7 +64,8 @@ class Recipe:
     data_path: str | None = None
     image_size: int | None = None
     """Images that are decoded from files are resized to it and cropped at the centre; diffraction
-    patterns have this height and width."""
+    patterns have this height and width. Of images in arrays, and with ``weights``, what the model
+    sees is resized to it, behind the augmentation."""
     scenario: str = "class-incremental"
     """See ``scenarios.SCENARIOS``."""
     num_tasks: int = 5
@@ -82,7 +83,8 @@ class Recipe:
 
     # The pixels that the model sees. What the buffer stores is neither normalised nor augmented.
     pixels: str = "standardised"
-    """"standardised": mean 0, deviation 1 per channel; "unit": from 0 to 1."""
+    """"standardised": mean 0, deviation 1 per channel; with ``weights`` as the model was trained;
+    "unit": from 0 to 1."""
     augmentation: str = "none"
     """See ``augmentation.AUGMENTATIONS``."""
     crop_size: int | None = None
@@ -91,6 +93,15 @@ class Recipe:
     # The model.
     model: str = "mlp"
     """See ``models.build``."""
+    weights: str | None = None
+    """What a model of timm begins with: a file of tensors; or "timm", what timm downloads; None:
+    it is untrained. See ``models.weights``."""
+    backbone_rate: float = 1.0
+    """The learning rate of all but the last layer, in multiples of ``learning_rate``; 0: they are
+    frozen, with their running statistics."""
+    tuned_stages: int = 0
+    """With a frozen backbone, how many of its last stages learn all the same (of a transformer:
+    blocks); with adapters see ``adapted_stages``."""
     dropout: float = 0.0
     channels_last: bool = False
     compile: bool = False
@@ -127,6 +138,8 @@ class Recipe:
     """What the adapters' outputs are multiplied by."""
     orthogonality: float = 1.0
     """Weight of the loss that keeps the newest adapters orthogonal to those before."""
+    ridge_penalty: float = 0.01
+    """Of squared weights, in multiples of a feature's mean square over all samples (ridge)."""
     loss_weights: str = "by-sample"
     """How rehearsal weighs samples. "by-sample": all of the augmented mini-batch count the same;
     "by-task": in task k the new ones count 1/k, the past ones 1 - 1/k, together."""
@@ -187,8 +200,11 @@ class Recipe:
     """Bytes of the whole buffer, over all ranks, that bound it beside ``capacity``; None: no bound,
     and where files are stored, what ``capacity`` files take."""
     stores: str = "pixels"
-    """What the buffer stores of images: "pixels"; or "files", what they are decoded from, of data
-    sets that are folders of images."""
+    """What the buffer stores of images: "pixels"; "files", what they are decoded from, of data
+    sets that are folders of images; or "features", what the frozen layers make of them: these are
+    the samples then, and all images pass the frozen layers once."""
+    features_dtype: str = "float32"
+    """How features are stored: "float32" or "float16"."""
     remembers: str = "stream"
     """"stream": candidates come from every mini-batch; "last-epoch": from those of a task's last
     epoch alone, so that what came before it stays whole until then; else how a task's exemplars
@@ -289,6 +305,16 @@ class Recipe:
         return self.strategy in ("adapter", "adapter-rehearsal")
 
     @property
+    def freezes_trunk(self) -> bool:
+        """Whether the model is split into a trunk, which is frozen, and a rest, which learns."""
+        return self.has_adapters or self.backbone_rate == 0
+
+    @property
+    def num_last_stages(self) -> int:
+        """Of the rest; 0: the last layer alone."""
+        return self.adapted_stages if self.has_adapters else self.tuned_stages
+
+    @property
     def offers_stream(self) -> bool:
         """Whether candidates come from mini-batches, of all epochs or of the last one."""
         return self.remembers in ("stream", "last-epoch")
@@ -336,7 +362,8 @@ class Recipe:
             ("pixels", ("standardised", "unit")),
             ("loss_weights", ("by-sample", "by-task")),
             ("logits_dtype", ("float32", "float16")),
-            ("stores", ("pixels", "files")),
+            ("stores", ("pixels", "files", "features")),
+            ("features_dtype", ("float32", "float16")),
             ("composition", tuple(COMPOSITIONS)),
             ("distance", DISTANCES),
             ("prior", PRIORS),
@@ -355,7 +382,8 @@ class Recipe:
                 f"capacity={self.capacity}: it must be at least 1, or a fraction of the training "
                 "samples between 0 and 1"
             )
-        for name in ("learning_rate", "generator_learning_rate", "prior_concentration"):
+        above_zero = ("learning_rate", "generator_learning_rate", "prior_concentration")
+        for name in (*above_zero, "ridge_penalty"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)}: it must be above 0")
         weights = ("alpha", "beta", "si_strength", "soft_targets", "distillation")

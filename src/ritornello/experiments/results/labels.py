@@ -93,6 +93,8 @@ def settings_of(run: Results) -> dict[str, Any]:
         left_out.update(SI_SETTINGS)
     if run["strategy"] not in WITH_ADAPTERS:
         left_out.update(ADAPTER_SETTINGS)
+    else:
+        left_out.add("tuned_stages")
     if run["config"].get("prior") != "dirichlet":
         left_out.add("prior_concentration")
     if run["config"].get("composition") != "proportional":

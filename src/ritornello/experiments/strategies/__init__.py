@@ -28,12 +28,15 @@ from ritornello.experiments.strategies.joint import Joint
 from ritornello.experiments.strategies.rehearsal import Rehearsal
 from ritornello.experiments.strategies.soft_targets import SoftTargets
 from ritornello.experiments.strategies.without_samples.adapter import Adapter, AdapterRehearsal
+from ritornello.experiments.strategies.without_samples.class_means import ClassMeans
 from ritornello.experiments.strategies.without_samples.fedssi import FedSSI
 from ritornello.experiments.strategies.without_samples.generated import GeneratedPast
 from ritornello.experiments.strategies.without_samples.generative import (
     Generative,
     PartlyGenerated,
 )
+from ritornello.experiments.strategies.without_samples.ridge import Ridge
+from ritornello.experiments.strategies.without_samples.solved import Solved
 from ritornello.experiments.strategies.without_samples.synaptic_intelligence import SI, SIRehearsal
 from ritornello.policies.class_shares import (
     ClassBalanced,
@@ -57,6 +60,8 @@ STRATEGIES: dict[str, type[Strategy]] = {
     "generative": Generative,
     "adapter": Adapter,
     "adapter-rehearsal": AdapterRehearsal,
+    "class-means": ClassMeans,
+    "ridge": Ridge,
     "from-scratch": FromScratch,
     "joint": Joint,
 }
@@ -77,6 +82,7 @@ __all__ = [
     "STRATEGIES",
     "Adapter",
     "AdapterRehearsal",
+    "ClassMeans",
     "DERPlusPlus",
     "FedSSI",
     "FromScratch",
@@ -90,6 +96,7 @@ __all__ = [
     "PartlyGenerated",
     "Rehearsal",
     "RehearsalStrategy",
+    "Ridge",
     "SIRehearsal",
     "SoftTargets",
     "Strategy",
@@ -151,7 +158,7 @@ def strategy_of(
         rate["num_representatives"] = -(-num_drawn // num_ranks)
     if recipe.generated_share and kind is Rehearsal:
         kind = PartlyGenerated
-    if issubclass(kind, Generative):
+    if issubclass(kind, Generative | Solved):
         common["num_classes"] = num_classes
     if recipe.soft_targets and kind is Rehearsal:
         kind, common["num_classes"] = SoftTargets, num_classes

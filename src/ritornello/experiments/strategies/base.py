@@ -104,6 +104,9 @@ class Strategy:
     """Whether there is a rehearsal buffer."""
     observes: ClassVar[bool] = False
     """Whether a task's samples only pass by, before it trains on the buffer alone: ``observe``."""
+    solves: ClassVar[bool] = False
+    """Whether it makes no steps: a task's samples pass by once, each of them, and then ``end_task``
+    sets the last layer."""
     stores_logits: ClassVar[bool] = False
     """Whether what is stored has the model's logits with it."""
     num_draws: ClassVar[int] = 0
@@ -166,8 +169,8 @@ class Strategy:
     def end_task(self, model: nn.Module) -> None:
         """Says that the running task has been learnt; all ranks call it, with the same weights."""
 
-    def observe(self, images: Tensor, labels: Tensor) -> None:
-        """Sees a mini-batch without learning from it, where the strategy ``observes``."""
+    def observe(self, model: nn.Module, images: Tensor, labels: Tensor) -> None:
+        """Sees a mini-batch without a step, where the strategy ``observes`` or ``solves``."""
 
     def backward(
         self,

@@ -23,7 +23,7 @@ class GDumb(RehearsalStrategy):
     restarts: ClassVar[bool] = True
     observes: ClassVar[bool] = True
 
-    def observe(self, images: Tensor, labels: Tensor) -> None:
+    def observe(self, model: nn.Module, images: Tensor, labels: Tensor) -> None:
         """Offers a mini-batch without learning from it."""
         self.buffer.draw()
         self.offer(images, labels)

@@ -128,7 +128,13 @@ def extend(
         arrived, tasks = _stream(extension, [Path(each) for each in tests], ranks)
         arrived = data_of(extension.recipe, arrived)
         trainer = stack.enter_context(
-            Trainer(extension.recipe, arrived, Place(ranks.rank, ranks.num_ranks, device), tasks)
+            Trainer(
+                extension.recipe,
+                arrived,
+                Place(ranks.rank, ranks.num_ranks, device),
+                tasks,
+                begins_with=_frozen_in(extension),
+            )
         )
         checkpoints = Checkpoints(work / "checkpoints", saving.keep, ranks)
         saver = None if signals is None else Saver(saving, checkpoints, ranks, signals)
@@ -186,6 +192,14 @@ def _say_what_comes(
         )
     if extension.recipe.keeps_optimiser:
         say("the optimiser begins anew: its state is not kept between runs", style="yellow")
+
+
+def _frozen_in(extension: Extension) -> Path | None:
+    """Where frozen layers are that the run began with, or all that it would have to get again."""
+    recipe = extension.recipe
+    if recipe.weights is None and not recipe.freezes_trunk:
+        return None
+    return part_of(extension.folder, "model.pt")
 
 
 def _follow(trainer: Trainer, extension: Extension, ranks: Ranks) -> None:

@@ -146,9 +146,10 @@ def _recipe(folder: Path, before: Results, changes: Mapping[str, Any]) -> Recipe
             f"run does not keep; runs of {', '.join(_can_go_on())} can go on"
         )
     generates = kind.num_draws and recipe.global_num_generated
-    if generates and not part_of(folder, "strategy.pt").exists():
+    needs = "sums" if kind.solves else "generator" if generates else ""
+    if needs and not part_of(folder, "strategy.pt").exists():
         raise FileNotFoundError(
-            f"{folder} has no strategy.pt: without its generator this run cannot go on"
+            f"{folder} has no strategy.pt: without its {needs} this run cannot go on"
         )
     if recipe.predicts_tensors:
         raise ValueError(

@@ -22,6 +22,8 @@ from ritornello.experiments.data.holdout import held_out
 from ritornello.experiments.data.load import load
 from ritornello.experiments.data.scenarios import IN_CLASS_ORDER, SCENARIOS
 from ritornello.experiments.models.augmentation import AUGMENTATIONS
+from ritornello.experiments.models.embedding import Embeddings
+from ritornello.experiments.models.pretrained import check_pretrained
 from ritornello.experiments.ranks.group import Ranks
 from ritornello.experiments.ranks.interruption import NotedSignals, RunInterruptedError
 from ritornello.experiments.ranks.launch import restarted
@@ -91,6 +93,7 @@ def _compare(
 ) -> dict[str, Results]:
     """See ``compare``; all is checked."""
     loaded: dict[tuple[Any, ...], DataSet] = {}
+    embeddings = Embeddings()
     comparison = {}
     signals = NotedSignals() if saving.is_on else None
     output = None if output is None else str(Path(output).absolute())
@@ -104,7 +107,9 @@ def _compare(
             return loaded[key]
 
         folder = None if output is None else f"{output}/{folder_name(label)}"
-        comparison[label] = _run(recipe, folder, data, command, saving, tracking, signals)
+        comparison[label] = _run(
+            recipe, folder, data, command, saving, tracking, signals, embeddings
+        )
         if output is not None and _rank() == 0:
             write_json(Path(output) / "comparison.json", comparison)
     return comparison
@@ -155,8 +160,12 @@ def _run(
     saving: CheckpointSettings,
     tracking: Tracking,
     signals: NotedSignals | None = None,
+    embeddings: Embeddings | None = None,
 ) -> Results:
-    """See ``run``; all is checked. The runs before have noted their signals in ``signals``."""
+    """See ``run``; all is checked.
+
+    The runs before have noted their signals in ``signals``, and left their ``embeddings``.
+    """
     with ExitStack() as stack:
         ranks = stack.enter_context(Ranks())
         output = ranks.tell(None if output is None else str(Path(output).absolute()))
@@ -185,7 +194,7 @@ def _run(
         data = data or load(recipe.data, recipe.data_path, recipe.image_size)
         data = data_of(recipe, held_out(data, recipe.holdout))
         trainer = stack.enter_context(
-            Trainer(recipe, data, Place(ranks.rank, ranks.num_ranks, device))
+            Trainer(recipe, data, Place(ranks.rank, ranks.num_ranks, device), embeddings=embeddings)
         )
         trainer.schedule.warn_of_room()
         saver = checkpoints = None
@@ -257,6 +266,7 @@ def check(recipe: Recipe, num_ranks: int) -> None:
     recipe.check(num_ranks)
     check_several_ranks(recipe, num_ranks, kind.rehearses)
     check_targets(recipe, kind.takes_tensors, kind.rehearses)
+    check_pretrained(recipe)
     if recipe.device not in ("auto", "cpu"):
         accelerator_named(recipe.device)
     for name, allowed in (
@@ -395,14 +405,14 @@ def write_outcome(
     folder: Path, results: Results, trainer: Trainer, ranks: Ranks, keep_buffer: bool
 ) -> None:
     """Writes what a finished run leaves; the results last, as they say that all is there."""
-    buffer = trainer.strategy.buffer
+    buffer, network = trainer.strategy.buffer, trainer.network
     with ranks.together(f"cannot write into {folder}"):
         if ranks.rank == 0:
             with new_file(folder / "model.pt") as file:
-                torch.save(trainer.network.model.state_dict(), file)
-            if (average := trainer.network.average) is not None:
+                torch.save(network.whole.state_dict(), file)
+            if network.average is not None:
                 with new_file(folder / "averaged.pt") as file:
-                    torch.save(average.module.state_dict(), file)
+                    torch.save(network.state_of(network.average.module), file)
             if state := trainer.strategy.shared_state_dict():
                 with new_file(folder / "strategy.pt") as file:
                     torch.save(state, file)

@@ -29,6 +29,9 @@ from ritornello.records.shard import rows_of_rank
 
 logger = logging.getLogger(__name__)
 
+TOGETHER = 256
+"""Samples of all ranks that pass by together, where there is no step."""
+
 MOSTLY = 0.95
 """A buffer that is filled so far is not worth a warning."""
 
@@ -109,6 +112,8 @@ class Schedule:
 
     def num_steps(self, number: int) -> int:
         """The steps that the strategy trains for when a task has come."""
+        if self._strategy.solves:
+            return 0
         if self._recipe.iterations is not None:
             return self._recipe.iterations * len(self._training_tasks(number))
         return self._recipe.epochs * self.steps_per_epoch(number)
@@ -166,8 +171,32 @@ class Schedule:
         return self._passes(number, num_passes, first)
 
     def observed(self, number: int, first: int) -> Iterator[LoadedBatch]:
-        """What a strategy that ``observes`` sees before it trains: one pass, from ``first`` on."""
+        """What a strategy that ``observes`` sees before it trains: one pass, from ``first`` on.
+
+        One that ``solves`` sees every sample; else what fills no mini-batch is left out.
+        """
+        if self._strategy.solves:
+            return self._each_once(number, first)
         return self._passes(number, 1, first)
+
+    def _each_once(self, number: int, first: int) -> Iterator[LoadedBatch]:
+        images, place = self._training_images(number), self._place
+        if images is None:
+            return
+        every = np.arange(len(images))
+        together = [every[start : start + TOGETHER] for start in range(0, len(every), TOGETHER)]
+        if self._ranks is None:
+            own = [np.array_split(each, place.num_ranks)[place.rank] for each in together]
+        else:
+            ranks = self._ranks[_indices_of(self._training_tasks(number))]
+            own = [each[ranks[each] == place.rank] for each in together]
+        own = own[first:]
+        loaded = load_batches(
+            images, [each for each in own if len(each)], self._recipe.num_workers, place.device
+        )
+        nothing = exemplars.nothing_like(self._data.train, place.device)
+        for each in own:
+            yield next(loaded) if len(each) else nothing
 
     def _passes(self, number: int, num_passes: int, first: int) -> Iterator[LoadedBatch]:
         images = self._training_images(number)

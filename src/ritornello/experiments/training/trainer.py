@@ -18,8 +18,9 @@ from ritornello.buffer import RehearsalBuffer
 from ritornello.experiments.data.data_set import DataSet
 from ritornello.experiments.data.scenarios import Task, scenario_of
 from ritornello.experiments.models import build as models
+from ritornello.experiments.models.embedding import Embedded, Embeddings
 from ritornello.experiments.models.network import Network
-from ritornello.experiments.models.optimiser import optimiser_of
+from ritornello.experiments.models.optimiser import optimiser_of, set_learning_rate
 from ritornello.experiments.ranks.place import Place
 from ritornello.experiments.ranks.progress import ProgressBar
 from ritornello.experiments.recipes.recipe import Recipe
@@ -81,6 +82,8 @@ class Trainer:
         data: its data set.
         place: of this rank.
         tasks: of the stream; None: those of the recipe's scenario.
+        embeddings: where features are stored, those of runs before.
+        begins_with: see ``Network``.
     """
 
     def __init__(
@@ -89,12 +92,13 @@ class Trainer:
         data: DataSet,
         place: Place,
         tasks: Sequence[Task] | None = None,
+        embeddings: Embeddings | None = None,
+        begins_with: Path | None = None,
     ) -> None:
         self.recipe, self.data, self.place = recipe.on(place.num_ranks), data, place
+        self._begins_with = begins_with
         self.tasks = scenario_of(data, recipe) if tasks is None else list(tasks)
         exemplars.check(recipe, data, self.tasks)
-        self.evaluation = Evaluation(recipe, data, self.tasks, place)
-        self._probe = probe_of(recipe, data, self.tasks, place)
         self.position, self.num_resumed = Position(), 0
         self.seconds, self.log = StepSeconds(), TaskLog()
         self._task_began = self._buffer_seconds = 0.0
@@ -103,6 +107,13 @@ class Trainer:
         self.optimiser: torch.optim.Optimizer | None = None
         self.scaler = torch.amp.GradScaler(place.device.type, enabled=recipe.amp == "float16")
         self.start_afresh()
+        self._embedded: Embedded | None = None
+        if self.network.sees_features:
+            embeddings = embeddings or Embeddings()
+            self._embedded = embeddings.of(recipe, data, self.network, place)
+            self.data = data = self._embedded.data
+        self.evaluation = Evaluation(recipe, data, self.tasks, place)
+        self._probe = probe_of(recipe, data, self.tasks, place)
         self.strategy = strategy_of(
             self.recipe,
             place.rank,
@@ -152,7 +163,8 @@ class Trainer:
             "resumed": self.num_resumed,
             "seconds_saving": self.seconds.saving,
             "buffer": self.strategy.stats(),
-            "weights_sha256": weights_digest(self.network.model),
+            "weights_sha256": weights_digest(self.network.whole),
+            **({} if self._embedded is None else {"seconds_embedding": self._embedded.seconds}),
             **self.strategy.outcome(),
             **self._of_average(),
             **self.evaluation.pictures(self.network),
@@ -166,9 +178,9 @@ class Trainer:
                 self.log.note_average(self.evaluation.measured(self.network))
 
     def start_afresh(self) -> None:
-        """Makes the untrained model, the same on every rank."""
+        """Makes the model as it is before training, the same on every rank."""
         torch.manual_seed(self.recipe.seed)
-        self.network = Network(self.recipe, self.data, self.place)
+        self.network = Network(self.recipe, self.data, self.place, self._begins_with)
         self._seed_this_rank()
         self.optimiser = None
 
@@ -193,8 +205,7 @@ class Trainer:
             if step % steps_per_epoch == 0:
                 self.begin_epoch()
             factor = self.recipe.learning_rate_factor(step / steps_per_epoch, 1 / steps_per_epoch)
-            for group in self.optimiser.param_groups:
-                group["lr"] = self.recipe.learning_rate * factor
+            set_learning_rate(self.optimiser, self.recipe.learning_rate * factor)
             began = time.perf_counter()
             images, labels, self.strategy.encoded = next(batches)
             loaded = time.perf_counter()
@@ -227,7 +238,8 @@ class Trainer:
             )
         accelerators.synchronize(self.place.device)
         self.log.seconds.append(time.perf_counter() - self._task_began)
-        self.log.steps.append(num_steps)
+        # Without steps, the mini-batches that have passed by.
+        self.log.steps.append(num_steps or position.num_observed)
 
     def _set_sizes(
         self, buffer: RehearsalBuffer, number: int, step: int, is_in_last_epoch: bool
@@ -249,11 +261,11 @@ class Trainer:
 
     def begin_training(self, number: int) -> None:
         """What comes before the first step of a task."""
-        if self.strategy.observes:
+        if self.strategy.observes or self.strategy.solves:
             for batch in self.schedule.observed(number, self.position.num_observed):
                 images, labels, self.strategy.encoded = batch
                 began = time.perf_counter()
-                self.strategy.observe(images, labels)
+                self.strategy.observe(self.network, images, labels)
                 self.seconds.step += time.perf_counter() - began
                 self.position.num_observed += 1
                 self.between_steps()
@@ -415,11 +427,11 @@ class Trainer:
         """
         number = len(self.tasks) - 1
         self.network.grow(number)
-        model = self.network.model
-        fresh = model.state_dict()
+        whole = self.network.whole
+        fresh = whole.state_dict()
         average = models.widened(weights if averaged is None else averaged, fresh)
         self.network.begin_average(average)
-        model.load_state_dict(models.widened(weights, fresh))
+        whole.load_state_dict(models.widened(weights, fresh))
         if self.strategy.buffer is not None and buffer is not None:
             convert = self.strategy.widening(self.data.num_classes)
             self.strategy.buffer.load(buffer, convert=convert)

@@ -136,6 +136,11 @@ def check(recipe: Recipe) -> None:
         raise ValueError(f"adapter_scale={recipe.adapter_scale}: it must be above 0")
     if not 0 <= recipe.orthogonality < float("inf"):
         raise ValueError(f"orthogonality={recipe.orthogonality}: it must be 0 or more")
+    if 0 < recipe.backbone_rate < 1:
+        raise ValueError(
+            f"backbone_rate={recipe.backbone_rate} with strategy={recipe.strategy!r}: all "
+            "layers but the last one are frozen; use backbone_rate=0"
+        )
     if recipe.keeps_optimiser:
         raise ValueError(
             f"keeps_optimiser=True with strategy={recipe.strategy!r}: each task has weights of its "
