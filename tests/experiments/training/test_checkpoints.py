@@ -143,6 +143,7 @@ def test_every_strategy_goes_on_bit_by_bit(strategy: str, tmp_path: Path, stop_a
         {"generated_share": 0.5, "prior": "dirichlet", "conditional": False, **SMALL_GENERATOR},
         {"strategy": "adapter", "averaged": 0.9, "dropout": 0.5, **SMALL_ADAPTERS},
         {"strategy": "adapter-rehearsal", "amp": "bfloat16", "probe_every": 4, **SMALL_ADAPTERS},
+        {"strategy": "adapter-rehearsal", "stores": "features", **SMALL_ADAPTERS},
     ],
     ids=lambda changes: "-".join(map(str, changes.values())),
 )

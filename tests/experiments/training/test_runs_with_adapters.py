@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from ritornello.experiments.data.load import load
+from ritornello.experiments.models.build import build
 from ritornello.experiments.ranks.launch import launch
+from ritornello.experiments.ranks.place import Place
 from ritornello.experiments.recipes.named import recipe_named
 from ritornello.experiments.recipes.recipe import Recipe
 from ritornello.experiments.training import run as train
@@ -83,6 +88,74 @@ def test_nor_does_it_on_several_ranks() -> None:
     check_kept(together, outputs_stay=True)
     check_kept(alone, outputs_stay=True)
     check_kept(rehearsing, outputs_stay=False)
+
+
+def test_on_features_it_learns_what_it_would_on_images() -> None:
+    """What comes before the adapted stages is computed once."""
+    images, features = (
+        weights_after_tasks(quick(stores=stores, features_dtype="float32", num_tasks=2))
+        for stores in ("pixels", "features")
+    )
+    for name, value in images[-1].items():
+        torch.testing.assert_close(features[-1][name], value, atol=1e-4, rtol=1e-3)
+    recipe = quick(strategy="adapter-rehearsal", stores="features", features_dtype="float16")
+    with Trainer(recipe, load("digits"), Place(0, 1, torch.device("cpu"))) as trainer:
+        trainer.train()
+        assert trainer.strategy.buffer is not None
+        drawn, _ = trainer.strategy.buffer.draw()
+        assert (drawn.dtype, drawn.shape[1:]) == (torch.float16, (32, 1, 1))
+
+
+def test_what_is_frozen_begins_with_weights_and_is_in_what_the_run_leaves(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.manual_seed(5)
+    begun = build("test_efficientnet", 1000, (3, 8, 8)).state_dict()
+    torch.save(begun, tmp_path / "weights.pth")
+    recipe = quick(weights=str(tmp_path / "weights.pth"), num_tasks=2, data="digits")
+    train.run(recipe, str(tmp_path / "run"))
+    assert "untrained" not in capsys.readouterr().err
+    left = torch.load(tmp_path / "run" / "model.pt", weights_only=True)
+    names = {name.replace(".body.", ".") for name in left if ".adapter." not in name}
+    assert names == begun.keys()
+    for name, value in left.items():
+        if ".adapter." not in name and "classifier" not in name:
+            assert torch.equal(value, begun[name.replace(".body.", ".")]), name
+
+
+def test_a_frozen_backbone_that_is_untrained_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    train.run(quick(num_tasks=2))
+    said = capsys.readouterr().err
+    assert (
+        "the frozen layers of test_efficientnet are untrained, and stay so; --weights says" in said
+    )
+
+
+def test_the_last_stages_of_a_frozen_backbone_can_be_tuned() -> None:
+    """What adapters are compared with: the same stages learn themselves."""
+    recipe = quick(strategy="incremental", backbone_rate=0.0, tuned_stages=2, num_tasks=2)
+    for stores in ("pixels", "features"):
+        before, after = weights_after_tasks(replace(recipe, stores=stores))
+        weights = {name for name in before if not name.endswith("num_batches_tracked")}
+        assert {name for name in weights if not torch.equal(before[name], after[name])} == weights
+        stages = {name.split(".")[1] for name in weights if name.startswith("blocks.")}
+        assert stages == {"3", "4"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tuned_stages": -1}, r"tuned_stages=-1: it must be 0 \(none\) or more"),
+        ({"tuned_stages": 2}, "tuned_stages=2 with backbone_rate=1.0: all stages learn; use"),
+        (
+            {"tuned_stages": 6, "backbone_rate": 0.0},
+            "tuned_stages=6 with model='test_efficientnet': it has 5",
+        ),
+    ],
+)
+def test_stages_that_cannot_be_tuned(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        train.run(quick(strategy="incremental", **changes))
 
 
 def test_compiled_models_grow(monkeypatch: pytest.MonkeyPatch) -> None:

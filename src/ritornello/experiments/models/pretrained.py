@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ritornello.experiments.models.build import OWN
+from ritornello.experiments.ranks.progress import say
 from ritornello.experiments.recipes.recipe import Recipe
 
 SOLVED = ("class-means", "ridge")
@@ -10,6 +11,16 @@ SOLVED = ("class-means", "ridge")
 
 CHANGED_IMAGES = ("domain-incremental-permuted", "domain-incremental-rotated")
 """Scenarios whose tasks show the same images otherwise."""
+
+
+def warn_of_untrained(recipe: Recipe) -> None:
+    """Says so where layers are frozen that nobody has trained."""
+    if recipe.freezes_trunk and recipe.weights is None:
+        say(
+            f"the frozen layers of {recipe.model} are untrained, and stay so; --weights says what "
+            "they begin with",
+            style="yellow",
+        )
 
 
 def check_pretrained(recipe: Recipe) -> None:

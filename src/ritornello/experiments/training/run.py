@@ -23,7 +23,7 @@ from ritornello.experiments.data.load import load
 from ritornello.experiments.data.scenarios import IN_CLASS_ORDER, SCENARIOS
 from ritornello.experiments.models.augmentation import AUGMENTATIONS
 from ritornello.experiments.models.embedding import Embeddings
-from ritornello.experiments.models.pretrained import check_pretrained
+from ritornello.experiments.models.pretrained import check_pretrained, warn_of_untrained
 from ritornello.experiments.ranks.group import Ranks
 from ritornello.experiments.ranks.interruption import NotedSignals, RunInterruptedError
 from ritornello.experiments.ranks.launch import restarted
@@ -197,6 +197,8 @@ def _run(
             Trainer(recipe, data, Place(ranks.rank, ranks.num_ranks, device), embeddings=embeddings)
         )
         trainer.schedule.warn_of_room()
+        if ranks.rank == 0:
+            warn_of_untrained(recipe)
         saver = checkpoints = None
         if folder is not None and signals is not None:
             checkpoints = Checkpoints(folder / "checkpoints", saving.keep, ranks)
