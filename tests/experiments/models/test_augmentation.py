@@ -7,11 +7,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ritornello.experiments.data.load import load
 from ritornello.experiments.models.augmentation import AUGMENTATIONS, Pixels
-from ritornello.experiments.recipes.recipe import Recipe
+from ritornello.experiments.recipes.named import recipe_named
+from ritornello.experiments.recipes.recipe import Recipe, with_changes
 
 RANDOM = [name for name in AUGMENTATIONS if name != "none"]
 
@@ -142,3 +143,32 @@ def test_on_a_device(accelerator: str, augmentation: str) -> None:
     torch.manual_seed(0)
     seen = pixels.to(accelerator).for_training(stored.to(accelerator))
     assert torch.allclose(seen.cpu(), expected, atol=1e-3)
+
+
+def test_images_in_arrays_grow_to_what_the_model_shall_see() -> None:
+    data = load("digits")
+    pixels = Pixels.of(recipe_named("digits", image_size=32), data)
+    assert pixels.image_shape == (1, 32, 32)
+    some = data.test.__getitems__(range(3))[0]
+    for seen in (pixels.for_evaluation(some), pixels.for_training(some)):
+        assert seen.shape == (3, 1, 32, 32)
+        small = Pixels.of(recipe_named("digits"), data).for_evaluation(some)
+        torch.testing.assert_close(nn.functional.avg_pool2d(seen, 4), small, atol=1.0, rtol=0)
+    wide = Pixels((3, 8, 12), seen_size=16)
+    assert wide.for_evaluation(torch.zeros(2, 3, 8, 12, dtype=torch.uint8)).shape == (2, 3, 16, 16)
+    with pytest.raises(ValueError, match="image_size=0: it must be at least 1"):
+        Pixels((3, 8, 8), seen_size=0)
+
+
+def test_a_model_with_weights_sees_pixels_as_it_was_trained() -> None:
+    """Grey images three times over."""
+    data = load("digits")
+    recipe = recipe_named("digits", model="resnet18", weights="a file", image_size=16)
+    pixels = Pixels.of(recipe, data)
+    assert pixels.image_shape == (3, 16, 16)
+    white = pixels.for_evaluation(torch.full((1, 1, 8, 8), 255, dtype=torch.uint8))
+    expected = [(1 - mean) / std for mean, std in ((0.485, 0.229), (0.456, 0.224), (0.406, 0.225))]
+    torch.testing.assert_close(white[0, :, 5, 5], torch.tensor(expected))
+    plain = Pixels.of(with_changes(recipe, pixels="unit"), data)
+    white = plain.for_evaluation(torch.full((1, 1, 8, 8), 255, dtype=torch.uint8))
+    torch.testing.assert_close(white, torch.ones(1, 3, 16, 16))

@@ -6,7 +6,14 @@ from typing import Any
 import pytest
 
 from ritornello.experiments.recipes.named import recipe_named
-from ritornello.experiments.recipes.recipe import with_changes
+from ritornello.experiments.recipes.recipe import Recipe, with_changes
+from ritornello.experiments.recipes.split_sizes import check_split
+
+
+def check(recipe: Recipe) -> None:
+    """As a run on 4 ranks does."""
+    recipe.check()
+    check_split(recipe, 4)
 
 
 def test_the_schedule_of_the_learning_rate() -> None:
@@ -56,7 +63,7 @@ def test_the_schedule_of_the_learning_rate() -> None:
 )
 def test_settings_out_of_range(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        recipe_named("digits", **changes).check(4)
+        check(recipe_named("digits", **changes))
 
 
 PROPORTIONAL = {"composition": "proportional", "global_num_candidates": None}
@@ -87,7 +94,7 @@ PROPORTIONAL = {"composition": "proportional", "global_num_candidates": None}
 )
 def test_compositions_out_of_range(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        recipe_named("digits", **PROPORTIONAL | changes).check(4)
+        check(recipe_named("digits", **PROPORTIONAL | changes))
 
 
 def test_a_composition_brings_what_goes_with_it() -> None:
@@ -104,7 +111,7 @@ def test_a_composition_brings_what_goes_with_it() -> None:
 
 def test_incremental_trainings_price_is_no_representative_more() -> None:
     recipe = recipe_named("digits", global_num_representatives=0, **PROPORTIONAL)
-    recipe.check(4)
+    check(recipe)
     assert recipe.composed_samples == recipe.global_batch_size
 
 

@@ -100,7 +100,8 @@ def test_what_is_given_twice_runs_once() -> None:
 def test_strategies_without_a_buffer_have_no_settings_of_it(strategy: str) -> None:
     made = variants(RECIPE, [strategy], capacities=[1, 2])
     assert len(made) == (2 if uses_buffer(strategy) else 1)
-    without = ("incremental", "generative", "from-scratch", "joint", "si", "fedssi", "adapter")
+    bounds = ("incremental", "from-scratch", "joint", "class-means", "ridge")
+    without = (*bounds, "generative", "si", "fedssi", "adapter")
     assert uses_buffer(strategy) == (strategy not in without)
 
 

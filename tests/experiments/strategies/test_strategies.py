@@ -306,7 +306,7 @@ def test_gdumb_learns_from_draws_alone() -> None:
     step = step_of(GDumb, 5, 4, 2)
     buffer: Any = ScriptedBuffer(step.draws)
     strategy = GDumb(buffer)
-    strategy.observe(step.images, step.labels)
+    strategy.observe(model(), step.images, step.labels)
     assert torch.equal(buffer.offered[0], step.images)
     loss = strategy.backward(model(), step.images, step.labels)
     assert len(buffer.offered[0]) == 0
@@ -402,7 +402,7 @@ def test_after_a_step_that_failed_the_next_ones_go_on(name: str) -> None:
     strategy.begin_task(0, range(6))
     for step, (images, labels) in enumerate(batches(12)):
         if kind is GDumb and step < 2:
-            strategy.observe(images, labels)
+            strategy.observe(network, images, labels)
         elif step in (3, 4, 8):
             with pytest.raises(torch.OutOfMemoryError):
                 strategy.backward(no_memory, images, labels)
@@ -549,7 +549,8 @@ def test_every_strategy_is_made_from_a_recipe(name: str) -> None:
     strategy = strategy_of(recipe, 0, 1, num_train_samples=1000, num_classes=10)
     assert type(strategy) is STRATEGIES[name]
     assert (strategy.stats() is not None) == strategy.rehearses
-    draws_nothing = name in ("incremental", "from-scratch", "joint", "si", "fedssi", "adapter")
+    bounds = ("incremental", "from-scratch", "joint", "class-means", "ridge")
+    draws_nothing = name in (*bounds, "si", "fedssi", "adapter")
     assert strategy.num_draws == (0 if draws_nothing else 2 if name == "der++" else 1)
     if isinstance(strategy, DERPlusPlus):
         assert (strategy.alpha, strategy.beta) == (0.25, 0.75)

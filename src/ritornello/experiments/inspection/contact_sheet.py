@@ -45,7 +45,7 @@ def draw_contact_sheet(inspection: Inspection, path: Path) -> None:
     """
     if path.suffix.lower() not in (".png", ".jpg", ".jpeg"):
         raise ValueError(f"--picture {path}: the name must end with .png or .jpg")
-    position = image_position(inspection.manifest)
+    position = image_position(inspection)
     rows = _rows(inspection)
     if not rows:
         raise ValueError("--picture: the saved buffer holds no representatives")

@@ -65,7 +65,7 @@ def array_names(inspection: Inspection) -> list[str]:
     manifest = inspection.manifest
     names = []
     try:
-        images = image_position(manifest)
+        images = image_position(inspection)
     except ValueError:
         images = -1
     for position, field in enumerate(manifest.layout.fields if manifest.layout else ()):
@@ -86,7 +86,7 @@ def _to_folder(inspection: Inspection, folder: Path) -> None:
     """``folder/CLASS/NNN.png``, as ``torchvision.datasets.ImageFolder`` reads it; or the files."""
     if inspection.labels is None:
         raise ValueError(f"--export {folder}: the buffer knows no labels; take a FILE.npz")
-    position = image_position(inspection.manifest)
+    position = image_position(inspection)
     classes, counts = np.unique(inspection.labels, return_counts=True)
     names = _folder_names(inspection, classes.tolist())
     digits = len(str(max(counts.tolist(), default=1)))

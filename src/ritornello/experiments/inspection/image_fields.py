@@ -7,9 +7,9 @@ import io
 import torch
 from torch import Tensor
 
+from ritornello.experiments.inspection.inspection import Inspection
 from ritornello.records.layout import Field
 from ritornello.records.ragged import Ragged
-from ritornello.saving.manifest import Manifest
 from ritornello.saving.saved_buffer import SavedRepresentatives
 
 ENDINGS = {"JPEG": "jpg", "MPO": "jpg", "TIFF": "tif"}
@@ -19,13 +19,19 @@ LEAST_PIXELS = 4
 """The least height and width of an image; what is smaller is hardly one."""
 
 
-def image_position(manifest: Manifest) -> int:
+def image_position(inspection: Inspection) -> int:
     """The position of the first field that is an image, or else of the first that is a file.
 
     Raises:
         ValueError: there is none.
     """
-    fields = manifest.layout.fields if manifest.layout else ()
+    if inspection.stores == "features":
+        raise ValueError(
+            "the run stores features, of which there are no pictures: they can be exported to a "
+            "FILE.npz"
+        )
+    layout = inspection.manifest.layout
+    fields = layout.fields if layout else ()
     for is_one in (_is_image, is_file):
         for position, field in enumerate(fields):
             if is_one(field):

@@ -61,6 +61,8 @@ class Inspection:
     """Files that a crash has left behind."""
     identities: Ints | None
     """Which sample each is; None if the buffer knew none."""
+    stores: str
+    """What the run stored of images, such as "features"; "" if that is not known."""
 
     @property
     def manifest(self) -> Manifest:
@@ -162,6 +164,7 @@ def _inspect(saved: SavedFolder, check: bool) -> Inspection:
         except CheckpointError as error:
             damage = str(error)
         files.append(FileState(file.name, file.num_bytes, damage))
+    of_run = _results_of_run(saved.folder)
     nothing = (np.zeros(0, dtype=np.int64),) * 6
     ranks, slots, labels, admitted_in, tasks, identities = (
         np.concatenate(each) for each in zip(nothing, *parts, strict=True)
@@ -175,9 +178,10 @@ def _inspect(saved: SavedFolder, check: bool) -> Inspection:
         None if manifest.label is None else labels,
         admitted_in,
         tasks,
-        _class_names(saved.folder),
+        _class_names(of_run),
         len(leftovers(saved.folder)),
         None if identity is None else identities,
+        _stores(of_run),
     )
 
 
@@ -186,19 +190,29 @@ def _field(batch: Batch, manifest: Manifest, position: int) -> Ints:
     return manifest.layout.leaves(batch)[position].numpy().astype(np.int64)
 
 
-def _class_names(folder: Path) -> tuple[str, ...]:
-    """Those in the results of the run that the buffer, or the checkpoint it is in, is of."""
+def _results_of_run(folder: Path) -> dict[str, Any]:
+    """What the run has written down that the buffer, or the checkpoint it is in, is of."""
     for parent in folder.resolve().parents[:4]:
         path = parent / "results.json"
         if not path.is_file():
             continue
         try:
             if path.stat().st_size > MOST_RESULTS_BYTES:
-                return ()
+                return {}
             results: Any = json.loads(path.read_text())
-            names = results.get("class_names", [])
-        except (OSError, ValueError, AttributeError, RecursionError):
-            return ()  # whatever that file is, the buffer is another one
-        if isinstance(names, list) and all(isinstance(name, str) for name in names):
-            return tuple(names)
+        except (OSError, ValueError, RecursionError):
+            return {}  # whatever that file is, the buffer is another one
+        return results if isinstance(results, dict) else {}
+    return {}
+
+
+def _class_names(results: dict[str, Any]) -> tuple[str, ...]:
+    names = results.get("class_names", [])
+    if isinstance(names, list) and all(isinstance(name, str) for name in names):
+        return tuple(names)
     return ()
+
+
+def _stores(results: dict[str, Any]) -> str:
+    config = results.get("config")
+    return str(config.get("stores", "")) if isinstance(config, dict) else ""

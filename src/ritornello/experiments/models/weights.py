@@ -16,9 +16,6 @@ DOWNLOAD = "timm"
 
 ENDINGS = (".safetensors", ".pth", ".pt", ".bin")
 
-COUNTER = "num_batches_tracked"
-"""The end of the name of a count that many files lack, and evaluation does not need."""
-
 
 def begin_with(model: nn.Module, name: str, source: str | Path) -> None:
     """Gives a model the weights that it begins with.
@@ -124,7 +121,7 @@ def _by_name(
         other = found.get(name)
         if other is not None and other.shape == tensor.shape:
             matched[name] = other
-        elif not name.startswith(last) and not name.endswith(COUNTER):
+        elif not name.startswith(last) and not _is_count(tensor):
             return None
     return matched
 
@@ -133,8 +130,8 @@ def _by_order(
     own: Mapping[str, Tensor], found: Mapping[str, Tensor], last: str
 ) -> dict[str, Tensor] | None:
     """What to load if the n-th tensor is the model's n-th one; None if it is not."""
-    names = [name for name in own if not name.endswith(COUNTER)]
-    others = [tensor for name, tensor in found.items() if not name.endswith(COUNTER)]
+    names = [name for name, tensor in own.items() if not _is_count(tensor)]
+    others = [tensor for tensor in found.values() if not _is_count(tensor)]
     if len(names) != len(others):
         return None
     matched = {}
@@ -146,9 +143,16 @@ def _by_order(
     return matched
 
 
+def _is_count(tensor: Tensor) -> bool:
+    """Whether it counts mini-batches: many files have none, and evaluation does not need it."""
+    return tensor.dim() == 0 and not tensor.is_floating_point()
+
+
 def _difference(own: Mapping[str, Tensor], found: Mapping[str, Tensor], last: str) -> str:
     """In which respect tensors are not the model's."""
-    needed = [name for name in own if not name.startswith(last) and not name.endswith(COUNTER)]
+    needed = [
+        name for name, tensor in own.items() if not name.startswith(last) and not _is_count(tensor)
+    ]
     for name in needed:
         if name in found and found[name].shape != own[name].shape:
             there, here = list(found[name].shape), list(own[name].shape)

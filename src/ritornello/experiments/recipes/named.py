@@ -97,7 +97,7 @@ def cifar10_pretrained() -> Recipe:
     """
     return Recipe(
         name="cifar10-pretrained",
-        description="Split CIFAR-10, 5 tasks of 2 classes, features of a frozen EfficientNet-Lite0",
+        description="Split CIFAR-10, 5 tasks of 2, features of a frozen EfficientNet-Lite0",
         data="cifar10",
         image_size=96,
         model="tf_efficientnet_lite0",

@@ -349,8 +349,8 @@ class Recipe:
             return max(1, round(self.capacity * num_train_samples))
         return int(self.capacity)
 
-    def check(self, num_ranks: int) -> None:
-        """Checks what can be checked before anything is loaded.
+    def check(self) -> None:
+        """Checks what can be checked before anything is loaded, on any number of ranks.
 
         Raises:
             ValueError: names the setting, its value and the rule.
@@ -401,7 +401,6 @@ class Recipe:
                 )
         if self.probe_every < 0:
             raise ValueError(f"probe_every={self.probe_every}: it must be 0 (off) or more steps")
-        self._check_split(num_ranks)
 
     def _check_composition(self) -> None:
         if self.first_share is not None and not 0 < self.first_share <= 1:
@@ -421,68 +420,6 @@ class Recipe:
             raise ValueError(
                 f"soft_targets={self.soft_targets} with scenario='task-incremental': soft targets "
                 "compare the classes of all tasks; leave them out"
-            )
-
-    def _check_generated(self, num_ranks: int) -> None:
-        """Of a recipe with sizes of all ranks."""
-        if self.strategy == "generative":
-            raise ValueError(
-                f"generated_share={self.generated_share} with strategy='generative': it generates "
-                "all past samples; use 'rehearsal', which draws the others from its buffer, or "
-                "generated_share=0"
-            )
-        num_generated = self.global_num_generated
-        num_drawn = self.global_num_representatives - num_generated
-        if min(num_generated, num_drawn) < num_ranks:
-            raise ValueError(
-                f"generated_share={self.generated_share} of global_num_representatives="
-                f"{self.global_num_representatives}: {num_generated} would be generated and "
-                f"{num_drawn} drawn; there must be at least as many of either as ranks "
-                f"({num_ranks})"
-            )
-
-    def _check_split(self, num_ranks: int) -> None:
-        sizes = self.on(num_ranks)
-        if sizes.global_batch_size < num_ranks:
-            raise ValueError(
-                f"global_batch_size={sizes.global_batch_size}: it must be at least the number of "
-                f"ranks ({num_ranks}), so that every rank has a sample"
-            )
-        if self.is_proportional:
-            sizes._check_composed_split(num_ranks)
-        elif sizes.global_num_representatives < num_ranks:
-            raise ValueError(
-                f"global_num_representatives={sizes.global_num_representatives}: it must be at "
-                f"least the number of ranks ({num_ranks}), so that every rank draws one"
-            )
-        elif sizes.generated_share:
-            sizes._check_generated(num_ranks)
-        candidates = sizes.global_num_candidates
-        if candidates is not None and candidates % num_ranks:
-            below = candidates // num_ranks * num_ranks
-            near = [each for each in (below, below + num_ranks) if each > 0]
-            raise ValueError(
-                f"global_num_candidates={candidates} does not divide evenly over {num_ranks} "
-                f"ranks; take {' or '.join(map(str, near))}, or another number of ranks"
-            )
-
-    def _check_composed_split(self, num_ranks: int) -> None:
-        for name, size in (
-            ("global_batch_size", self.global_batch_size),
-            ("samples_per_step", self.composed_samples),
-        ):
-            if size % num_ranks:
-                below = size // num_ranks * num_ranks
-                near = [each for each in (below, below + num_ranks) if each > 0]
-                raise ValueError(
-                    f"{name}={size} does not divide evenly over {num_ranks} ranks, as "
-                    f"composition='proportional' needs; take {' or '.join(map(str, near))}, or "
-                    "another number of ranks"
-                )
-        if self.composed_samples < 2 * num_ranks:
-            raise ValueError(
-                f"samples_per_step={self.composed_samples}: it must be at least two for each of "
-                f"{num_ranks} ranks, a new one and a past one"
             )
 
     def learning_rate_factor(self, epoch: float, step_epochs: float = 0.0) -> float:

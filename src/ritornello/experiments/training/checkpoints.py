@@ -35,6 +35,22 @@ from ritornello.saving.files import PARTIAL, new_file, sync_folder
 FORMAT = 1
 
 
+@dataclass
+class Position:
+    """Where a run stands, between two steps."""
+
+    task: int = 0
+    """From 0."""
+    num_observed: int = 0
+    """The task's mini-batches that the buffer has seen before the training (GDumb)."""
+    step: int = 0
+    """The task's steps that are done."""
+    seconds: float = 0.0
+    """That the task has taken."""
+    count: int = 0
+    """Steps, mini-batches observed and tasks ended, in the whole run."""
+
+
 @dataclass(frozen=True)
 class RunSnapshot:
     """What one rank knows of a run between two steps."""

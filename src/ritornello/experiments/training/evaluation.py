@@ -21,7 +21,8 @@ from ritornello.experiments.recipes.recipe import Recipe
 from ritornello.experiments.results import metrics
 from ritornello.experiments.results.measures import Accuracies, Errors, Measured
 from ritornello.experiments.results.pictures import MOST_TASKS, pictures_of
-from ritornello.experiments.strategies.errors import errors_of
+from ritornello.experiments.strategies.base import Criterion, cross_entropy
+from ritornello.experiments.strategies.errors import error_criterion, errors_of
 
 BATCH_SIZE = 500
 
@@ -44,6 +45,18 @@ class Evaluation:
         """bool ``[num_classes, num_classes]``: which classes compete with a sample's; None: all."""
         if recipe.scenario == "task-incremental":
             self.mask = task_mask(tasks, data.num_classes).to(place.device)
+
+    @property
+    def criterion(self) -> Criterion:
+        """The loss of a sample; if its task is known, only that task's classes compete."""
+        if self._targets is not None:
+            return error_criterion(self._loss, max(1, len(self._targets.parts)))
+        mask = self.mask
+        if mask is None:
+            return cross_entropy
+        return lambda logits, labels: cross_entropy(
+            logits.masked_fill(~mask[labels], torch.finfo(logits.dtype).min), labels
+        )
 
     def measured(self, network: Network, num_tasks: int | None = None) -> Measured:
         """Accuracies where targets are classes, else errors; see ``accuracies``."""

@@ -31,6 +31,7 @@ from ritornello.experiments.ranks.place import Place, accelerator_named, device_
 from ritornello.experiments.ranks.progress import say
 from ritornello.experiments.recipes.recipe import DESCRIPTIONS, Recipe
 from ritornello.experiments.recipes.several_ranks import check_several_ranks
+from ritornello.experiments.recipes.split_sizes import check_split
 from ritornello.experiments.recipes.targets import check_targets
 from ritornello.experiments.results.reading import runs_in
 from ritornello.experiments.results.run_folder import locked, write_json
@@ -265,7 +266,8 @@ def check(recipe: Recipe, num_ranks: int) -> None:
         ValueError: names the setting, its value and the rule.
     """
     kind = strategy_named(recipe.strategy)
-    recipe.check(num_ranks)
+    recipe.check()
+    check_split(recipe, num_ranks)
     check_several_ranks(recipe, num_ranks, kind.rehearses)
     check_targets(recipe, kind.takes_tensors, kind.rehearses)
     check_pretrained(recipe)

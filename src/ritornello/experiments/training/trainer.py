@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
@@ -33,10 +33,8 @@ from ritornello.experiments.results.writing import (
     weights_digest,
 )
 from ritornello.experiments.strategies import strategy_of
-from ritornello.experiments.strategies.base import Criterion, cross_entropy
-from ritornello.experiments.strategies.errors import error_criterion
 from ritornello.experiments.training import exemplars
-from ritornello.experiments.training.checkpoints import Checkpoint, RunSnapshot
+from ritornello.experiments.training.checkpoints import Checkpoint, Position, RunSnapshot
 from ritornello.experiments.training.evaluation import Evaluation
 from ritornello.experiments.training.probe import probe_of
 from ritornello.experiments.training.saver import Saver
@@ -56,22 +54,6 @@ class Watcher(Protocol):
 
     def after_probe(self) -> None:
         """The tasks so far were probed."""
-
-
-@dataclass
-class Position:
-    """Where a run stands, between two steps."""
-
-    task: int = 0
-    """From 0."""
-    num_observed: int = 0
-    """The task's mini-batches that the buffer has seen before the training (GDumb)."""
-    step: int = 0
-    """The task's steps that are done."""
-    seconds: float = 0.0
-    """That the task has taken."""
-    count: int = 0
-    """Steps, mini-batches observed and tasks ended, in the whole run."""
 
 
 class Trainer:
@@ -120,7 +102,7 @@ class Trainer:
             place.num_ranks,
             num_train_samples=len(data.train),
             num_classes=data.num_classes,
-            criterion=self._criterion(),
+            criterion=self.evaluation.criterion,
             **stored_files(self.recipe, data, place),
         )
         self.schedule = Schedule(self.recipe, data, self.tasks, self.strategy, place)
@@ -521,14 +503,3 @@ class Trainer:
 
     def _backward(self, loss: Tensor) -> None:
         self.scaler.scale(loss).backward()
-
-    def _criterion(self) -> Criterion:
-        """The loss of a sample; if its task is known, only that task's classes compete."""
-        if self.data.targets is not None:
-            return error_criterion(self.recipe.loss, max(1, len(self.data.targets.parts)))
-        mask = self.evaluation.mask
-        if mask is None:
-            return cross_entropy
-        return lambda logits, labels: cross_entropy(
-            logits.masked_fill(~mask[labels], torch.finfo(logits.dtype).min), labels
-        )
