@@ -16,8 +16,10 @@ from ritornello.experiments.models.adapters import (
     ContinualAdapter,
     adapt,
     adapters_of,
+    close_outputs,
     grow,
     new_directions,
+    open_outputs,
     orthogonal_loss,
 )
 from ritornello.experiments.models.build import build
@@ -234,6 +236,29 @@ def test_models_that_grow_together_have_the_same_blocks() -> None:
     grow([other], seed=6)
     new = [each.down[1] for model in (models[0], other) for each in adapters_of(model)]
     assert len({each.sum().item() for each in new}) == 8
+
+
+def test_classes_that_have_not_come_are_never_predicted() -> None:
+    model, images = transformer(), images_of()
+    close_outputs(model)
+    for classes in ((4, 1), (1, 5)):
+        open_outputs(model, classes)
+        with torch.no_grad():
+            logits = model(images)
+            assert logits[:, classes].max() < 1.0
+            assert set(logits.argmax(dim=1).tolist()) <= {1, 4, 5}
+            model.get_submodule("head").bias[1] = -0.5  # as if it were learnt
+    assert logits[:, 1].tolist() == [-0.5] * 3
+    assert logits[:, [4, 5]].abs().max() == 0
+    with torch.autocast("cpu", torch.float16):
+        assert (model(images).argmax(dim=1) == 4).all()
+
+
+def test_a_last_layer_without_a_bias_cannot_be_closed() -> None:
+    model = transformer()
+    model.get_submodule("head").register_parameter("bias", None)
+    with pytest.raises(ValueError, match="strategy='adapter': .* last layer, 'head', has no bias"):
+        close_outputs(model)
 
 
 # Where adapters stand.

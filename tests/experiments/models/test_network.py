@@ -116,12 +116,15 @@ def test_with_adapters_the_average_grows_too_and_what_is_frozen_stays_in_evaluat
     images = digits.train.__getitems__(range(8))[0]
     changes = {"strategy": "adapter", "model": "test_efficientnet", "averaged": 0.5}
     made = network(digits, **changes, adapter_width=4)
-    made.grow(1)
+    with torch.no_grad():
+        assert made.eval()(images).unique().tolist() == [-1e4]  # no class has come yet
+    made.grow(1, (0, 1))
+    assert set(made(images).argmax(dim=1).tolist()) <= {0, 1}
     made.train()
     for _ in range(2):
         with torch.no_grad():
-            for weight in made.parameters():
-                if weight.requires_grad:
+            for name, weight in made.named_parameters():
+                if weight.requires_grad and "adapter" in name:
                     weight.add_(0.1)
         made(images)
         made.follow_step()
@@ -136,6 +139,12 @@ def test_with_adapters_the_average_grows_too_and_what_is_frozen_stays_in_evaluat
     with made.averaged():
         assert torch.equal(made(images), averaged)
     assert not any(each.requires_grad for each in made.average.parameters())
+    made.grow(2, (2, 3))
+    for model in (made.model, made.average.module):
+        assert (model.get_submodule("classifier").bias[4:] == -1e4).all()
+        assert (model.get_submodule("classifier").bias[:4] > -1).all()
+    blurred = network(digits, **changes, adapter_width=4, scenario="blurry")
+    assert not blurred.eval()(images).any()
     [own, copied] = (
         [value for name, value in model.state_dict().items() if "adapter.down.1" in name]
         for model in (made.model, made.average.module)

@@ -5,8 +5,8 @@ Rehearsal-Free Continual Learning" (C-ADA, ECCV 2024). Theirs are the adapters i
 attention and perceptron of a vision transformer, a block of weights for each task, scaling and
 shifting learnt in the first task, and the orthogonal loss. Ours are what the paper's text was not
 at hand for, and what it has not: which tensor an adapter sees (that of the layer that it stands
-beside), how new blocks begin, adapters of the last stages instead of the first ones (so that
-nothing is trained before them), and those beside the blocks of convolutional networks.
+beside), how new blocks and outputs begin, adapters of the last stages instead of the first ones (so
+that nothing is trained before them), and those beside the blocks of convolutional networks.
 """
 
 from __future__ import annotations
@@ -24,6 +24,9 @@ from torch.utils.hooks import RemovableHandle
 from ritornello.experiments.models.stages import last_layer_name, stage_names
 
 logger = logging.getLogger(__name__)
+
+CLOSED = -1e4
+"""The bias of a class that has not come: it is never predicted. In float16, too."""
 
 
 class ContinualAdapter(nn.Module):
@@ -212,6 +215,30 @@ def grow(models: Sequence[nn.Module], seed: int) -> None:
             twin.grow(down)
 
 
+@torch.no_grad()
+def close_outputs(model: nn.Module, bias: float = CLOSED) -> None:
+    """Has the last layer begin without any class: with weights of 0, and a bias for all.
+
+    Where only the classes of one task compete, their logits have no common level with those of
+    other tasks but the one that they begin with.
+
+    Raises:
+        ValueError: the last layer has no bias.
+    """
+    layer = _last_layer(model)
+    layer.weight.zero_()
+    layer.bias.fill_(bias)
+
+
+@torch.no_grad()
+def open_outputs(model: nn.Module, classes: Sequence[int]) -> None:
+    """Lets classes that have not come before be predicted, with a logit that begins at 0."""
+    bias = _last_layer(model).bias
+    for label in classes:
+        if bias[label] == CLOSED:
+            bias[label] = 0
+
+
 def new_directions(
     old: Sequence[Tensor], size: int, width: int, generator: np.random.Generator
 ) -> Tensor:
@@ -236,6 +263,15 @@ def new_directions(
     if new.shape[1] < width:
         new = np.linalg.qr(np.concatenate([new, noise], axis=1))[0][:, :width]
     return torch.from_numpy(new.T.astype(np.float32))
+
+
+def _last_layer(model: nn.Module) -> nn.Linear:
+    name = last_layer_name(model)
+    layer = model.get_submodule(name)
+    assert isinstance(layer, nn.Linear)
+    if layer.bias is None:
+        raise ValueError(f"strategy='adapter': the model's last layer, {name!r}, has no bias")
+    return layer
 
 
 def _at_each_position(maps: Tensor, weights: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 from pathlib import Path
@@ -85,6 +85,10 @@ class Network(nn.Module):
                 recipe.adapter_scale,
                 torch.zeros(2, *pixels.image_shape),
             )
+        self._opens_outputs = recipe.strategy == "adapter"
+        if self._opens_outputs:
+            # Where borders are blurred, samples come before their classes' task.
+            adapters.close_outputs(whole, *([0.0] if recipe.scenario == "blurry" else []))
         if begins_with is not None:
             begin_with(whole, recipe.model, begins_with)
         whole.to(device).to(memory_format=self._memory_format)
@@ -131,16 +135,22 @@ class Network(nn.Module):
                 part.eval()
         return self
 
-    def grow(self, num_tasks: int) -> None:
-        """Has adapters, if there are any, for so many tasks; the outputs stay as they are.
+    def grow(self, num_tasks: int, classes: Sequence[int] = ()) -> None:
+        """Has adapters, if there are any, for so many tasks; old outputs stay as they are.
 
         Parameters come with it: make the optimiser behind it. Blocks until all ranks have called
         it.
+
+        Args:
+            num_tasks: so far, with the one that begins.
+            classes: that the task brings, if it begins.
         """
+        models = [self.model, *(average.module for average in self._averages)]
+        for model in models * self._opens_outputs:
+            adapters.open_outputs(model, classes)
         own = adapters.adapters_of(self.model)
         if min((each.num_tasks for each in own), default=num_tasks) >= num_tasks:
             return
-        models = [self.model, *(average.module for average in self._averages)]
         while own[0].num_tasks < num_tasks:
             adapters.grow(models, self._seed)
         for average in self._averages:

@@ -253,7 +253,7 @@ class Trainer:
                 self.between_steps()
         if self.strategy.restarts:
             self.start_afresh()
-        self.network.grow(number + 1)
+        self.network.grow(number + 1, self.tasks[number].classes)
         if self.optimiser is None or not self.recipe.keeps_optimiser:
             self.optimiser = optimiser_of(self.recipe, self.network.model)
 
