@@ -138,7 +138,7 @@ class Recipe:
     """What the adapters' outputs are multiplied by."""
     orthogonality: float = 1.0
     """Weight of the loss that keeps the newest adapters orthogonal to those before."""
-    ridge_penalty: float = 0.01
+    ridge_penalty: float = 0.03
     """Of squared weights, in multiples of a feature's mean square over all samples (ridge)."""
     loss_weights: str = "by-sample"
     """How rehearsal weighs samples. "by-sample": all of the augmented mini-batch count the same;

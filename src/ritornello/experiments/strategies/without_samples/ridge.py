@@ -31,7 +31,7 @@ class Ridge(Solved):
         others: see ``Strategy``.
     """
 
-    def __init__(self, num_classes: int, *, penalty: float = 0.01, **others: Any) -> None:
+    def __init__(self, num_classes: int, *, penalty: float = 0.03, **others: Any) -> None:
         super().__init__(num_classes, **others)
         self.penalty = penalty
 
