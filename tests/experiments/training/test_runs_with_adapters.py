@@ -106,6 +106,21 @@ def test_on_features_it_learns_what_it_would_on_images() -> None:
         assert (drawn.dtype, drawn.shape[1:]) == (torch.float16, (32, 1, 1))
 
 
+def test_stages_that_are_tuned_and_adapters_share_what_comes_before_them() -> None:
+    on_features = {"stores": "features", "num_tasks": 2}
+    tuned = {"strategy": "incremental", "backbone_rate": 0.0}
+    found = train.compare(
+        {
+            "adapters": quick(**on_features),
+            "tuned": quick(**tuned, tuned_stages=2, **on_features),
+            "one": quick(adapted_stages=1, **on_features),
+        },
+        None,
+    )
+    seconds = [each["seconds_embedding"] for each in found.values()]
+    assert seconds[0] == seconds[1] != seconds[2]
+
+
 def test_what_is_frozen_begins_with_weights_and_is_in_what_the_run_leaves(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
