@@ -325,10 +325,30 @@ def test_settings_that_do_not_go_together(
         train.run(recipe_of(folder, **changes))
 
 
-def test_a_model_that_cannot_be_split(folder: Path) -> None:
-    recipe = recipe_of(folder, model="dla46_c", weights=None, stores="pixels")
-    with pytest.raises(ValueError, match="the model DLA has no linear layer as its last one"):
-        train.run(recipe)
+def test_a_model_without_a_linear_last_layer(folder: Path) -> None:
+    message = "the model DLA has no linear layer as its last one, which takes its features"
+    for changes in ({"backbone_rate": 0.5}, {"backbone_rate": 1.0, "strategy": "ridge"}):
+        recipe = recipe_of(folder, model="dla46_c", weights=None, stores="pixels", **changes)
+        named = "backbone_rate=0.5 with model='dla46_c': " * ("strategy" not in changes)
+        with pytest.raises(ValueError, match=named + message):
+            train.run(recipe)
+
+
+def test_features_teach_tensors_as_well(tmp_path: Path) -> None:
+    """Targets that are no classes, behind frozen layers of a model of the library."""
+    dice = np.random.default_rng(0)
+    made: dict[str, Any] = {}
+    for part in ("train", "test"):
+        images = dice.integers(0, 255, size=(40, 4, 4), dtype=np.uint8)
+        made[f"{part}_images"] = images
+        made[f"{part}_groups"] = np.arange(40) % 2
+        made[f"{part}_targets"] = (images.reshape(40, 16)[:, :3] / 255).astype(np.float32)
+    np.savez(tmp_path / "file.npz", **made)
+    recipe = recipe_named(
+        "regression", data_path=str(tmp_path / "file.npz"), num_tasks=2, backbone_rate=0.0
+    )
+    features, pixels = (train.run(replace(recipe, stores=each)) for each in ("features", "pixels"))
+    np.testing.assert_allclose(features["error"], pixels["error"], rtol=1e-4)
 
 
 def test_features_that_float16_cannot_hold(folder: Path, tmp_path: Path) -> None:

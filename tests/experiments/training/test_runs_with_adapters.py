@@ -164,7 +164,7 @@ def test_the_last_stages_of_a_frozen_backbone_can_be_tuned() -> None:
         ({"tuned_stages": 2}, "tuned_stages=2 with backbone_rate=1.0: all stages learn; use"),
         (
             {"tuned_stages": 6, "backbone_rate": 0.0},
-            "tuned_stages=6 with model='test_efficientnet': it has 5",
+            "tuned_stages=6 with model='test_efficientnet': .* number of the model's stages",
         ),
     ],
 )

@@ -93,14 +93,17 @@ class Network(nn.Module):
             begin_with(whole, recipe.model, begins_with)
         whole.to(device).to(memory_format=self._memory_format)
         self.model, trunk = whole, None
-        if recipe.freezes_trunk:
-            num_last = recipe.num_last_stages
-            if num_last and num_last > (num_stages := len(stages.stage_names(whole))):
-                raise ValueError(
-                    f"tuned_stages={num_last} with model={recipe.model!r}: it has {num_stages}"
-                )
-            trunk, self.model = stages.split(whole, num_last)
-            trunk.requires_grad_(False).eval()
+        try:
+            if recipe.backbone_rate != 1:
+                stages.last_layer_name(whole)
+            if recipe.freezes_trunk:
+                trunk, self.model = stages.split(whole, recipe.num_last_stages)
+                trunk.requires_grad_(False).eval()
+        except ValueError as error:
+            setting = "tuned_stages" if recipe.num_last_stages else "backbone_rate"
+            raise ValueError(
+                f"{setting}={getattr(recipe, setting)} with model={recipe.model!r}: {error}"
+            ) from None
         self._whole, self._trunk, self._embedded_pixels = (whole,), (trunk,), (pixels,)
         self.sees_features = recipe.stores == "features"
         self.pixels: Pixels | Features = Features() if self.sees_features else pixels

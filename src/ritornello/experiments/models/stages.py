@@ -142,16 +142,21 @@ def last_layer_name(model: nn.Module) -> str:
     Raises:
         ValueError: it has none, or it is no linear layer.
     """
-    if isinstance(model, nn.Sequential):
-        names: Any = str(len(model) - 1)
-    else:
-        names = getattr(model, "pretrained_cfg", {}).get("classifier")
-    if isinstance(names, str) and isinstance(model.get_submodule(names), nn.Linear):
-        return names
+    names = last_layer_names(model)
+    if len(names) == 1 and isinstance(model.get_submodule(names[0]), nn.Linear):
+        return names[0]
     raise ValueError(
         f"the model {type(model).__name__} has no linear layer as its last one, which takes its "
         "features"
     )
+
+
+def last_layer_names(model: nn.Module) -> tuple[str, ...]:
+    """The names of the layers that have a part for each class; of most models there is one."""
+    if isinstance(model, nn.Sequential):
+        return (str(len(model) - 1),)
+    names: Any = getattr(model, "pretrained_cfg", {}).get("classifier") or ()
+    return (names,) if isinstance(names, str) else tuple(names)
 
 
 def features(model: nn.Module, images: Tensor) -> Tensor:

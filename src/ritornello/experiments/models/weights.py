@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ritornello.experiments.models.stages import last_layer_name
+from ritornello.experiments.models.stages import last_layer_names
 
 DOWNLOAD = "timm"
 """Stands for a file: what timm downloads for the model, and keeps."""
@@ -35,7 +35,7 @@ def begin_with(model: nn.Module, name: str, source: str | Path) -> None:
     """
     found = _downloaded(name) if str(source) == DOWNLOAD else tensors_in(Path(source))
     own = model.state_dict()
-    last = last_layer_name(model) + "."
+    last = tuple(f"{each}." for each in last_layer_names(model))
     matched = _by_name(own, found, last) or _by_order(own, found, last)
     if matched is None:
         raise ValueError(
@@ -113,7 +113,7 @@ def _downloaded(name: str) -> dict[str, Tensor]:
 
 
 def _by_name(
-    own: Mapping[str, Tensor], found: Mapping[str, Tensor], last: str
+    own: Mapping[str, Tensor], found: Mapping[str, Tensor], last: tuple[str, ...]
 ) -> dict[str, Tensor] | None:
     """What to load; None if the names or shapes are not the model's."""
     matched = {}
@@ -127,7 +127,7 @@ def _by_name(
 
 
 def _by_order(
-    own: Mapping[str, Tensor], found: Mapping[str, Tensor], last: str
+    own: Mapping[str, Tensor], found: Mapping[str, Tensor], last: tuple[str, ...]
 ) -> dict[str, Tensor] | None:
     """What to load if the n-th tensor is the model's n-th one; None if it is not."""
     names = [name for name, tensor in own.items() if not _is_count(tensor)]
@@ -148,7 +148,9 @@ def _is_count(tensor: Tensor) -> bool:
     return tensor.dim() == 0 and not tensor.is_floating_point()
 
 
-def _difference(own: Mapping[str, Tensor], found: Mapping[str, Tensor], last: str) -> str:
+def _difference(
+    own: Mapping[str, Tensor], found: Mapping[str, Tensor], last: tuple[str, ...]
+) -> str:
     """In which respect tensors are not the model's."""
     needed = [
         name for name, tensor in own.items() if not name.startswith(last) and not _is_count(tensor)

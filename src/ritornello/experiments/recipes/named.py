@@ -107,7 +107,7 @@ def cifar10_pretrained() -> Recipe:
         features_dtype="float16",
         channels_last=True,
         global_batch_size=64,
-        learning_rate=0.01,
+        learning_rate=0.03,
         momentum=0.9,
         milestones=((0.5, 0.3), (0.8, 0.1)),
         capacity=1000,

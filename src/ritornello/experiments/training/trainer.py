@@ -105,6 +105,8 @@ class Trainer:
             criterion=self.evaluation.criterion,
             **stored_files(self.recipe, data, place),
         )
+        if self.strategy.solves:
+            self.network.last_layer  # noqa: B018 - there is none: better said now than at the end
         self.schedule = Schedule(self.recipe, data, self.tasks, self.strategy, place)
 
     def train(self, saver: Saver | None = None, figures: Watcher | None = None) -> Results:
