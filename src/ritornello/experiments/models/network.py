@@ -100,7 +100,8 @@ class Network(nn.Module):
                 trunk, self.model = stages.split(whole, recipe.num_last_stages)
                 trunk.requires_grad_(False).eval()
         except ValueError as error:
-            setting = "tuned_stages" if recipe.num_last_stages else "backbone_rate"
+            setting = "tuned_stages" if recipe.tuned_stages else "backbone_rate"
+            setting = "adapted_stages" if recipe.has_adapters else setting
             raise ValueError(
                 f"{setting}={getattr(recipe, setting)} with model={recipe.model!r}: {error}"
             ) from None
