@@ -91,7 +91,6 @@ class Network(nn.Module):
             adapters.close_outputs(whole, *([0.0] if recipe.scenario == "blurry" else []))
         if begins_with is not None:
             begin_with(whole, recipe.model, begins_with)
-        whole.to(device).to(memory_format=self._memory_format)
         self.model, trunk = whole, None
         try:
             if recipe.backbone_rate != 1:
@@ -105,6 +104,7 @@ class Network(nn.Module):
             raise ValueError(
                 f"{setting}={getattr(recipe, setting)} with model={recipe.model!r}: {error}"
             ) from None
+        whole.to(device).to(memory_format=self._memory_format)  # its parts as well
         self._whole, self._trunk, self._embedded_pixels = (whole,), (trunk,), (pixels,)
         self.sees_features = recipe.stores == "features"
         self.pixels: Pixels | Features = Features() if self.sees_features else pixels

@@ -63,8 +63,13 @@ class Schedule:
 
     @property
     def samples_per_step(self) -> int:
-        """New and past ones that a step trains on, of all ranks together."""
+        """New and past ones that a step trains on, of all ranks together.
+
+        Of a strategy that ``solves``, those that pass by together.
+        """
         recipe, strategy = self._recipe, self._strategy
+        if strategy.solves:
+            return TOGETHER
         if self.is_composed:
             return recipe.composed_samples
         num_new = 0 if strategy.observes else recipe.global_batch_size

@@ -106,7 +106,7 @@ class Trainer:
             **stored_files(self.recipe, data, place),
         )
         if self.strategy.solves:
-            self.network.last_layer  # noqa: B018 - there is none: better said now than at the end
+            assert self.network.last_layer is not None  # it raises now, not at the task's end
         self.schedule = Schedule(self.recipe, data, self.tasks, self.strategy, place)
 
     def train(self, saver: Saver | None = None, figures: Watcher | None = None) -> Results:
@@ -252,6 +252,7 @@ class Trainer:
                 self.strategy.observe(self.network, images, labels)
                 self.seconds.step += time.perf_counter() - began
                 self.position.num_observed += 1
+                self.seconds.num_steps += self.strategy.solves
                 self.between_steps()
         if self.strategy.restarts:
             self.start_afresh()
