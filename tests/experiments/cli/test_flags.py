@@ -36,6 +36,7 @@ def test_every_setting_arrives_in_the_recipe() -> None:
         si_damping=0.4, locality=0.6, surrogate_steps=9, distance="js", generated_share=0.5,
         prior="dirichlet", prior_concentration=2.0, latents=7, generator_units=9, generator_learning_rate=0.01,
         conditional="off", distillation=0.5, stores="files", capacity_bytes=10**6, loss="mae",
+        adapted_stages=3, adapter_width=5, adapter_scale=0.2, orthogonality=0.3, tuned_stages=1,
         weights="timm", backbone_rate=0.5, features_dtype="float16", ridge_penalty=0.2,
     )  # fmt: skip
     assert {name for name, value in vars(given).items() if value is None} == {"epochs"}

@@ -108,3 +108,49 @@ def test_running_statistics_are_averaged_too(digits: DataSet) -> None:
     assert made.average is not None
     averaged = dict(made.average.module.named_buffers())["bn1.running_mean"]
     torch.testing.assert_close(averaged, (means[0] + means[1]) / 2)
+
+
+def test_with_adapters_the_average_grows_too_and_what_is_frozen_stays_in_evaluation(
+    digits: DataSet,
+) -> None:
+    images = digits.train.__getitems__(range(8))[0]
+    changes = {"strategy": "adapter", "model": "test_efficientnet", "averaged": 0.5}
+    made = network(digits, **changes, adapter_width=4)
+    with torch.no_grad():
+        assert made.eval()(images).unique().tolist() == [-1e4]  # no class has come yet
+    made.grow(1, (0, 1))
+    assert set(made(images).argmax(dim=1).tolist()) <= {0, 1}
+    made.train()
+    for _ in range(2):
+        with torch.no_grad():
+            for name, weight in made.named_parameters():
+                if weight.requires_grad and "adapter" in name:
+                    weight.add_(0.1)
+        made(images)
+        made.follow_step()
+    made.eval()
+    assert made.average is not None
+    before = made(images)
+    with made.averaged():
+        averaged = made(images)
+    made.grow(2)
+    made.grow(1)  # which it has
+    assert torch.equal(made(images), before)
+    with made.averaged():
+        assert torch.equal(made(images), averaged)
+    assert not any(each.requires_grad for each in made.average.parameters())
+    made.grow(2, (2, 3))
+    for model in (made.model, made.average.module):
+        assert (model.get_submodule("classifier").bias[4:] == -1e4).all()
+        assert (model.get_submodule("classifier").bias[:4] > -1).all()
+    blurred = network(digits, **changes, adapter_width=4, scenario="blurry")
+    assert not blurred.eval()(images).any()
+    [own, copied] = (
+        [value for name, value in model.state_dict().items() if "adapter.down.1" in name]
+        for model in (made.model, made.average.module)
+    )
+    assert len(own) == 2
+    assert all(map(torch.equal, own, copied))
+    counts = [v for k, v in made.model.named_buffers() if k.endswith("num_batches_tracked")]
+    assert len(counts) > 5
+    assert not any(counts)  # batch normalisation went by what it had, in training too

@@ -100,8 +100,9 @@ def test_what_is_given_twice_runs_once() -> None:
 def test_strategies_without_a_buffer_have_no_settings_of_it(strategy: str) -> None:
     made = variants(RECIPE, [strategy], capacities=[1, 2])
     assert len(made) == (2 if uses_buffer(strategy) else 1)
-    without = ("incremental", "generative", "from-scratch", "joint", "si", "fedssi")
-    assert uses_buffer(strategy) == (strategy not in (*without, "class-means", "ridge"))
+    bounds = ("incremental", "from-scratch", "joint", "class-means", "ridge")
+    without = (*bounds, "generative", "si", "fedssi", "adapter")
+    assert uses_buffer(strategy) == (strategy not in without)
 
 
 def test_what_is_generated_varies_with_how_much_of_it_there_is_and_who_makes_it() -> None:
@@ -141,6 +142,13 @@ def test_settings_that_do_nothing_set_no_runs_apart() -> None:
     ]
     importances = [dataclasses.replace(each, strategy="si") for each in (RECIPE, weak)]
     assert len(set(sweep.labels_of([results_of_variant(each) for each in importances]))) == 2
+    wide = dataclasses.replace(RECIPE, adapter_width=7)
+    assert len(set(sweep.labels_of([results_of_variant(each) for each in (RECIPE, wide)]))) == 1
+    adapters = [dataclasses.replace(each, strategy="adapter") for each in (RECIPE, wide)]
+    assert sweep.labels_of([results_of_variant(each) for each in adapters]) == [
+        "adapter, adapter width 16",
+        "adapter, adapter width 7",
+    ]
 
 
 def test_a_run_of_a_version_that_lacked_a_setting_has_what_it_is_unless_given() -> None:

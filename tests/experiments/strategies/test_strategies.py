@@ -549,8 +549,8 @@ def test_every_strategy_is_made_from_a_recipe(name: str) -> None:
     strategy = strategy_of(recipe, 0, 1, num_train_samples=1000, num_classes=10)
     assert type(strategy) is STRATEGIES[name]
     assert (strategy.stats() is not None) == strategy.rehearses
-    without = ("incremental", "from-scratch", "joint", "si", "fedssi", "class-means", "ridge")
-    draws_nothing = name in without
+    bounds = ("incremental", "from-scratch", "joint", "class-means", "ridge")
+    draws_nothing = name in (*bounds, "si", "fedssi", "adapter")
     assert strategy.num_draws == (0 if draws_nothing else 2 if name == "der++" else 1)
     if isinstance(strategy, DERPlusPlus):
         assert (strategy.alpha, strategy.beta) == (0.25, 0.75)

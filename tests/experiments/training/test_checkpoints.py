@@ -39,6 +39,13 @@ EVERY_7 = CheckpointSettings(save_every=7, resume=True)
 FEW_STEPS = {"num_tasks": 2, "epochs": 1, "global_batch_size": 128, "global_num_candidates": None}
 """Of models that are slow: 6 steps, one more for the end of the task, and 5."""
 
+SMALL_ADAPTERS = {"model": "test_efficientnet", "adapter_width": 4, **FEW_STEPS}
+
+ELSEWHERE = ("fedssi", "adapter", "adapter-rehearsal")
+"""Strategies that want several ranks, or a model of timm."""
+
+SLOW_MODELS = ("resnet10t", "test_efficientnet")
+
 SMALL_GENERATOR = {"generator_units": 32, "latents": 8}
 
 IF_MEASURED = ("averaged_sha256", "averaged_top1", "probes", "stability_gap")
@@ -102,7 +109,7 @@ def check_goes_on(recipe: Recipe, folder: Path, stop_at: StopAt, *counts: int) -
     return results
 
 
-@pytest.mark.parametrize("strategy", [each for each in STRATEGIES if each != "fedssi"])
+@pytest.mark.parametrize("strategy", [each for each in STRATEGIES if each not in ELSEWHERE])
 def test_every_strategy_goes_on_bit_by_bit(strategy: str, tmp_path: Path, stop_at: StopAt) -> None:
     recipe = quick(strategy=strategy)
     # Where tasks have 66, 50 and 48 steps: in an epoch, between two, at a task's end. Those that
@@ -138,13 +145,16 @@ def test_every_strategy_goes_on_bit_by_bit(strategy: str, tmp_path: Path, stop_a
         {"strategy": "der", "logits_dtype": "float16", "augmentation": "crop-flip"},
         {"composition": "proportional", "first_share": 0.7, "soft_targets": 1.0},
         {"generated_share": 0.5, "prior": "dirichlet", "conditional": False, **SMALL_GENERATOR},
+        {"strategy": "adapter", "averaged": 0.9, "dropout": 0.5, **SMALL_ADAPTERS},
+        {"strategy": "adapter-rehearsal", "amp": "bfloat16", "probe_every": 4, **SMALL_ADAPTERS},
+        {"strategy": "adapter-rehearsal", "stores": "features", **SMALL_ADAPTERS},
     ],
     ids=lambda changes: "-".join(map(str, changes.values())),
 )
 def test_settings_go_on_bit_by_bit(
     changes: dict[str, Any], tmp_path: Path, stop_at: StopAt
 ) -> None:
-    counts = (3, 8, 10) if "resnet10t" in changes.values() else (10, 40, 70)
+    counts = (3, 7, 10) if changes.get("model") in SLOW_MODELS else (10, 40, 70)
     check_goes_on(quick(**changes), tmp_path, stop_at, *counts)
 
 
@@ -154,7 +164,7 @@ def all_ends_of_runs(recipes: list[Recipe], folder: str) -> list[list[dict[str, 
         ends_of_runs(
             recipe,
             str(Path(folder, str(number))),
-            (3, 8, 10) if recipe.model == "resnet10t" else (10, 30, 50),
+            (3, 7, 10) if recipe.model in SLOW_MODELS else (10, 30, 50),
         )
         for number, recipe in enumerate(recipes)
     ]
@@ -185,6 +195,7 @@ ON_RANKS: dict[int, list[dict[str, Any]]] = {
         {"strategy": "gdumb"},
         {"strategy": "generative", "distillation": 0.5, "num_tasks": 2, **SMALL_GENERATOR},
         {"composition": "proportional", "first_share": 0.6},
+        {"strategy": "adapter-rehearsal", "optimiser": "adam", **SMALL_ADAPTERS},
     ],
     3: [
         {"strategy": "a-gem", "augmentation": "crop-flip", "global_num_candidates": None},

@@ -574,6 +574,29 @@ def test_a_class_that_is_only_tested(living: Path, arrived: Path, tmp_path: Path
         extend(living, tmp_path / "day")
 
 
+def test_adapters_go_on_with_one_block_more_and_the_old_outputs_stay(
+    arrived: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "adapters"
+    recipe = recipe_of(
+        arrived, strategy="adapter", model="test_efficientnet", epochs=1, num_tasks=2,
+        global_batch_size=64, adapter_width=4, weight_decay=0.1, momentum=0.9, averaged=0.5,
+    )  # fmt: skip
+    train.run(recipe, str(folder))
+    old = torch.load(folder / "model.pt", weights_only=True)
+    results = extend(folder, arrived / "second.npz", changes={"orthogonality": 0.5})
+    assert results["config"]["orthogonality"] == 0.5
+    new = torch.load(folder / "model.pt", weights_only=True)
+    averaged = torch.load(folder / "averaged.pt", weights_only=True)
+    assert new.keys() == averaged.keys()
+    further = {name.rpartition("adapter.")[2] for name in new.keys() - old.keys()}
+    assert further == {"down.2", "up.2"}
+    assert new["classifier.weight"].shape[0] == 8
+    for name, value in old.items():
+        assert torch.equal(new[name][: len(value)] if value.ndim else new[name], value), name
+    assert all(value.any() for name, value in new.items() if name.endswith("up.2"))
+
+
 @pytest.mark.parametrize("moment", ["training", "writing", "renaming"])
 def test_a_crash_before_the_end_leaves_all_as_it_was(
     moment: str, living: Path, arrived: Path, monkeypatch: pytest.MonkeyPatch

@@ -47,6 +47,9 @@ class TaskChanges:
     softmaxes)."""
     beta: float | None = None
     """DER++: weight of the labels of a second draw."""
+    orthogonality: float | None = None
+    """adapter, adapter-rehearsal: weight of the loss that keeps the newest adapters orthogonal to
+    those before."""
     loss_weights: str | None = None
     """by-sample, or by-task: in task k new samples count 1/k, past ones 1 - 1/k, together."""
 
@@ -156,6 +159,9 @@ class Changes(TaskChanges):
     backbone_rate: float | None = None
     """The learning rate of all but the last layer, in multiples of the learning rate, from 0 (they
     are frozen) to 1."""
+    tuned_stages: int | None = None
+    """With --backbone-rate 0: how many of the last stages (of a transformer: blocks) learn all the
+    same, with the last layer."""
     loss: str | None = None
     """Where targets are tensors: mae or mse, which is also the error in the results."""
 
@@ -169,6 +175,14 @@ class Changes(TaskChanges):
     """fedssi: steps of the surrogate model at each task's end, at most as many as the task has."""
     ridge_penalty: float | None = None
     """ridge: of squared weights, in multiples of a feature's mean square over all samples."""
+
+    adapted_stages: int | None = None
+    """adapter, adapter-rehearsal: how many of the model's last stages (of a transformer: blocks)
+    have adapters."""
+    adapter_width: int | None = None
+    """adapter, adapter-rehearsal: hidden units that each adapter has for each task."""
+    adapter_scale: float | None = None
+    """adapter, adapter-rehearsal: what the adapters' outputs are multiplied by."""
 
     # What is generated.
     generated_share: float | None = None

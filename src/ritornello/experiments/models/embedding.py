@@ -73,6 +73,7 @@ def _key(recipe: Recipe) -> tuple[object, ...]:
         *(recipe.data, recipe.data_path, recipe.image_size, recipe.holdout, recipe.crop_size),
         *(recipe.pixels, recipe.model, recipe.weights, recipe.amp, recipe.channels_last),
         *(recipe.device, recipe.features_dtype, recipe.weights is not None or recipe.seed),
+        recipe.num_last_stages,
     )
 
 

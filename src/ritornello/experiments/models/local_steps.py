@@ -6,7 +6,7 @@ Sources: McMahan et al., "Communication-Efficient Learning of Deep Networks from
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 
 @torch.no_grad()
-def average_over_ranks(models: Sequence[nn.Module], num_samples: int) -> None:
+def average_over_ranks(
+    models: Sequence[nn.Module], num_samples: int, only: Collection[str] | None = None
+) -> None:
     """Gives all ranks the mean of their parameters and running statistics.
 
     Each rank counts by the samples that it has trained on; if none has, all count the same. So with
@@ -25,13 +27,23 @@ def average_over_ranks(models: Sequence[nn.Module], num_samples: int) -> None:
     Args:
         models: alike on all ranks.
         num_samples: that this rank has trained on since the last time.
+        only: the names of what is averaged, where the rest is frozen; None: all. What no rank has
+            changed then stays the same bit by bit, such as the outputs of classes that are left out
+            (for ranks of less than 2 ** 29 samples together).
     """
-    parts = [part for model in models for part in model.state_dict().values() if is_averaged(part)]
+    parts = [
+        part
+        for model in models
+        for name, part in model.state_dict().items()
+        if is_averaged(part) and (only is None or name in only)
+    ]
     own = torch.cat([part.reshape(-1).float() for part in parts])
+    if only is not None:  # where a float32 times a count is exact, and so is the sum of equal ones
+        own = own.double()
     total = torch.cat([own * num_samples, own.new_tensor([num_samples])])
     dist.all_reduce(total)
     if not total[-1]:
-        average_over_ranks(models, 1)
+        average_over_ranks(models, 1, only)
         return
     means = (total[:-1] / total[-1]).split([part.numel() for part in parts])
     for part, mean in zip(parts, means, strict=True):
@@ -52,7 +64,8 @@ def mean_of(states: Sequence[Mapping[str, Any]], counts: Sequence[int]) -> dict[
     for name, part in mean.items():
         if isinstance(part, Tensor) and is_averaged(part):
             pairs = zip(shares, states, strict=True)
-            mean[name] = torch.stack([share * each[name].float() for share, each in pairs]).sum(0)
+            parts = [share * each[name].double() for share, each in pairs]
+            mean[name] = torch.stack(parts).sum(0).to(part.dtype)
     return mean
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 from pathlib import Path
@@ -15,8 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ritornello.experiments.data.data_set import DataSet
+from ritornello.experiments.models import adapters, stages
 from ritornello.experiments.models import build as models
-from ritornello.experiments.models import stages
 from ritornello.experiments.models.augmentation import Features, Pixels
 from ritornello.experiments.models.local_steps import average_over_ranks
 from ritornello.experiments.models.weights import begin_with
@@ -36,11 +36,14 @@ class Network(nn.Module):
     have to be a pass over what was learnt long ago.
 
     With a frozen backbone the model is split (``stages``): ``whole`` is the trunk, which is frozen,
-    and ``model``, the rest, which is trained. Where features are stored, samples have passed the
-    trunk before: ``embed``. Else ``model`` is the ``whole``.
+    and ``model``, the rest, where something is trained. Where features are stored, samples have
+    passed the trunk before: ``embed``. Else ``model`` is the ``whole``.
 
     With ``local_steps`` gradients are not averaged: each rank goes its own way, for so many steps.
     Then model and running average become their mean over the ranks (``agree``).
+
+    With adapters (``models.adapters``) all else but the last layer is frozen, running statistics
+    too, and the model grows with each task (``grow``).
 
     Args:
         recipe: what to build.
@@ -61,7 +64,6 @@ class Network(nn.Module):
         self._num_ranks, self._local_steps = place.num_ranks, recipe.local_steps
         self._num_alone = self._num_samples_alone = 0
         self._amp = recipe.amp
-        self._device_type = device.type
         self._memory_format = (
             torch.channels_last if recipe.channels_last else torch.contiguous_format
         )
@@ -73,34 +75,45 @@ class Network(nn.Module):
             pixels.image_shape,
             recipe.dropout,
         )
-        if (weights := begins_with or recipe.weights) is not None:
-            begin_with(whole, recipe.model, weights)
+        if begins_with is None and recipe.weights is not None:
+            begin_with(whole, recipe.model, recipe.weights)
+        if recipe.has_adapters:
+            adapters.adapt(
+                whole,
+                recipe.adapted_stages,
+                recipe.adapter_width,
+                recipe.adapter_scale,
+                torch.zeros(2, *pixels.image_shape),
+            )
+        self._opens_outputs = recipe.strategy == "adapter"
+        if self._opens_outputs:
+            # Where borders are blurred, samples come before their classes' task.
+            adapters.close_outputs(whole, *([0.0] if recipe.scenario == "blurry" else []))
+        if begins_with is not None:
+            begin_with(whole, recipe.model, begins_with)
         self.model, trunk = whole, None
         try:
             if recipe.backbone_rate != 1:
                 stages.last_layer_name(whole)
-            if recipe.backbone_rate == 0:
-                trunk, self.model = stages.split(whole, num_last=0)
+            if recipe.freezes_trunk:
+                trunk, self.model = stages.split(whole, recipe.num_last_stages)
                 trunk.requires_grad_(False).eval()
         except ValueError as error:
+            setting = "tuned_stages" if recipe.tuned_stages else "backbone_rate"
+            setting = "adapted_stages" if recipe.has_adapters else setting
             raise ValueError(
-                f"backbone_rate={recipe.backbone_rate} with model={recipe.model!r}: {error}"
+                f"{setting}={getattr(recipe, setting)} with model={recipe.model!r}: {error}"
             ) from None
         whole.to(device).to(memory_format=self._memory_format)  # its parts as well
         self._whole, self._trunk, self._embedded_pixels = (whole,), (trunk,), (pixels,)
         self.sees_features = recipe.stores == "features"
         self.pixels: Pixels | Features = Features() if self.sees_features else pixels
+        self._seed = recipe.seed
         # In tuples, so that its parameters are not counted a second time.
         self._averages = (_average_of(self.model, recipe.averaged),) if recipe.averaged else ()
         self._evaluated = (self.model,)
-        parallel: nn.Module = self.model
-        if place.num_ranks > 1 and not self.is_local:
-            parallel = DistributedDataParallel(
-                self.model, device_ids=None if device.type == "cpu" else [device]
-            )
-        if recipe.compile:
-            parallel.compile()
-        self._parallel = (parallel,)
+        self._device, self._compiles = device, recipe.compile
+        self._parallel: tuple[nn.Module, ...] = (self._made_parallel(),)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits, float32 ``[b, num_classes]``, of uint8 images ``[b, C, H, W]``.
@@ -116,6 +129,38 @@ class Network(nn.Module):
         if self._predicts_tensors:
             return outputs.reshape(len(images), *self._output_shape)
         return outputs
+
+    def train(self, mode: bool = True) -> Network:
+        """See ``nn.Module``; what is frozen stays as in evaluation, with its running statistics."""
+        super().train(mode)
+        for part in self.model.modules():
+            weights = [*part.parameters()]
+            if weights and not any(weight.requires_grad for weight in weights):
+                part.eval()
+        return self
+
+    def grow(self, num_tasks: int, classes: Sequence[int] = ()) -> None:
+        """Has adapters, if there are any, for so many tasks; old outputs stay as they are.
+
+        Parameters come with it: make the optimiser behind it. Blocks until all ranks have called
+        it.
+
+        Args:
+            num_tasks: so far, with the one that begins.
+            classes: that the task brings, if it begins.
+        """
+        models = [self.model, *(average.module for average in self._averages)]
+        for model in models * self._opens_outputs:
+            adapters.open_outputs(model, classes)
+        own = adapters.adapters_of(self.model)
+        if min((each.num_tasks for each in own), default=num_tasks) >= num_tasks:
+            return
+        while own[0].num_tasks < num_tasks:
+            adapters.grow(models, self._seed)
+        for average in self._averages:
+            average.requires_grad_(False)
+        self._parallel = ()  # it knows the old parameters
+        self._parallel = (self._made_parallel(),)
 
     @property
     def whole(self) -> nn.Module:
@@ -207,7 +252,10 @@ class Network(nn.Module):
         models = (self.model, *(average.module for average in self._averages))
         if self.is_local:
             if self._num_alone:
-                average_over_ranks(models, self._num_samples_alone)
+                own = dict(self.model.named_parameters())
+                trained = {name for name, each in own.items() if each.requires_grad}
+                only = trained if len(trained) < len(own) else None
+                average_over_ranks(models, self._num_samples_alone, only)
             self.alone = 0, 0
         elif self._num_ranks > 1:
             for model in models:
@@ -251,6 +299,16 @@ class Network(nn.Module):
         self.train(was_training)
         return features.float()
 
+    def _made_parallel(self) -> nn.Module:
+        """The model as ranks train it together, compiled if it shall be."""
+        parallel = self.model
+        if self._num_ranks > 1 and not self.is_local:
+            device_ids = None if self._device.type == "cpu" else [self._device]
+            parallel = DistributedDataParallel(self.model, device_ids=device_ids)
+        if self._compiles:
+            parallel.compile()
+        return parallel
+
     def _up_to_model(self, pixels: Tensor) -> Tensor:
         """What the model sees: of pixels what the trunk makes of them, if there is one."""
         laid_out, [trunk] = self._laid_out(pixels), self._trunk
@@ -268,7 +326,7 @@ class Network(nn.Module):
     def _autocast(self) -> AbstractContextManager[object]:
         if self._amp == "off":
             return nullcontext()
-        return torch.autocast(self._device_type, getattr(torch, self._amp))
+        return torch.autocast(self._device.type, getattr(torch, self._amp))
 
 
 def _average_of(model: nn.Module, decay: float) -> AveragedModel:

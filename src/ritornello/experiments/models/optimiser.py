@@ -12,14 +12,17 @@ from ritornello.experiments.recipes.recipe import Recipe
 
 
 def optimiser_of(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
-    """The recipe's optimiser for a model, without state.
+    """The recipe's optimiser for what a model learns, without state.
 
     A group of parameters whose learning rate is another one has its factor as "rate".
     """
     rate, decay = recipe.learning_rate, recipe.weight_decay
-    parameters: Any = model.parameters()
-    if recipe.backbone_rate not in (0, 1):  # frozen layers are no part of the model
-        parameters = _slow_backbone(model, recipe.backbone_rate)
+    parameters: Any = [each for each in model.parameters() if each.requires_grad]
+    if recipe.strategy == "adapter":
+        # The outputs of older classes have no gradients, and are to stay as they are.
+        parameters = _last_and_others(model, {"weight_decay": 0.0}, {})
+    elif recipe.backbone_rate not in (0, 1):  # frozen layers are no part of the model
+        parameters = _last_and_others(model, {}, {"rate": recipe.backbone_rate})
     if recipe.optimiser == "adam":
         return torch.optim.Adam(parameters, lr=rate, weight_decay=decay)
     momentum = recipe.momentum
@@ -32,10 +35,13 @@ def set_learning_rate(optimiser: torch.optim.Optimizer, rate: float) -> None:
         group["lr"] = rate * group.get("rate", 1.0)
 
 
-def _slow_backbone(model: nn.Module, factor: float) -> list[dict[str, Any]]:
-    """The last layer's parameters, and all others, which learn at another rate."""
+def _last_and_others(
+    model: nn.Module, of_last: dict[str, float], of_others: dict[str, float]
+) -> list[dict[str, Any]]:
+    """The last layer's parameters, and all others that learn, with settings of their own."""
     last = last_layer_name(model) + "."
-    groups: list[dict[str, Any]] = [{"params": []}, {"params": [], "rate": factor}]
+    groups: list[dict[str, Any]] = [{"params": [], **of_last}, {"params": [], **of_others}]
     for name, parameter in model.named_parameters():
-        groups[not name.startswith(last)]["params"].append(parameter)
+        if parameter.requires_grad:
+            groups[not name.startswith(last)]["params"].append(parameter)
     return groups

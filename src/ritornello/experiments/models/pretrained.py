@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ritornello.experiments.models.build import OWN
+from ritornello.experiments.ranks.progress import say
 from ritornello.experiments.recipes.recipe import Recipe
 
 SOLVED = ("class-means", "ridge")
@@ -10,6 +11,16 @@ SOLVED = ("class-means", "ridge")
 
 CHANGED_IMAGES = ("domain-incremental-permuted", "domain-incremental-rotated")
 """Scenarios whose tasks show the same images otherwise."""
+
+
+def warn_of_untrained(recipe: Recipe) -> None:
+    """Says so where layers are frozen that nobody has trained."""
+    if recipe.freezes_trunk and recipe.weights is None:
+        say(
+            f"the frozen layers of {recipe.model} are untrained, and stay so; --weights says what "
+            "they begin with",
+            style="yellow",
+        )
 
 
 def check_pretrained(recipe: Recipe) -> None:
@@ -31,6 +42,13 @@ def check_pretrained(recipe: Recipe) -> None:
             f"backbone_rate={recipe.backbone_rate}: it must be from 0 (frozen) to 1 (as the last "
             "layer)"
         )
+    if recipe.tuned_stages < 0:
+        raise ValueError(f"tuned_stages={recipe.tuned_stages}: it must be 0 (none) or more")
+    if recipe.tuned_stages and not recipe.freezes_trunk:
+        raise ValueError(
+            f"tuned_stages={recipe.tuned_stages} with backbone_rate={recipe.backbone_rate}: all "
+            "stages learn; use backbone_rate=0, which freezes the others, or tuned_stages=0"
+        )
     if recipe.averaged and recipe.strategy in SOLVED:
         raise ValueError(
             f"averaged={recipe.averaged} with strategy={recipe.strategy!r}: it makes no steps "
@@ -40,7 +58,7 @@ def check_pretrained(recipe: Recipe) -> None:
         return
     for is_wrong, setting, use in (
         (
-            recipe.backbone_rate != 0,
+            not recipe.freezes_trunk,
             f"backbone_rate={recipe.backbone_rate}, so that features change as it learns",
             "backbone_rate=0",
         ),

@@ -99,6 +99,9 @@ class Recipe:
     backbone_rate: float = 1.0
     """The learning rate of all but the last layer, in multiples of ``learning_rate``; 0: they are
     frozen, with their running statistics."""
+    tuned_stages: int = 0
+    """With a frozen backbone, how many of its last stages learn all the same (of a transformer:
+    blocks); with adapters see ``adapted_stages``."""
     dropout: float = 0.0
     channels_last: bool = False
     compile: bool = False
@@ -126,6 +129,15 @@ class Recipe:
     """How far a rank's surrogate model goes its own way: above 0, and below 1 (fedssi)."""
     surrogate_steps: int = 100
     """Steps of the surrogate model at each task's end (fedssi)."""
+    adapted_stages: int = 2
+    """How many of a model's last stages have adapters (adapter, adapter-rehearsal). See
+    ``models.adapters``."""
+    adapter_width: int = 16
+    """Hidden units that each adapter has for each task."""
+    adapter_scale: float = 0.1
+    """What the adapters' outputs are multiplied by."""
+    orthogonality: float = 1.0
+    """Weight of the loss that keeps the newest adapters orthogonal to those before."""
     ridge_penalty: float = 0.03
     """Of squared weights, in multiples of a feature's mean square over all samples (ridge)."""
     loss_weights: str = "by-sample"
@@ -286,6 +298,21 @@ class Recipe:
     def is_proportional(self) -> bool:
         """Whether steps are composed in proportion."""
         return self.composition == "proportional"
+
+    @property
+    def has_adapters(self) -> bool:
+        """Whether adapters and the last layer are all that learns."""
+        return self.strategy in ("adapter", "adapter-rehearsal")
+
+    @property
+    def freezes_trunk(self) -> bool:
+        """Whether the model is split into a trunk, which is frozen, and a rest, which learns."""
+        return self.has_adapters or self.backbone_rate == 0
+
+    @property
+    def num_last_stages(self) -> int:
+        """Of the rest; 0: the last layer alone."""
+        return self.adapted_stages if self.has_adapters else self.tuned_stages
 
     @property
     def offers_stream(self) -> bool:

@@ -35,6 +35,9 @@ GENERATOR_SETTINGS = (
 SI_SETTINGS = ("si_strength", "si_damping", "locality", "surrogate_steps")
 """Settings that change nothing where weights have no importances."""
 
+ADAPTER_SETTINGS = ("adapted_stages", "adapter_width", "adapter_scale", "orthogonality")
+"""Settings that change nothing without adapters."""
+
 REHEARSAL_SETTINGS = (
     "alpha",
     "beta",
@@ -61,6 +64,9 @@ REHEARSAL_SETTINGS = (
 PROPORTIONAL_SETTINGS = ("samples_per_step", "first_share", "share_floor")
 """Settings that change nothing where steps are not composed in proportion."""
 
+WITH_ADAPTERS = ("adapter", "adapter-rehearsal")
+"""Strategies that have them."""
+
 WITH_IMPORTANCES = tuple(name for name, each in STRATEGIES.items() if each.remembers_in_itself)
 """Strategies that know how important each weight is."""
 
@@ -85,6 +91,10 @@ def settings_of(run: Results) -> dict[str, Any]:
         left_out.update(GENERATOR_SETTINGS)
     if run["strategy"] not in WITH_IMPORTANCES:
         left_out.update(SI_SETTINGS)
+    if run["strategy"] not in WITH_ADAPTERS:
+        left_out.update(ADAPTER_SETTINGS)
+    else:
+        left_out.add("tuned_stages")
     if run["config"].get("prior") != "dirichlet":
         left_out.add("prior_concentration")
     if run["config"].get("composition") != "proportional":

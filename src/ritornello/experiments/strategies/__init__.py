@@ -27,6 +27,7 @@ from ritornello.experiments.strategies.incremental import Incremental
 from ritornello.experiments.strategies.joint import Joint
 from ritornello.experiments.strategies.rehearsal import Rehearsal
 from ritornello.experiments.strategies.soft_targets import SoftTargets
+from ritornello.experiments.strategies.without_samples.adapter import Adapter, AdapterRehearsal
 from ritornello.experiments.strategies.without_samples.class_means import ClassMeans
 from ritornello.experiments.strategies.without_samples.fedssi import FedSSI
 from ritornello.experiments.strategies.without_samples.generated import GeneratedPast
@@ -57,6 +58,8 @@ STRATEGIES: dict[str, type[Strategy]] = {
     "si-rehearsal": SIRehearsal,
     "fedssi": FedSSI,
     "generative": Generative,
+    "adapter": Adapter,
+    "adapter-rehearsal": AdapterRehearsal,
     "class-means": ClassMeans,
     "ridge": Ridge,
     "from-scratch": FromScratch,
@@ -77,6 +80,8 @@ __all__ = [
     "ERACE",
     "SI",
     "STRATEGIES",
+    "Adapter",
+    "AdapterRehearsal",
     "ClassMeans",
     "DERPlusPlus",
     "FedSSI",

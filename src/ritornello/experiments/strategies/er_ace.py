@@ -73,9 +73,7 @@ class ERACE(RehearsalStrategy):
         if self._earlier:
             # Once per task: a copy to a GPU makes the trainer wait for it.
             self._outputs = self._outputs.to(new.device)
-            own = labels[:num_new, None]
-            lowest = torch.finfo(new.dtype).min
-            new = new.index_fill(1, self._outputs, lowest).scatter(1, own, new.gather(1, own))
+            new = without(new, labels[:num_new], self._outputs)
         loss = self.mean_new(self.criterion(new, labels[:num_new]))
         if len(past):
             loss = loss + self.mean_past(self.criterion(past, labels[num_new:]))
@@ -92,3 +90,16 @@ class ERACE(RehearsalStrategy):
                 "strategy.begin_task(number, classes) for every task so far, with all its classes; "
                 "is_blurry=True lets classes come before their task"
             )
+
+
+def without(logits: Tensor, labels: Tensor, outputs: Tensor) -> Tensor:
+    """Logits of which some take no part in the loss, and get no gradients.
+
+    Args:
+        logits: ``[n, num_classes]``.
+        labels: ``[n]``; a sample's own class always takes part.
+        outputs: int64 ``[k]``: which ones are left out, on the same device.
+    """
+    own = labels[:, None]
+    lowest = torch.finfo(logits.dtype).min
+    return logits.index_fill(1, outputs, lowest).scatter(1, own, logits.gather(1, own))

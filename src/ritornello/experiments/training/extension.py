@@ -197,7 +197,7 @@ def _say_what_comes(
 def _frozen_in(extension: Extension) -> Path | None:
     """Where frozen layers are that the run began with, or all that it would have to get again."""
     recipe = extension.recipe
-    if recipe.weights is None and recipe.backbone_rate:
+    if recipe.weights is None and not recipe.freezes_trunk:
         return None
     return part_of(extension.folder, "model.pt")
 

@@ -23,7 +23,7 @@ MAY_CHANGE = (
     *("epochs", "iterations", "global_batch_size"),
     *("optimiser", "keeps_optimiser", "learning_rate", "momentum", "weight_decay"),
     *("warmup_epochs", "milestones", "alpha", "beta", "loss_weights"),
-    "distance",
+    *("distance", "orthogonality"),
     *("composition", "samples_per_step", "first_share", "share_floor"),
     *("soft_targets", "soft_temperature", "local_steps"),
     *("capacity", "global_num_representatives", "global_num_candidates", "sampling", "draws"),

@@ -23,7 +23,7 @@ from ritornello.experiments.data.load import load
 from ritornello.experiments.data.scenarios import IN_CLASS_ORDER, SCENARIOS
 from ritornello.experiments.models.augmentation import AUGMENTATIONS
 from ritornello.experiments.models.embedding import Embeddings
-from ritornello.experiments.models.pretrained import check_pretrained
+from ritornello.experiments.models.pretrained import check_pretrained, warn_of_untrained
 from ritornello.experiments.ranks.group import Ranks
 from ritornello.experiments.ranks.interruption import NotedSignals, RunInterruptedError
 from ritornello.experiments.ranks.launch import restarted
@@ -37,7 +37,7 @@ from ritornello.experiments.results.reading import runs_in
 from ritornello.experiments.results.run_folder import locked, write_json
 from ritornello.experiments.results.writing import Results
 from ritornello.experiments.strategies import Rehearsal, strategy_named
-from ritornello.experiments.strategies.without_samples import generative
+from ritornello.experiments.strategies.without_samples import adapter, generative
 from ritornello.experiments.training import exemplars
 from ritornello.experiments.training.checkpoints import Checkpoints
 from ritornello.experiments.training.saver import CheckpointSettings, Saver
@@ -198,6 +198,8 @@ def _run(
             Trainer(recipe, data, Place(ranks.rank, ranks.num_ranks, device), embeddings=embeddings)
         )
         trainer.schedule.warn_of_room()
+        if ranks.rank == 0:
+            warn_of_untrained(recipe)
         saver = checkpoints = None
         if folder is not None and signals is not None:
             checkpoints = Checkpoints(folder / "checkpoints", saving.keep, ranks)
@@ -298,6 +300,7 @@ def check(recipe: Recipe, num_ranks: int) -> None:
                 f"new and past samples in its own way; use 'rehearsal', or {name}={without!r}"
             )
     generative.check(recipe)
+    adapter.check(recipe)
     if isinstance(recipe.class_order, int):
         if recipe.class_order < 0:
             raise ValueError(f"class_order={recipe.class_order}: it must not be negative")

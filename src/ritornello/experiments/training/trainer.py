@@ -256,6 +256,7 @@ class Trainer:
                 self.between_steps()
         if self.strategy.restarts:
             self.start_afresh()
+        self.network.grow(number + 1, self.tasks[number].classes)
         if self.optimiser is None or not self.recipe.keeps_optimiser:
             self.optimiser = optimiser_of(self.recipe, self.network.model)
 
@@ -354,7 +355,9 @@ class Trainer:
         self.num_resumed = saved["num_resumed"] + 1
         for number in range(self.position.task):
             self.strategy.begin_task(number, self.tasks[number].classes)
-        num_made = self.position.step if self.strategy.restarts else self.seconds.num_steps
+        self.network.grow(self.position.task + (self.position.step > 0))
+        begins_anew = self.strategy.restarts or self.recipe.has_adapters
+        num_made = self.position.step if begins_anew else self.seconds.num_steps
         if num_made:
             image = exemplars.nothing_like(self.data.train, self.place.device)[0]
             batch_size = -(-self.recipe.global_batch_size // self.place.num_ranks)
@@ -408,6 +411,7 @@ class Trainer:
             ValueError: the weights are of another model.
         """
         number = len(self.tasks) - 1
+        self.network.grow(number)
         whole = self.network.whole
         fresh = whole.state_dict()
         average = models.widened(weights if averaged is None else averaged, fresh)
