@@ -58,6 +58,7 @@ ARCHIVED = (
     "seconds",
     "step_seconds",
     "train_samples",
+    "train_samples_per_rank",
     "samples_per_step",
     "buffer",
     "generator",

@@ -241,12 +241,24 @@ class Strategy:
     def shared_state_dict(self) -> dict[str, Any]:
         """What the strategy needs to go on that all ranks have alike; see ``state_dict``.
 
-        That of one rank is enough, for any number of ranks. A finished run leaves it, too.
+        That of one rank is enough, for any number of ranks.
         """
         return {}
 
     def load_shared_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from what ``shared_state_dict`` gave, perhaps with fewer classes than now."""
+
+    def left(self, gather: Callable[[Any], list[Any]]) -> dict[str, Any]:
+        """What a finished run leaves for one that goes on with it; all ranks call this.
+
+        Args:
+            gather: gives every rank's content to every rank.
+        """
+        return self.shared_state_dict()
+
+    def follow(self, left: dict[str, Any], rank: int, num_ranks: int) -> None:
+        """Goes on from what a run has ``left``, on any number of ranks."""
+        self.load_shared_state_dict(left)
 
     def outcome(self) -> dict[str, Any]:
         """What the results say of the strategy besides, at the end, in terms of JSON."""

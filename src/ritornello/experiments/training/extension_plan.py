@@ -23,7 +23,7 @@ MAY_CHANGE = (
     *("epochs", "iterations", "global_batch_size"),
     *("optimiser", "keeps_optimiser", "learning_rate", "momentum", "weight_decay"),
     *("warmup_epochs", "milestones", "alpha", "beta", "loss_weights"),
-    "distance",
+    *("distance", "si_strength", "si_damping", "locality", "surrogate_steps"),
     *("composition", "samples_per_step", "first_share", "share_floor"),
     *("soft_targets", "soft_temperature", "local_steps"),
     *("capacity", "global_num_representatives", "global_num_candidates", "sampling", "draws"),
@@ -140,16 +140,15 @@ def _recipe(folder: Path, before: Results, changes: Mapping[str, Any]) -> Recipe
             f"the strategy {recipe.strategy!r} trains on the data of all tasks, and those of "
             f"earlier ones are not kept; runs of {', '.join(_can_go_on())} can go on"
         )
-    if kind.remembers_in_itself:
-        raise ValueError(
-            f"the strategy {recipe.strategy!r} needs the importances of weights, which a finished "
-            f"run does not keep; runs of {', '.join(_can_go_on())} can go on"
-        )
-    generates = kind.num_draws and recipe.global_num_generated
-    if generates and not part_of(folder, "strategy.pt").exists():
-        raise FileNotFoundError(
-            f"{folder} has no strategy.pt: without its generator this run cannot go on"
-        )
+    if not part_of(folder, "strategy.pt").exists():
+        for needed, what in (
+            (kind.num_draws and recipe.global_num_generated, "its generator"),
+            (kind.remembers_in_itself, "the importances of its weights"),
+        ):
+            if needed:
+                raise FileNotFoundError(
+                    f"{folder} has no strategy.pt: without {what} this run cannot go on"
+                )
     if recipe.predicts_tensors:
         raise ValueError(
             f"the run was made with loss={recipe.loss!r}, whose targets are tensors, and only runs "
@@ -194,9 +193,7 @@ def _recipe(folder: Path, before: Results, changes: Mapping[str, Any]) -> Recipe
 
 def _can_go_on() -> list[str]:
     return [
-        name
-        for name, kind in STRATEGIES.items()
-        if kind.training_tasks is Strategy.training_tasks and not kind.remembers_in_itself
+        name for name, kind in STRATEGIES.items() if kind.training_tasks is Strategy.training_tasks
     ]
 
 

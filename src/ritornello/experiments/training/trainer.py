@@ -423,7 +423,7 @@ class Trainer:
         for earlier in range(number):
             self.strategy.begin_task(earlier, self.tasks[earlier].classes)
         if strategy is not None:
-            self.strategy.load_shared_state_dict(strategy)
+            self.strategy.follow(strategy, self.place.rank, self.place.num_ranks)
         self.position, self.log = Position(task=number, count=number), log
         self._seed_this_rank()
 
