@@ -65,6 +65,7 @@ def permuted_mnist() -> Recipe:
         iterations=250,
         global_batch_size=64,
         learning_rate=1e-3,
+        momentum=0.5,  # of --optimiser sgd
         si_strength=10.0,
         capacity=500,
         global_num_representatives=64,

@@ -61,7 +61,7 @@ ARCHIVED = (
     "train_samples_per_rank",
     "samples_per_step",
     "buffer",
-    "generator",
+    "costs",
 )
 """What an archive keeps of a run."""
 

@@ -152,6 +152,7 @@ class Trainer:
             "resumed": self.num_resumed,
             "seconds_saving": self.seconds.saving,
             "buffer": self.strategy.stats(),
+            "costs": self.strategy.costs(self.network.model),
             "weights_sha256": weights_digest(self.network.model),
             **self.strategy.outcome(),
             **self._of_average(),

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ritornello.experiments.strategies.base import bytes_of
+
 
 class Importances:
     """The importances of synaptic intelligence: plain functions of weights and gradients.
@@ -105,6 +107,11 @@ class Importances:
             for importance, done, far in parts
         ]
         self._done = [torch.zeros_like(done) for done in self._done]
+
+    @property
+    def held_bytes(self) -> int:
+        """The memory of all that is kept for each weight."""
+        return bytes_of([*(self.anchor or []), *self.importance, *self._done, *self._before])
 
     def state_dict(self) -> dict[str, Any]:
         """All that is needed to go on between two steps: copies."""

@@ -63,6 +63,11 @@ class Consolidation(Strategy):
             loss = loss + self.strength * self.importances.surrogate(model)
         return loss
 
+    @property
+    def held_bytes(self) -> int:
+        """See ``Strategy.held_bytes``."""
+        return super().held_bytes + self.importances.held_bytes
+
     def state_dict(self) -> dict[str, Any]:
         """See ``Strategy.state_dict``."""
         return super().state_dict() | self._importances(self.is_alone)
