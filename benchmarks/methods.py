@@ -10,7 +10,8 @@ A method is a strategy, or any name, with what it changes in the recipe. For eac
 - a run on two ranks for a few steps, for what it sends in a step beside the gradients of training;
 - a run that takes turns with one of the first method, for its time: each has a process of its own
   and trains for some steps while the other waits, so that both see the same machine. Counted is
-  all that steps and the ends of tasks take, but not the tests.
+  all that steps and the ends of tasks take, but not the tests. With ``--turn-steps 0`` it is that
+  of the runs above instead, which says little where other programs ran beside some of them.
 
 Nothing is run twice: what lies below ``--output``, or in the folders and archives of ``--runs``, is
 taken from there. A method with ``ranks=2`` among its changes runs on as many, and takes no turns.
@@ -263,7 +264,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="where runs go, or have gone")
     parser.add_argument("--runs", nargs="+", default=[], help="further folders of finished runs")
     parser.add_argument("--sent-steps", type=int, default=20, help="per task, on 2 ranks; 0: none")
-    parser.add_argument("--turn-steps", type=int, default=20, help="of one turn; 0: no turns")
+    parser.add_argument(
+        "--turn-steps", type=int, default=20, help="of one turn; 0: no turns, the runs' own seconds"
+    )
     parser.add_argument(
         "--timed", default="", help="settings of runs in turns, such as iterations=100"
     )
@@ -285,7 +288,11 @@ def main() -> None:
         short = with_changes(method.recipe, iterations=arguments.sent_steps or None)
         run = runs.of(method.name, short, 2) if arguments.sent_steps else None
         sent.append(run and run["costs"]["sent_bytes_per_step"])
-    times: dict[str, float] = {}
+    times = {
+        group.label: group.seconds.mean / groups[0].seconds.mean
+        for group, method in zip(groups, methods, strict=True)
+        if method.num_ranks == methods[0].num_ranks
+    }
     if arguments.turn_steps:
         file = arguments.output / "turns.json"
         times = multiples(methods, changes_in(arguments.timed), arguments.turn_steps, file)

@@ -44,11 +44,13 @@ def test_the_table(
         "method", "settings", "top-1", "forgetting", "time", "held", "sent per step"
     ]  # fmt: skip
     assert [row[0] for row in rows[2:]] == ["incremental", "stored", "joint"]
-    assert [row[4:] for row in rows[2:]] == [
-        ["-", "0", "-"],
-        ["-", "8 kB", "-"],  # 100 records of 64 + 8 bytes, each in whole 16
-        ["-", "all data: 86.2 kB", "-"],
+    assert [row[5:] for row in rows[2:]] == [
+        ["0", "-"],
+        ["8 kB", "-"],  # 100 records of 64 + 8 bytes, each in whole 16
+        ["all data: 86.2 kB", "-"],
     ]
+    assert rows[2][4] == "1.00"
+    assert all(float(row[4]) > 0 for row in rows[2:])
     assert rows[3][1] == "strategy=rehearsal, capacity=100"
     assert rows[4][3] == "-"  # what waits for all data forgets nothing
     assert all("±" in row[2] for row in rows[2:])
