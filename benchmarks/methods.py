@@ -8,39 +8,37 @@ A method is a strategy, or any name, with what it changes in the recipe. For eac
 - a run with each seed, for accuracy and forgetting (or errors), and for what it keeps beside the
   model, as the runs have measured it (``costs`` in ``results.json``);
 - a run on two ranks for a few steps, for what it sends in a step beside the gradients of training;
-- a run that takes turns with one of the first method, for its time: each has a process of its own
-  and trains for some steps while the other waits, so that both see the same machine. Counted is
-  all that steps and the ends of tasks take, but not the tests. With ``--turn-steps 0`` it is that
-  of the runs above instead, which says little where other programs ran beside some of them.
+- runs for its time, in multiples of the first method's: the processor's time of all threads, so
+  that it does not matter what else the machine does meanwhile. Counted is all that steps and the
+  ends of tasks take, the buffer's thread too, but not the tests.
 
 Nothing is run twice: what lies below ``--output``, or in the folders and archives of ``--runs``, is
-taken from there. A method with ``ranks=2`` among its changes runs on as many, and takes no turns.
+taken from there. A method with ``ranks=2`` among its changes runs on as many, and is not timed.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
+import hashlib
 import json
 import math
 import re
 import shlex
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from multiprocessing import get_context
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import torch
-from price import TakingTurns
 
 from ritornello.experiments.data.holdout import held_out
 from ritornello.experiments.data.load import load
 from ritornello.experiments.ranks.launch import launch
 from ritornello.experiments.ranks.place import Place
-from ritornello.experiments.ranks.progress import say
+from ritornello.experiments.ranks.progress import ProgressBar, say
 from ritornello.experiments.recipes.named import recipe_named
 from ritornello.experiments.recipes.recipe import Recipe, with_changes
 from ritornello.experiments.results.groups import Group, num_train_samples
@@ -49,6 +47,7 @@ from ritornello.experiments.results.writing import Results
 from ritornello.experiments.strategies import STRATEGIES, Strategy, strategy_named
 from ritornello.experiments.training import run as train
 from ritornello.experiments.training.stored_files import data_of
+from ritornello.experiments.training.trainer import Trainer
 
 NOTHING = "-"
 
@@ -117,7 +116,10 @@ class Runs:
 
     def __init__(self, output: Path, others: Sequence[str]) -> None:
         self._output = output
-        sources = [*others, *([output] if any(output.rglob("results.json")) else [])]
+        sources: list[str | Path] = [
+            *others,
+            *([output] if any(output.rglob("results.json")) else []),
+        ]
         self._known = {self._key(run): run for run in (find_results(sources) if sources else [])}
 
     def of(self, name: str, recipe: Recipe, num_ranks: int) -> Results:
@@ -146,72 +148,55 @@ NO_MATTER = train.MAY_CHANGE
 """Settings by which runs do not differ."""
 
 
-class TellingTheRest(TakingTurns):
-    """As ``TakingTurns``; its first turn counts, too, and what is left behind the last one."""
+class Timed(Trainer):
+    """A trainer that counts the processor's time of all its threads, tests left out."""
 
-    def tell_rest(self) -> None:
-        """Ends the last turn; None says so."""
-        self.turns.send(self.seconds.load + self.seconds.step - self._seconds_told)
-        self.turns.send(None)
+    seconds_used = 0.0
 
-
-def train_in_turns(recipe: Recipe, num_steps: int, turns: Connection) -> None:
-    """One run, in its own process."""
-    turns.recv()
-    data = load(recipe.data, recipe.data_path, recipe.image_size)
-    data = data_of(recipe, held_out(data, recipe.holdout))
-    with TellingTheRest(recipe, data, Place(0, 1, torch.device("cpu"))) as trainer:
-        trainer.turns, trainer.num_steps = turns, num_steps
-        trainer.train()
-        trainer.tell_rest()
-
-
-def seconds_in_turns(recipes: Sequence[Recipe], num_steps: int) -> list[float]:
-    """What the steps of whole runs take that take turns."""
-    context = get_context("spawn")
-    seconds = [0.0] * len(recipes)
-    ends, processes = {}, []
-    for number, recipe in enumerate(recipes):
-        ends[number], other = context.Pipe()
-        arguments = (recipe, num_steps, other)
-        processes.append(context.Process(target=train_in_turns, args=arguments))
-        processes[-1].start()
-        other.close()
-    try:
-        while ends:
-            for number, end in list(ends.items()):
-                end.send(None)
-                told = end.recv()
-                seconds[number] += told or 0.0
-                if told is None:
-                    del ends[number]
-    finally:
-        for process in processes:
-            process.terminate()
-            process.join()
-    return seconds
+    def train_task(self, number: int, bar: ProgressBar) -> None:
+        """As ever; the time of the buffer's thread is counted, too."""
+        began = time.process_time()
+        super().train_task(number, bar)
+        if self.strategy.buffer is not None:
+            len(self.strategy.buffer)  # waits for the round under way
+        self.seconds_used += time.process_time() - began
 
 
 def multiples(
-    methods: Sequence[Method], changes: dict[str, Any], num_steps: int, file: Path
+    methods: Sequence[Method], changes: dict[str, Any], num_repeats: int, file: Path
 ) -> dict[str, float]:
     """The time of each method in multiples of the first one's, from the file where it knows it."""
     known: dict[str, float] = json.loads(file.read_text()) if file.exists() else {}
-    found = {methods[0].name: 1.0}
-    for method in methods[1:]:
-        if method.num_ranks > 1:
-            continue
-        # What lets a task pass by first does so once, however few steps follow: it is timed whole.
-        timed = {} if strategy_named(method.recipe.strategy).observes else changes
-        pair = [with_changes(each.recipe, **timed) for each in (methods[0], method)]
-        key = json.dumps([json.dumps(asdict(recipe), sort_keys=True) for recipe in pair])
+
+    def seconds_of(recipe: Recipe, repeat: int) -> float:
+        key = json.dumps([repeat, asdict(recipe)], sort_keys=True)
+        key = hashlib.sha256(key.encode()).hexdigest()
         if key not in known:
-            say(f"{method.recipe.name}: {method.name} and {methods[0].name} take turns")
-            first, own = seconds_in_turns(pair, num_steps)
-            known[key] = own / first
+            say(f"{recipe.name}: time of {recipe.strategy}")
+            known[key] = seconds_used(recipe)
             file.write_text(json.dumps(known, indent=1))
-        found[method.name] = known[key]
+        return known[key]
+
+    found = {}
+    for method in methods:
+        if method.num_ranks == 1:
+            # What lets a task pass by first does so once, however few steps follow: timed whole.
+            timed = {} if strategy_named(method.recipe.strategy).observes else changes
+            own, first = (with_changes(each.recipe, **timed) for each in (method, methods[0]))
+            turns = [
+                (seconds_of(own, each), seconds_of(first, each)) for each in range(num_repeats)
+            ]
+            found[method.name] = sum(a for a, _ in turns) / sum(b for _, b in turns)
     return found
+
+
+def seconds_used(recipe: Recipe) -> float:
+    """The processor's time for training by a recipe, on this process."""
+    data = load(recipe.data, recipe.data_path, recipe.image_size)
+    data = data_of(recipe, held_out(data, recipe.holdout))
+    with Timed(recipe, data, Place(0, 1, torch.device("cpu"))) as trainer:
+        trainer.train()
+    return trainer.seconds_used
 
 
 def as_bytes(number: float) -> str:
@@ -264,12 +249,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="where runs go, or have gone")
     parser.add_argument("--runs", nargs="+", default=[], help="further folders of finished runs")
     parser.add_argument("--sent-steps", type=int, default=20, help="per task, on 2 ranks; 0: none")
-    parser.add_argument(
-        "--turn-steps", type=int, default=20, help="of one turn; 0: no turns, the runs' own seconds"
-    )
-    parser.add_argument(
-        "--timed", default="", help="settings of runs in turns, such as iterations=100"
-    )
+    parser.add_argument("--repeats", type=int, default=2, help="of runs for the time; 0: none")
+    parser.add_argument("--timed", default="", help="settings of these, such as iterations=100")
     arguments = parser.parse_args()
     settings = {"device": "cpu", **changes_in(arguments.settings)}
     base = recipe_named(arguments.recipe, data_path=arguments.data, **settings)
@@ -277,7 +258,8 @@ def main() -> None:
     methods = [method_of(text, base) for text in written]
     arguments.output.mkdir(parents=True, exist_ok=True)
     runs = Runs(arguments.output, arguments.runs)
-    groups, sent = [], []
+    groups: list[Group] = []
+    sent: list[float | None] = []
     for method in methods:
         of_seeds = [
             runs.of(method.name, with_changes(method.recipe, seed=seed), method.num_ranks)
@@ -287,15 +269,11 @@ def main() -> None:
     for method in methods:
         short = with_changes(method.recipe, iterations=arguments.sent_steps or None)
         run = runs.of(method.name, short, 2) if arguments.sent_steps else None
-        sent.append(run and run["costs"]["sent_bytes_per_step"])
-    times = {
-        group.label: group.seconds.mean / groups[0].seconds.mean
-        for group, method in zip(groups, methods, strict=True)
-        if method.num_ranks == methods[0].num_ranks
-    }
-    if arguments.turn_steps:
-        file = arguments.output / "turns.json"
-        times = multiples(methods, changes_in(arguments.timed), arguments.turn_steps, file)
+        sent.append(None if run is None else float(run["costs"]["sent_bytes_per_step"]))
+    file = arguments.output / "times.json"
+    times: dict[str, float] = {}
+    if arguments.repeats:
+        times = multiples(methods, changes_in(arguments.timed), arguments.repeats, file)
     rows = [
         row_of(group, method, count, times.get(method.name))
         for group, method, count in zip(groups, methods, sent, strict=True)

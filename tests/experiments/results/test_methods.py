@@ -33,7 +33,7 @@ def test_the_table(
 ) -> None:
     command = [
         "methods.py", "digits", "--settings", "iterations=3,num_tasks=2,capacity=40",
-        "--seeds", "0", "1", "--output", str(tmp_path), "--sent-steps", "0", "--turn-steps", "0",
+        "--seeds", "0", "1", "--output", str(tmp_path), "--sent-steps", "0", "--repeats", "1",
         "--methods", "incremental", "stored:strategy=rehearsal,capacity=100", "joint",
     ]  # fmt: skip
     monkeypatch.setattr(sys, "argv", command)
@@ -81,17 +81,19 @@ def test_what_methods_are_written_as(methods: Any) -> None:
 
 
 def test_times_are_measured_once(methods: Any, tmp_path: Path, monkeypatch: Any) -> None:
-    measured: list[list[tuple[str, int]]] = []
+    measured: list[tuple[str, int]] = []
 
-    def in_turns(recipes: Any, num_steps: int) -> list[float]:
-        measured.append([(each.strategy, each.epochs) for each in recipes])
-        return [2.0, 3.0]
+    def used(recipe: Any) -> float:
+        measured.append((recipe.strategy, recipe.epochs))
+        return {"incremental": 2.0, "rehearsal": 3.0, "gdumb": 4.0}[recipe.strategy]
 
-    monkeypatch.setattr(methods, "seconds_in_turns", in_turns)
+    monkeypatch.setattr(methods, "seconds_used", used)
     base = recipe_named("digits", device="cpu")
-    written = ("incremental", "rehearsal", "fedssi:ranks=2,local_steps=3")
+    written = ("incremental", "rehearsal", "fedssi:ranks=2,local_steps=3", "gdumb")
     rows = [methods.method_of(each, base) for each in written]
     for _ in range(2):
-        found = methods.multiples(rows, {"epochs": 1}, 4, tmp_path / "turns.json")
-        assert found == {"incremental": 1.0, "rehearsal": 1.5}
-    assert measured == [[("incremental", 1), ("rehearsal", 1)]]
+        found = methods.multiples(rows, {"epochs": 1}, 2, tmp_path / "times.json")
+        assert found == {"incremental": 1.0, "rehearsal": 1.5, "gdumb": 2.0}
+    short = [("incremental", 1), ("rehearsal", 1)]
+    whole = [("incremental", 12), ("gdumb", 12)]  # it lets each task pass by once
+    assert sorted(measured) == sorted(2 * (short + whole))
