@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -464,3 +465,22 @@ def test_samples_of_unequal_length(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("inspect", "saved", "--export", "e.npz") == 2
     assert "differ in length, and no array holds that" in capsys.readouterr().err
     assert run("inspect", "saved", "--export", "images") == 2
+
+
+def test_pictures_of_telephones_are_exported_with_all_that_is_in_them() -> None:
+    files, contents = [], []
+    for number in range(4):  # JPEG files with a second picture in them, which Pillow calls MPO
+        image, second = (Image.new("RGB", (16, 12), (60 * number, each, 0)) for each in (0, 200))
+        further = {"format": "MPO", "save_all": True, "append_images": [second]}
+        file = io.BytesIO()
+        image.save(file, **(further if number else {"format": "JPEG"}))
+        contents.append(file.getvalue())
+        files.append(torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8))
+    with RehearsalBuffer(9, num_representatives=1, capacity_bytes=10**6) as buffer:
+        buffer.update((files, torch.tensor([0, 0, 1, 1])))
+        buffer.save("saved")
+    assert run("inspect", "saved", "--export", "images", "--picture", "p.png") == 0
+    exported = sorted(Path("images").rglob("*.*"))
+    assert [each.suffix for each in exported] == [".jpg"] * 4
+    assert {each.read_bytes() for each in exported} == set(contents)
+    assert len(ImageFolder("images")) == 4

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ritornello import RehearsalBuffer
+from ritornello.experiments.models.build import widened
 from ritornello.experiments.strategies import SI, FedSSI, SIRehearsal, Strategy
 from ritornello.experiments.strategies.without_samples.importances import Importances
 
@@ -172,7 +173,8 @@ def test_with_rehearsal_both_parts_are_there() -> None:
 @pytest.mark.parametrize("num_states", [1, 2])
 def test_it_goes_on_from_its_state(num_states: int) -> None:
     def made() -> tuple[SI, Slope]:
-        return SI(strength=0.5, damping=0.2, criterion=squares), Slope(0.0)
+        strategy = SI(strength=0.5, damping=0.2, criterion=squares, is_alone=num_states > 1)
+        return strategy, Slope(0.0)
 
     steps = [(1.0, 2), (2.0, 1), (1.0, 0)]
     (strategy, model), (other, copy) = made(), made()
@@ -182,18 +184,74 @@ def test_it_goes_on_from_its_state(num_states: int) -> None:
     strategy.begin_task(1)
     train(strategy, model, steps[:1], rate=0.1)
     state: dict[str, Any] = strategy.state_dict()
+    shared: dict[str, Any] = strategy.shared_state_dict()
     copy.load_state_dict(model.state_dict())
     for number in range(2):
         other.begin_task(number)
     if num_states == 1:
         other.load_state_dict(state)
-    else:  # of two ranks, which had the same
+        other.load_shared_state_dict(shared)
+    else:  # of two ranks that make steps of their own, and had the same
+        other.load_shared_state_dict(shared)
         other.adopt([state, state])
     for each, weights in ((strategy, model), (other, copy)):
         train(each, weights, steps[1:], rate=0.1)
         each.end_task(weights)
     assert model.weight.item() == copy.weight.item()
     assert other.importances.importance == strategy.importances.importance
+
+
+@pytest.mark.parametrize("kind", [SI, FedSSI])
+def test_weights_of_further_classes_are_not_important_and_anchored_where_they_begin(
+    kind: type[SI] | type[FedSSI],
+) -> None:
+    torch.manual_seed(0)
+    before, now = (nn.Sequential(nn.Linear(2, 4), nn.Linear(4, num)) for num in (3, 5))
+    strategy, other = kind(strength=0.5), kind(strength=0.5)
+    strategy.importances.begin(before)
+    strategy.end_task(before)
+    for each in strategy.importances.importance:
+        each.fill_(2.0)
+    other.follow(strategy.left(lambda content: [content]), 0, 1)
+    now.load_state_dict(widened(before.state_dict(), now.state_dict()))
+    other.importances.begin(now)
+    assert other.importances.surrogate(now) == 0
+    with torch.no_grad():
+        for weight in now.parameters():
+            weight.add_(1.0)
+    num_old = 2 * 4 + 4 + 4 * 3 + 3
+    assert other.importances.surrogate(now).item() == pytest.approx(2.0 * num_old)
+    with pytest.raises(ValueError, match=r"of another model: see \(4, 2\) and \(4, 3\)"):
+        other.importances.begin(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 5)))
+    with pytest.raises(ValueError, match="of another model: see 4 and 2 weights"):
+        other.importances.begin(nn.Linear(2, 4))
+
+
+def test_a_run_leaves_importances_of_each_rank_where_these_make_steps_of_their_own() -> None:
+    def importance(of_run: FedSSI | SI) -> float:
+        return of_run.importances.importance[0].item()
+
+    def made(value: float, kind: type[Any] = FedSSI, **settings: Any) -> Any:
+        strategy = kind(strength=1.0, **settings)
+        strategy.importances.begin(Slope(0.0))
+        strategy.importances.importance[0].fill_(value)
+        return strategy
+
+    states = [made(value).importances.state_dict() for value in (1.0, 3.0)]
+    left = made(1.0).left(lambda own: states)
+    for settings, rank, num_ranks, expected in (
+        ({}, 1, 2, 3.0),  # its own
+        ({}, 0, 3, 2.0),  # there was none of that number of ranks: the mean
+        ({"kind": SI}, 1, 2, 2.0),  # all are to have the same
+    ):
+        other = made(0.0, **settings)
+        other.follow(left, rank, num_ranks)
+        assert importance(other) == expected
+    shared = made(5.0, SI).left(lambda own: pytest.fail("all ranks have the same"))
+    for kind in (SI, FedSSI):
+        other = made(0.0, kind)
+        other.follow(shared, 1, 2)
+        assert importance(other) == 5.0
 
 
 def test_no_step_without_a_task() -> None:

@@ -565,3 +565,31 @@ def test_a_copy_of_the_model_is_left_alone() -> None:
     gradients(DERPlusPlus, network, step, None)
     assert all(torch.equal(before[name], value) for name, value in network.state_dict().items())
     assert not dist.is_initialized()
+
+
+def test_what_each_strategy_keeps_and_sends() -> None:
+    """Beside the model: records, and copies of its weights."""
+    found = {}
+    num_weights = sum(each.numel() for each in model().parameters())
+    for name in ("incremental", "rehearsal", "der", "a-gem", "si", "si-rehearsal", "joint"):
+        recipe = recipe_named(
+            "digits", strategy=name, capacity=100, global_batch_size=16,
+            global_num_representatives=4,
+        )  # fmt: skip
+        learner = model().float()
+        with strategy_of(recipe, 0, 1, num_train_samples=500, num_classes=6) as strategy:
+            strategy.begin_task(0, range(6))
+            for images, labels in batches(3):
+                strategy.backward(learner, images, labels)
+                strategy.end_step(learner)
+            found[name] = strategy.costs(learner)
+            assert found[name]["sent_bytes_per_step"] == 0
+            if name == "a-gem":
+                strategy.sizes = GlobalSizes(0, 2, 16, 4)
+                assert strategy.costs(learner)["sent_bytes_per_step"] == 4 * num_weights
+    held = {name: costs["held_bytes"] for name, costs in found.items()}
+    assert held["incremental"] == held["joint"] == 0
+    assert held["rehearsal"] == held["a-gem"] == 100 * 32  # 24, in whole 16 bytes
+    assert held["der"] == 100 * (24 + 6 * 4)
+    assert held["si"] == 4 * 4 * num_weights  # anchor, importance, what was done, and before
+    assert held["si-rehearsal"] == held["si"] + held["rehearsal"]

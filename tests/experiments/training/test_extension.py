@@ -508,6 +508,57 @@ def test_a_generator_goes_on_with_further_classes(
         assert state["frozen"]["classes.0.weight"].shape == (8, 64)
 
 
+@pytest.mark.parametrize("strategy", ["si", "si-rehearsal"])
+def test_importances_go_on_with_further_classes(
+    strategy: str, arrived: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    train.run(recipe_of(arrived, strategy=strategy, num_tasks=2, epochs=1), str(folder))
+    left = torch.load(folder / "strategy.pt", weights_only=True)["importances"]
+    weights = torch.load(folder / "model.pt", weights_only=True)
+    moved = []
+    for strength in (0.0, 1.0):
+        output = tmp_path / str(strength)
+        extend(folder, arrived / "second.npz", output=output, changes={"si_strength": strength})
+        state = torch.load(output / "strategy.pt", weights_only=True)["importances"]
+        now = torch.load(output / "model.pt", weights_only=True)
+        assert all(map(torch.equal, state["anchor"], now.values()))
+        assert [len(each) for each in state["importance"]] == [100, 100, 100, 100, 8, 8]
+        ways = zip(left["importance"], weights.values(), now.values(), strict=True)
+        moved.append(sum((w * (a - b[: len(a)]) ** 2).sum().item() for w, a, b in ways))
+    assert 0 < moved[1] < 0.8 * moved[0]
+
+
+def extended_on_unlike_ranks(arrived: str, folder: str) -> None:
+    for strategy in ("si", "fedssi"):
+        recipe = recipe_of(
+            Path(arrived), strategy=strategy, num_tasks=2, epochs=1, local_steps=3,
+            surrogate_steps=2, ranks_differ=1.0,
+        )  # fmt: skip
+        train.run(recipe, f"{folder}/{strategy}")
+        extend(f"{folder}/{strategy}", f"{arrived}/second.npz")
+
+
+def test_unlike_ranks_go_on(arrived: Path, tmp_path: Path) -> None:
+    launch(2, extended_on_unlike_ranks, str(arrived), str(tmp_path))
+    for strategy in ("si", "fedssi"):
+        left = torch.load(tmp_path / strategy / "strategy.pt", weights_only=True)
+        one, other = (each["importance"] for each in left["of_ranks"])
+        assert one[-1].shape == other[-1].shape == (8,)
+        assert not torch.equal(one[-1], other[-1])
+    one_rank = {"local_steps": 0, "si_strength": 0.01}
+    results = extend(tmp_path / "si", arrived / "day-3", changes=one_rank)
+    left = torch.load(tmp_path / "si" / "strategy.pt", weights_only=True)
+    assert [len(each) for each in left["importances"]["importance"]][-1] == 10
+    assert results["config"]["ranks_differ"] == 1.0  # of ranks to come, too
+    held = results["train_samples_per_rank"]
+    assert [len(each) for each in held] == [2, 2, 2, 1]
+    assert [sum(each) for each in held] == [each["train_samples"] for each in results["tasks"]]
+    saved_results.archive([results], tmp_path / "archive.json")
+    [archived] = saved_results.find_results([tmp_path / "archive.json"])
+    assert archived["train_samples_per_rank"] == held
+
+
 def test_runs_that_cannot_go_on(
     finished: Path, living: Path, arrived: Path, tmp_path: Path
 ) -> None:
@@ -519,14 +570,15 @@ def test_runs_that_cannot_go_on(
             ValueError, match=f"the strategy '{strategy}' trains on the data of all"
         ):
             extend(folder, new)
-    train.run(recipe_of(arrived, strategy="si", epochs=1), str(tmp_path / "si"))
-    with pytest.raises(ValueError, match="the strategy 'si' needs the importances of weights, wh"):
-        extend(tmp_path / "si", new)
-    generative = tmp_path / "generative"
-    train.run(recipe_of(arrived, epochs=1, strategy="generative"), str(generative))
-    (generative / "strategy.pt").unlink()
-    with pytest.raises(FileNotFoundError, match=r"has no strategy.pt: without its generator"):
-        extend(generative, new)
+    for strategy, what in (
+        ("generative", "its generator"),
+        ("si", "the importances of its weights"),
+    ):
+        folder = tmp_path / strategy
+        train.run(recipe_of(arrived, epochs=1, strategy=strategy), str(folder))
+        (folder / "strategy.pt").unlink()
+        with pytest.raises(FileNotFoundError, match=f"has no strategy.pt: without {what} this run"):
+            extend(folder, new)
     (tmp_path / "none").mkdir()
     with pytest.raises(FileNotFoundError, match="holds no finished run: give the output folder of"):
         extend(tmp_path / "none", new)

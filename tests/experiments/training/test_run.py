@@ -215,7 +215,7 @@ def test_generated_samples_undo_forgetting_alone_and_beside_stored_ones() -> Non
     assert results["generated"]["samples_per_step"] == 32
     assert results["generated"]["buffer"] is None
     assert results["both"]["buffer"]["num_held"] == 40
-    assert results["generated"]["generator"]["held_bytes"] > 0
+    assert results["generated"]["costs"]["held_bytes"] > 0
     assert results["both"]["generated"]["shape"] == [100, 1, 8, 8]
     assert "generated" not in results["nothing"]
 

@@ -58,9 +58,10 @@ ARCHIVED = (
     "seconds",
     "step_seconds",
     "train_samples",
+    "train_samples_per_rank",
     "samples_per_step",
     "buffer",
-    "generator",
+    "costs",
 )
 """What an archive keeps of a run."""
 

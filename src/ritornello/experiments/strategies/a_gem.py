@@ -8,9 +8,10 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from ritornello.experiments.strategies.base import Backward, RehearsalStrategy
+from ritornello.experiments.strategies.base import Backward, RehearsalStrategy, bytes_of
 
 
 class AGEM(RehearsalStrategy):
@@ -41,6 +42,14 @@ class AGEM(RehearsalStrategy):
         if draws:
             project([p.grad for p in model.parameters()], reference)
         return loss.detach()
+
+    def sent_bytes_per_step(self, model: nn.Module) -> float:
+        """See ``Strategy.sent_bytes_per_step``: records, and the gradients of the past ones."""
+        num_ranks = dist.get_world_size() if dist.is_initialized() else 1
+        if self.sizes is not None:
+            num_ranks = self.sizes.num_ranks
+        gradients = bytes_of(model.parameters()) if num_ranks > 1 else 0
+        return super().sent_bytes_per_step(model) + gradients
 
 
 def project(gradients: list[Tensor | None], reference: list[Tensor | None]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, ClassVar, NamedTuple, Self, TypeVar
@@ -244,12 +244,45 @@ class Strategy:
     def shared_state_dict(self) -> dict[str, Any]:
         """What the strategy needs to go on that all ranks have alike; see ``state_dict``.
 
-        That of one rank is enough, for any number of ranks. A finished run leaves it, too.
+        That of one rank is enough, for any number of ranks.
         """
         return {}
 
     def load_shared_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from what ``shared_state_dict`` gave, perhaps with fewer classes than now."""
+
+    def left(self, gather: Callable[[Any], list[Any]]) -> dict[str, Any]:
+        """What a finished run leaves for one that goes on with it; all ranks call this.
+
+        Args:
+            gather: gives every rank's content to every rank.
+        """
+        return self.shared_state_dict()
+
+    def follow(self, left: dict[str, Any], rank: int, num_ranks: int) -> None:
+        """Goes on from what a run has ``left``, on any number of ranks."""
+        self.load_shared_state_dict(left)
+
+    @property
+    def held_bytes(self) -> int:
+        """What this rank keeps from step to step beside the model, its optimiser and the data.
+
+        That is what is stored, with whatever goes with it, and all else that is remembered.
+        """
+        return 0
+
+    def sent_bytes_per_step(self, model: nn.Module) -> float:
+        """What this rank has sent to others for the strategy, in a step on average.
+
+        That is beside the gradients that training needs without it. What goes into an all-reduce
+        counts once.
+        """
+        return 0.0
+
+    def costs(self, model: nn.Module) -> dict[str, int | float]:
+        """Memory and traffic of this rank, for the results."""
+        sent = self.sent_bytes_per_step(model)
+        return {"held_bytes": self.held_bytes, "sent_bytes_per_step": sent}
 
     def outcome(self) -> dict[str, Any]:
         """What the results say of the strategy besides, at the end, in terms of JSON."""
@@ -286,6 +319,11 @@ class Strategy:
         if self.sizes is None or num_global is None:
             return losses.mean() if len(losses) else losses.sum()
         return losses.sum() * (self.sizes.num_ranks / max(1, num_global))
+
+
+def bytes_of(tensors: Iterable[Tensor]) -> int:
+    """The memory of some tensors."""
+    return sum(each.numel() * each.element_size() for each in tensors)
 
 
 class RehearsalStrategy(Strategy):
@@ -394,6 +432,16 @@ class RehearsalStrategy(Strategy):
     def stats(self) -> dict[str, Any]:
         """The buffer's own."""
         return vars(self.buffer.stats())
+
+    @property
+    def held_bytes(self) -> int:
+        """See ``Strategy.held_bytes``: this rank's shard."""
+        return super().held_bytes + self.buffer.stats(per_class=False).shard_bytes
+
+    def sent_bytes_per_step(self, model: nn.Module) -> float:
+        """See ``Strategy.sent_bytes_per_step``: records."""
+        stats = self.buffer.stats(per_class=False)
+        return super().sent_bytes_per_step(model) + stats.bytes_sent / max(1, stats.num_rounds)
 
     def state_dict(self) -> dict[str, Any]:
         """See ``Strategy.state_dict``."""

@@ -233,8 +233,10 @@ def _results(before: Results, newest: Results, command: str) -> Results:
     """Those of the run with its new task, as JSON would give them back."""
     about = {"date": newest["date"], "command": command, "world_size": newest["world_size"]}
     per_rank = "train_samples_per_rank"  # of the new task alone; those before are gone
-    if per_rank in newest:
-        newest = {**newest, per_rank: [*before.get(per_rank, []), newest[per_rank][-1]]}
+    if per_rank in before:  # unlike ranks; a task that one rank alone has learnt had no others
+        own = newest.get(per_rank, [[newest["tasks"][-1]["train_samples"]]])[-1]
+        config = {**newest["config"], "ranks_differ": before["config"]["ranks_differ"]}
+        newest = {**newest, per_rank: [*before[per_rank], own], "config": config}
     results: Results = json.loads(
         json.dumps(
             {

@@ -24,6 +24,7 @@ MAY_CHANGE = (
     *("optimiser", "keeps_optimiser", "learning_rate", "momentum", "weight_decay"),
     *("warmup_epochs", "milestones", "alpha", "beta", "loss_weights"),
     *("distance", "orthogonality"),
+    *("si_strength", "si_damping", "locality", "surrogate_steps"),
     *("composition", "samples_per_step", "first_share", "share_floor"),
     *("soft_targets", "soft_temperature", "local_steps"),
     *("capacity", "global_num_representatives", "global_num_candidates", "sampling", "draws"),
@@ -140,17 +141,16 @@ def _recipe(folder: Path, before: Results, changes: Mapping[str, Any]) -> Recipe
             f"the strategy {recipe.strategy!r} trains on the data of all tasks, and those of "
             f"earlier ones are not kept; runs of {', '.join(_can_go_on())} can go on"
         )
-    if kind.remembers_in_itself:
-        raise ValueError(
-            f"the strategy {recipe.strategy!r} needs the importances of weights, which a finished "
-            f"run does not keep; runs of {', '.join(_can_go_on())} can go on"
-        )
-    generates = kind.num_draws and recipe.global_num_generated
-    needs = "sums" if kind.solves else "generator" if generates else ""
-    if needs and not part_of(folder, "strategy.pt").exists():
-        raise FileNotFoundError(
-            f"{folder} has no strategy.pt: without its {needs} this run cannot go on"
-        )
+    if not part_of(folder, "strategy.pt").exists():
+        for needed, what in (
+            (kind.num_draws and recipe.global_num_generated, "its generator"),
+            (kind.solves, "its sums"),
+            (kind.remembers_in_itself, "the importances of its weights"),
+        ):
+            if needed:
+                raise FileNotFoundError(
+                    f"{folder} has no strategy.pt: without {what} this run cannot go on"
+                )
     if recipe.predicts_tensors:
         raise ValueError(
             f"the run was made with loss={recipe.loss!r}, whose targets are tensors, and only runs "
@@ -195,9 +195,7 @@ def _recipe(folder: Path, before: Results, changes: Mapping[str, Any]) -> Recipe
 
 def _can_go_on() -> list[str]:
     return [
-        name
-        for name, kind in STRATEGIES.items()
-        if kind.training_tasks is Strategy.training_tasks and not kind.remembers_in_itself
+        name for name, kind in STRATEGIES.items() if kind.training_tasks is Strategy.training_tasks
     ]
 
 

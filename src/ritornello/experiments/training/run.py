@@ -410,6 +410,7 @@ def write_outcome(
 ) -> None:
     """Writes what a finished run leaves; the results last, as they say that all is there."""
     buffer, network = trainer.strategy.buffer, trainer.network
+    left = trainer.strategy.left(ranks.gather)
     with ranks.together(f"cannot write into {folder}"):
         if ranks.rank == 0:
             with new_file(folder / "model.pt") as file:
@@ -417,9 +418,9 @@ def write_outcome(
             if network.average is not None:
                 with new_file(folder / "averaged.pt") as file:
                     torch.save(network.state_of(network.average.module), file)
-            if state := trainer.strategy.shared_state_dict():
+            if left:
                 with new_file(folder / "strategy.pt") as file:
-                    torch.save(state, file)
+                    torch.save(left, file)
         if keep_buffer and buffer is not None:
             buffer.save(folder / "buffer")
     with ranks.together(f"cannot write into {folder}"):

@@ -149,6 +149,7 @@ class Trainer:
             "buffer": self.strategy.stats(),
             "weights_sha256": weights_digest(self.network.whole),
             **({} if self._embedded is None else {"seconds_embedding": self._embedded.seconds}),
+            "costs": self.strategy.costs(self.network.model),
             **self.strategy.outcome(),
             **self._of_average(),
             **self.evaluation.pictures(self.network),
@@ -424,7 +425,7 @@ class Trainer:
         for earlier in range(number):
             self.strategy.begin_task(earlier, self.tasks[earlier].classes)
         if strategy is not None:
-            self.strategy.load_shared_state_dict(strategy)
+            self.strategy.follow(strategy, self.place.rank, self.place.num_ranks)
         self.position, self.log = Position(task=number, count=number), log
         self._seed_this_rank()
 

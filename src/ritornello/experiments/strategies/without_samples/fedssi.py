@@ -39,6 +39,7 @@ class FedSSI(Consolidation):
         locality: above 0 (the surrogate model goes where all go) and below 1 (its own way).
         num_reviews: steps of the surrogate model at each task's end.
         rate: of these steps.
+        is_alone: see ``Consolidation``.
         others: see ``Strategy``.
     """
 
@@ -50,9 +51,10 @@ class FedSSI(Consolidation):
         locality: float = 0.5,
         num_reviews: int = 100,
         rate: float = 0.05,
+        is_alone: bool = True,
         **others: Any,
     ) -> None:
-        super().__init__(strength=strength, damping=damping, **others)
+        super().__init__(strength=strength, damping=damping, is_alone=is_alone, **others)
         self.locality, self.num_reviews, self.rate = locality, num_reviews, rate
         self._averaged: dict[str, Tensor] | None = None
         self._towards: list[Tensor] = []  # the weights in it

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ritornello.experiments.models.build import widened
 from ritornello.experiments.models.generator import Generator, GeneratorSettings, prior_of
-from ritornello.experiments.strategies.base import GlobalSizes, Past
+from ritornello.experiments.strategies.base import GlobalSizes, Past, bytes_of
 from ritornello.records import accelerators
 from ritornello.rounds.random_streams import Purpose, stream
 
@@ -218,8 +218,8 @@ class GeneratedPast:
         generator = self._generator
         if generator is None:
             return 0
-        own = _bytes_of(generator.parameters())
-        return 3 * own + own * (self._frozen is not None) + _bytes_of(self._model_then.values())
+        own = bytes_of(generator.parameters())
+        return 3 * own + own * (self._frozen is not None) + bytes_of(self._model_then.values())
 
     @property
     def sent_bytes(self) -> int:
@@ -227,7 +227,7 @@ class GeneratedPast:
         is_alone = not dist.is_initialized() or dist.get_world_size() == 1
         if self._generator is None or is_alone:
             return 0
-        return _bytes_of(self._generator.parameters())
+        return bytes_of(self._generator.parameters())
 
     @property
     def _asks_model(self) -> bool:
@@ -331,7 +331,3 @@ def in_evaluation(model: nn.Module) -> Iterator[None]:
 
 def _tensors_of(model: nn.Module) -> dict[str, Tensor]:
     return dict(model.named_parameters()) | dict(model.named_buffers())
-
-
-def _bytes_of(tensors: Any) -> int:
-    return sum(each.numel() * each.element_size() for each in tensors)

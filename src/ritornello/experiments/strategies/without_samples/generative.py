@@ -153,19 +153,27 @@ class Generative(Strategy):
         """See ``Strategy.load_shared_state_dict``."""
         self.past.load_state_dict(state)
 
+    @property
+    def held_bytes(self) -> int:
+        """See ``Strategy.held_bytes``: the generator, and what is frozen."""
+        return super().held_bytes + self.past.held_bytes
+
+    def sent_bytes_per_step(self, model: nn.Module) -> float:
+        """See ``Strategy.sent_bytes_per_step``: the generator's gradients."""
+        return super().sent_bytes_per_step(model) + self.past.sent_bytes
+
     def outcome(self) -> dict[str, Any]:
-        """What the generator costs on each rank, and some images of it."""
-        costs = {"held_bytes": self.past.held_bytes, "sent_bytes_per_step": self.past.sent_bytes}
+        """Some images of the generator."""
         examples = self.past.examples(NUM_EXAMPLES, MOST_CLASSES)
         if examples is None or examples.images.dtype != torch.uint8:
-            return {"generator": costs}
+            return {}
         pixels = zlib.compress(examples.images.numpy().tobytes(), 9)
         drawn = {
             "shape": list(examples.images.shape),
             "labels": examples.labels.tolist() if self.past.settings.is_conditional else None,
             "pixels": base64.b64encode(pixels).decode(),
         }
-        return {"generator": costs, "generated": drawn}
+        return {"generated": drawn}
 
 
 class PartlyGenerated(Generative, Rehearsal):

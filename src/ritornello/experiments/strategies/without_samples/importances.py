@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ritornello.experiments.strategies.base import bytes_of
+
 
 class Importances:
     """The importances of synaptic intelligence: plain functions of weights and gradients.
@@ -35,16 +37,23 @@ class Importances:
         self._before: list[Tensor] = []
 
     def begin(self, model: nn.Module) -> None:
-        """Begins with a model's weights, where it has not begun."""
+        """Begins with a model's weights, where it has not begun.
+
+        What was loaded may be of a model with fewer classes: weights of further ones are not
+        important yet, and their anchor is where they begin.
+
+        Raises:
+            ValueError: it is of another model.
+        """
         weights = [weight.detach() for weight in trainable(model)]
+        nothing = [torch.zeros_like(weight) for weight in weights]
         if self.anchor is None:
             self.anchor = [weight.clone() for weight in weights]
-            self.importance, self._done = (
-                [torch.zeros_like(weight) for weight in weights] for _ in range(2)
-            )
-        elif self.anchor[0].device != weights[0].device:  # it was loaded
-            for each in (self.anchor, self.importance, self._done):
-                each[:] = [a.to(b.device) for a, b in zip(each, weights, strict=True)]
+            self.importance, self._done = nothing, [each.clone() for each in nothing]
+        elif not _are_alike(self.anchor, weights):  # they were loaded
+            self.anchor = _widened(self.anchor, weights)
+            self.importance = _widened(self.importance, nothing)
+            self._done = _widened(self._done, nothing)
 
     def surrogate(self, model: nn.Module) -> Tensor:
         """The sum of ``importance * (weight - anchor) ** 2`` over all weights."""
@@ -99,6 +108,11 @@ class Importances:
         ]
         self._done = [torch.zeros_like(done) for done in self._done]
 
+    @property
+    def held_bytes(self) -> int:
+        """The memory of all that is kept for each weight."""
+        return bytes_of([*(self.anchor or []), *self.importance, *self._done, *self._before])
+
     def state_dict(self) -> dict[str, Any]:
         """All that is needed to go on between two steps: copies."""
         parts = {"anchor": self.anchor, "importance": self.importance, "done": self._done}
@@ -123,6 +137,34 @@ class Importances:
             for name, own in (("importance", self.importance), ("done", self._done)):
                 everyone = zip(*(each[name] for each in states), strict=True)
                 own[:] = [torch.stack(each).mean(dim=0) for each in everyone]
+
+
+def _are_alike(some: list[Tensor], others: list[Tensor]) -> bool:
+    return [(each.shape, each.device) for each in some] == [
+        (each.shape, each.device) for each in others
+    ]
+
+
+def _widened(old: list[Tensor], fresh: list[Tensor]) -> list[Tensor]:
+    """What each weight has, where the fresh ones are; further classes have the fresh rows.
+
+    Raises:
+        ValueError: they are not of the same model.
+    """
+    shapes = [(tuple(own.shape), tuple(new.shape)) for own, new in zip(old, fresh, strict=False)]
+    odd = [each for each in shapes if each[0] != each[1] and not _is_wider(*each)]
+    if odd or len(old) != len(fresh):
+        what = "{} and {}".format(*odd[0]) if odd else f"{len(old)} and {len(fresh)} weights"
+        raise ValueError(f"the importances are those of another model: see {what}")
+    moved = [own.to(new.device) for own, new in zip(old, fresh, strict=True)]
+    return [
+        own if own.shape == new.shape else torch.cat((own, new[len(own) :]))
+        for own, new in zip(moved, fresh, strict=True)
+    ]
+
+
+def _is_wider(shape: tuple[int, ...], other: tuple[int, ...]) -> bool:
+    return shape[1:] == other[1:] and shape[:1] < other[:1]
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ritornello.experiments.strategies.base import Strategy
+from ritornello.experiments.strategies.base import Strategy, bytes_of
 
 
 class Embeds(Protocol):
@@ -107,6 +107,11 @@ class Solved(Strategy):
             f"{type(self).__name__} makes no steps: call observe for each mini-batch, and end_task "
             "at the task's end"
         )
+
+    @property
+    def held_bytes(self) -> int:
+        """See ``Strategy.held_bytes``: the sums."""
+        return bytes_of([*self._own, *self._everyone])
 
     def state_dict(self) -> dict[str, Any]:
         """See ``Strategy.state_dict``."""

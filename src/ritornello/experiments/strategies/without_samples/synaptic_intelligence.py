@@ -23,24 +23,37 @@ class Consolidation(Strategy):
     Args:
         strength: of the surrogate.
         damping: see ``Importances``.
+        is_alone: whether each rank makes steps of its own, and so has importances of its own.
         others: see the strategy that it is joined with.
     """
 
     remembers_in_itself: ClassVar[bool] = True
 
     def __init__(
-        self, *buffer: RehearsalBuffer, strength: float, damping: float = 0.1, **others: Any
+        self,
+        *buffer: RehearsalBuffer,
+        strength: float,
+        damping: float = 0.1,
+        is_alone: bool = False,
+        **others: Any,
     ) -> None:
         super().__init__(*buffer, **others)
         self.strength, self.importances = strength, Importances(damping)
+        self.is_alone = is_alone
 
     @classmethod
     def of(
         cls, recipe: Recipe, new_buffer: Callable[..., RehearsalBuffer], **common: Any
     ) -> Strategy:
         """See ``Strategy.of``."""
-        own = {"strength": recipe.si_strength, "damping": recipe.si_damping}
-        return super().of(recipe, new_buffer, **own, **common)
+        return super().of(
+            recipe,
+            new_buffer,
+            strength=recipe.si_strength,
+            damping=recipe.si_damping,
+            is_alone=recipe.local_steps > 0,
+            **common,
+        )
 
     def loss(self, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
         """That of the strategy that it is joined with, and the surrogate."""
@@ -50,19 +63,55 @@ class Consolidation(Strategy):
             loss = loss + self.strength * self.importances.surrogate(model)
         return loss
 
+    @property
+    def held_bytes(self) -> int:
+        """See ``Strategy.held_bytes``."""
+        return super().held_bytes + self.importances.held_bytes
+
     def state_dict(self) -> dict[str, Any]:
         """See ``Strategy.state_dict``."""
-        return {**super().state_dict(), "importances": self.importances.state_dict()}
+        return super().state_dict() | self._importances(self.is_alone)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See ``Strategy.load_state_dict``."""
         super().load_state_dict(state)
-        self.importances.load_state_dict(state["importances"])
+        if self.is_alone:
+            self.importances.load_state_dict(state["importances"])
 
     def adopt(self, states: list[dict[str, Any]]) -> None:
         """See ``Strategy.adopt``."""
         super().adopt(states)
-        self.importances.adopt([each["importances"] for each in states])
+        if self.is_alone:
+            self.importances.adopt([each["importances"] for each in states])
+
+    def shared_state_dict(self) -> dict[str, Any]:
+        """See ``Strategy.shared_state_dict``."""
+        return super().shared_state_dict() | self._importances(not self.is_alone)
+
+    def load_shared_state_dict(self, state: dict[str, Any]) -> None:
+        """See ``Strategy.load_shared_state_dict``."""
+        super().load_shared_state_dict(state)
+        if "importances" in state:
+            self.importances.load_state_dict(state["importances"])
+
+    def left(self, gather: Callable[[Any], list[Any]]) -> dict[str, Any]:
+        """See ``Strategy.left``."""
+        left = super().left(gather)
+        if self.is_alone:
+            left["of_ranks"] = gather(self.importances.state_dict())
+        return left
+
+    def follow(self, left: dict[str, Any], rank: int, num_ranks: int) -> None:
+        """See ``Strategy.follow``."""
+        super().follow(left, rank, num_ranks)
+        of_ranks = left.get("of_ranks", [])
+        if self.is_alone and len(of_ranks) == num_ranks:
+            self.importances.load_state_dict(of_ranks[rank])
+        elif of_ranks:
+            self.importances.adopt(of_ranks)
+
+    def _importances(self, are_wanted: bool) -> dict[str, Any]:
+        return {"importances": self.importances.state_dict()} if are_wanted else {}
 
 
 class SI(Consolidation):
@@ -78,6 +127,7 @@ class SI(Consolidation):
     Args:
         strength: of the surrogate.
         damping: see ``Importances``.
+        is_alone: see ``Consolidation``.
         others: see ``Strategy``.
     """
 
@@ -109,6 +159,7 @@ class SIRehearsal(SI, Rehearsal):
         buffer: of (images, labels).
         strength: of the surrogate.
         damping: see ``Importances``.
+        is_alone: see ``Consolidation``.
         others: see ``Rehearsal``.
     """
 
