@@ -128,6 +128,8 @@ def cifar10_pretrained() -> Recipe:
         backbone_rate=0.0,
         stores="features",
         features_dtype="float16",
+        alpha=0.05,
+        beta=1.0,
         channels_last=True,
         global_batch_size=64,
         learning_rate=0.03,

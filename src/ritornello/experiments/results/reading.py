@@ -56,6 +56,7 @@ ARCHIVED = (
     "backward_transfer",
     "forward_transfer",
     "seconds",
+    "seconds_embedding",
     "step_seconds",
     "train_samples",
     "train_samples_per_rank",
