@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+import threading
+import time
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -121,7 +124,7 @@ def test_a_loop_of_brief_steps_runs_rounds_itself_with_the_same_results(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("ritornello.rounds.worker.ROUNDS_IN_BRIEF_STEP", 10**9)
-    with make() as buffer, make(asynchronous=True) as other:
+    with make(asynchronous="auto") as buffer, make() as other:
         assert given(buffer, 0, 700) == given(other, 0, 700)  # its policy is noted more than once
         stats, there = buffer.stats(), other.stats()
         assert stats.num_rounds_here > 600
@@ -143,6 +146,7 @@ def test_a_loop_of_brief_steps_runs_rounds_itself_with_the_same_results(
         {"identity": 0},
         {"sampling": "class-balanced"},
         {"asynchronous": False},
+        {"asynchronous": True},
         {"capacity_bytes": 10**6, "storage": "cpu", "label": None, "selection": "reservoir"},
     ],
 )
@@ -150,7 +154,7 @@ def test_rounds_that_could_not_be_done_again_stay_the_workers(
     options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("ritornello.rounds.worker.ROUNDS_IN_BRIEF_STEP", 10**9)
-    with make(**options) as buffer:
+    with make(**({"asynchronous": "auto"} | options)) as buffer:
         for step in range(30):
             values = torch.arange(4 * step, 4 * step + 4)
             lengths = [values[:1], values[:2], values[:3], values]
@@ -164,7 +168,7 @@ def test_a_save_in_the_background_keeps_rounds_with_the_worker(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("ritornello.rounds.worker.ROUNDS_IN_BRIEF_STEP", 10**9)
-    with make() as buffer, make(asynchronous=True) as other:
+    with make(asynchronous="auto") as buffer, make() as other:
         assert given(buffer, 0, 30) == given(other, 0, 30)
         buffer.save(tmp_path / "one", background=True)
         assert given(buffer, 30, 30) == given(other, 30, 30)
@@ -174,16 +178,59 @@ def test_a_save_in_the_background_keeps_rounds_with_the_worker(
         assert buffer.stats().since(before).num_rounds_here > 20
         buffer.load(tmp_path / "one")
         other.save(tmp_path / "two")
-        with make() as again:
+        with make(asynchronous="auto") as again:
             again.load(tmp_path / "one")
             assert given(again, 30, 30) == given(buffer, 30, 30)
 
 
 def test_what_changes_the_policy_between_rounds_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ritornello.rounds.worker.ROUNDS_IN_BRIEF_STEP", 10**9)
-    with make() as buffer, make(asynchronous=True) as other:
+    with make(asynchronous="auto") as buffer, make() as other:
         assert given(buffer, 0, 30) == given(other, 0, 30)
         assert buffer.protect(0.5) == other.protect(0.5)
         before = buffer.stats()
         assert given(buffer, 30, 30) == given(other, 30, 30)
         assert buffer.stats().since(before).num_rounds_here == 0
+
+
+def test_another_thread_may_ask_while_the_trainer_runs_a_round(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("ritornello.rounds.worker.ROUNDS_IN_BRIEF_STEP", 10**9)
+    interval, failures = sys.getswitchinterval(), list[Exception]()
+    with make(asynchronous="auto") as buffer, make() as other:
+        has_ended = threading.Event()
+
+        def ask() -> None:
+            while not has_ended.is_set():
+                try:
+                    assert len(buffer) <= 8
+                except Exception as error:
+                    failures.append(error)
+                    return
+
+        asking = threading.Thread(target=ask)
+        sys.setswitchinterval(1e-5)
+        asking.start()
+        try:
+            found = given(buffer, 0, 800)
+        finally:
+            has_ended.set()
+            asking.join()
+            sys.setswitchinterval(interval)
+        assert not failures
+        assert found == given(other, 0, 800)
+        assert buffer.stats().num_rounds_here > 200
+
+
+def test_what_a_step_takes_is_counted_once() -> None:
+    """Also where a step before it has offered nothing, whose round comes first."""
+    with make(asynchronous=False) as buffer:
+        given(buffer, 0, 20)
+        before, began = buffer.stats(), time.perf_counter()
+        for step in range(20, 120):
+            buffer.draw()
+            given(buffer, step, 1)
+        took = time.perf_counter() - began
+        spent = buffer.stats().since(before)
+        assert 0 < spent.seconds_exposed < took

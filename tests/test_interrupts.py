@@ -32,6 +32,7 @@ from torch import Tensor
 import ritornello
 from ritornello import RehearsalBuffer
 from ritornello.policies.names import SELECTION_POLICIES
+from ritornello.rounds.round import Rounds
 from ritornello.rounds.steps import Steps
 from ritornello.testing import check_consistent, spawn_ranks
 from ritornello.transports.base import Transport
@@ -168,7 +169,11 @@ def test_a_round_on_the_trainers_own_thread_is_done_again(
     """What breaks it off leaves nothing behind: the same rounds follow as without."""
     monkeypatch.setattr("ritornello.rounds.worker.ROUNDS_IN_BRIEF_STEP", 10**9)
     settings: dict[str, Any] = {"selection": selection, "sampling": "uniform", "capacity": 9}
-    with make(**settings) as buffer, make(asynchronous=False, **settings) as other:
+    settings["most_representatives"] = 3
+    with (
+        make(asynchronous="auto", **settings) as buffer,
+        make(asynchronous=False, **settings) as other,
+    ):
 
         def update(number: int) -> None:
             buffer.update(batch_of(number))
@@ -180,6 +185,8 @@ def test_a_round_on_the_trainers_own_thread_is_done_again(
         for number in count(20):
             if not is_interrupted:
                 break
+            for each_buffer in (buffer, other):
+                each_buffer.num_representatives = 2 + number % 2
             call, offered = partial(buffer.update, batch_of(number)), buffer._steps.num_offers
             is_interrupted = interrupted(
                 call, number - 19, (Preempted(0), Late())[number % 2], each
@@ -194,6 +201,37 @@ def test_a_round_on_the_trainers_own_thread_is_done_again(
         assert number > 150
         stats = buffer.stats()
         assert stats.num_rounds_here > stats.num_rounds / 2
+        assert state_of(buffer) == state_of(other)
+
+
+def test_a_handler_that_uses_the_buffer_in_the_midst_of_a_round_is_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It runs on the trainer's thread, which cannot go on before it returns."""
+    monkeypatch.setattr("ritornello.rounds.worker.ROUNDS_IN_BRIEF_STEP", 10**9)
+    admit, calls = Rounds._admit, count()
+
+    def handle(rounds: Rounds, *arguments: Any) -> Any:
+        found = admit(rounds, *arguments)
+        if threading.current_thread() is threading.main_thread() and next(calls) % 3 == 0:
+            len(buffer)
+        return found
+
+    with (
+        make(asynchronous="auto", sampling="uniform") as buffer,
+        make(sampling="uniform") as other,
+    ):
+        monkeypatch.setattr(Rounds, "_admit", handle)
+        num_told = 0
+        for number in range(60):
+            other.update(batch_of(number))
+            try:
+                buffer.update(batch_of(number))
+            except RuntimeError as error:
+                told, num_told = error, num_told + 1
+        assert "a signal's handler has used the buffer in the midst of a round" in str(told)
+        assert num_told > 10
+        check_consistent(buffer)
         assert state_of(buffer) == state_of(other)
 
 

@@ -130,8 +130,10 @@ class RehearsalBuffer:
             on one rank. None: the process group's own, as a rule half an hour.
         asynchronous: whether ``update`` and ``offer`` go on while their round runs, on a thread of
             the buffer's own; False: they wait for it. "auto": they go on, but where steps are so
-            short that nothing would hide a round, as in a loop that does nothing else, a single
-            rank with a full buffer in CPU memory runs it itself. The results are the same.
+            short that nothing would hide a round, as in a loop that does nothing else, the trainer
+            may run it itself: on a single rank whose buffer is full, with mini-batches and shard in
+            CPU memory, a policy of Ritornello's and uniform draws. A signal's handler must not use
+            the buffer then, but may raise. The results are the same.
         encode: where another form of a sample is stored than is trained on, such as the file that
             an image was decoded from: gives what is stored of a mini-batch, as many samples. All
             other arguments are about what is stored. None: the mini-batch.
@@ -167,7 +169,7 @@ class RehearsalBuffer:
         transport: str | Transport = "auto",
         storage: str | torch.device = "auto",
         timeout_seconds: float | None = None,
-        asynchronous: bool | str = "auto",
+        asynchronous: bool | str = True,
         encode: Callable[[Batch], Batch] | None = None,
         decode: Callable[[Batch], Batch] | None = None,
     ) -> None:

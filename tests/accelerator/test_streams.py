@@ -47,6 +47,31 @@ def on_both(
     return run("cpu", "cpu"), run(accelerator, accelerator if place == "accelerator" else place)
 
 
+def test_mini_batches_may_move_to_the_device_later(
+    accelerator: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their candidates are chosen where they are stored from: a device wants both on one."""
+    select = Tensor.index_select
+
+    def on_one_device(values: Tensor, dim: int, index: Tensor) -> Tensor:
+        assert values.device == index.device
+        return select(values, dim, index)
+
+    monkeypatch.setattr(Tensor, "index_select", on_one_device)
+
+    def run(device: str) -> list[Tensor]:
+        with RehearsalBuffer(20, num_representatives=4, num_candidates=8, seed=1) as buffer:
+            return [
+                buffer.update((values.to(place), values.to(place) % 5))[0].cpu()
+                for step in range(10)
+                for values in [torch.arange(16 * step, 16 * step + 16)]
+                for place in ["cpu" if step < 5 else device]
+            ]
+
+    found, expected = run(accelerator), run("cpu")
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+
+
 class LoaderOnTheDevice:
     """Puts mini-batches on the device itself, and keeps something there, as many loaders do."""
 

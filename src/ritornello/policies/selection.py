@@ -176,6 +176,10 @@ class SelectionPolicy(ABC):
         )
 
 
+MANY_TOLD = 8192
+"""Candidates that a journal may hold of a small shard; of a large one as many as it has slots."""
+
+
 class Journal:
     """What a policy has decided about since its state was noted: so it can be had again as it was.
 
@@ -193,15 +197,17 @@ class Journal:
         self.policy = policy
         self._state, self._size = policy.state(), size
         self._told: dict[int, Ints] = {}
+        self._num_told = 0
 
     @property
     def is_long(self) -> bool:
         """Whether to begin anew costs less by now than to go on."""
-        return len(self._told) >= max(256, self.policy.num_slots // 64)
+        return self._num_told >= max(MANY_TOLD, self.policy.num_slots)
 
     def note(self, number: int, labels: Ints) -> None:
         """Notes of which candidates a round is about to decide."""
         self._told[number] = labels
+        self._num_told += len(labels)
 
     def policy_before(
         self, number: int, unused: SelectionPolicy, stream: Callable[[int], np.random.Generator]

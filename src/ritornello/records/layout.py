@@ -491,10 +491,9 @@ def bytes_of(leaf: Tensor) -> Bytes | None:
     own = leaf.detach() if leaf.requires_grad else leaf
     if leaf.dtype not in IN_NUMPY:
         own = own.view(num_samples, -1)
-        if own.stride(1) != 1:
+        if own.stride(1) != 1:  # of one element torch takes any stride for contiguous
             return None
         own = own.view(torch.uint8)
-    # Of one element torch takes any stride for contiguous, and NumPy copies it.
     array: Bytes = own.numpy().reshape(num_samples, -1).view(np.uint8)
     return array
 

@@ -35,7 +35,7 @@ MANY_BYTES = 2**22
 NUM_KEPT = 3
 """Blocks kept per size: one that is trained on, one that is being joined, one in between."""
 
-NUM_SIZES = 8
+NUM_SIZES = 16
 """Sizes that are kept: those of a sample's fields, and of a last, smaller mini-batch."""
 
 

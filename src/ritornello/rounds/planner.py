@@ -69,8 +69,8 @@ class Planner:
     def change_rate(self, rate: float) -> None:
         """Goes on with a rate, perhaps another one."""
         if rate != self._rate:
+            self.drop()  # first: a round that is broken off here is planned anew
             self._rate = rate
-            self.drop()
 
     def drop(self) -> None:
         """Drops what was planned ahead, as it was for other rates or sizes."""

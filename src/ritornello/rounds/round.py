@@ -215,10 +215,12 @@ class Rounds:
             MemoryError: the shard does not fit.
             PeerLostError: see ``Transport``.
         """
-        self._journal = None
+        if self._journal is not None and self._journal.is_long:
+            self._journal = None
         return self._run(candidates)
 
     def _run(self, candidates: Records) -> int:
+        self._stage_began = None  # one before may have been broken off
         with self.staging.worker_stream():
             self._enter("admit")
             shard = self.make_shard()

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -39,14 +39,21 @@ def at_least(pages: Tensor, num_pages: int) -> Tensor:
     return torch.zeros((num_pages + num_pages // 4, pages.shape[1]), dtype=torch.uint8)
 
 
-def first_rows_of(rows: Tensor, num_rows: int) -> Tensor:
+def first_rows(rows: Tensor, num_rows: int) -> Tensor:
     """The first ones; themselves if they are all: a view takes longer to make than to look."""
     return rows if num_rows == rows.shape[0] else rows[:num_rows]
 
 
-def first_rows(columns: Sequence[Bytes | None], num_rows: int) -> Sequence[Bytes | None]:
-    """Of the columns of some records those of the first ones."""
-    return [None if column is None else column[:num_rows] for column in columns]
+class Rows(NamedTuple):
+    """Memory for records. One object, as an interrupt may come between two stores."""
+
+    records: Tensor
+    columns: Sequence[Bytes | None]
+    """Its ``Layout.columns``; None where it is not in CPU memory."""
+
+    def first_columns(self, num_rows: int) -> Sequence[Bytes | None]:
+        """Those of the first records."""
+        return [None if column is None else column[:num_rows] for column in self.columns]
 
 
 def chosen_rows(
@@ -111,7 +118,7 @@ class Staging:
         self._trainer_stream: torch.Stream | None = None
         self._num_collected = 0
         with self.worker_stream():
-            self._collected = self._rows(0, trainer_device)
+            self._collected = self._with_columns(self._rows(0, trainer_device))
             self._arrived = self._rows(0, shard_device)
             self._received = self._rows(num_representatives, shard_device)
             self._delivered = (
@@ -119,8 +126,7 @@ class Staging:
                 if trainer_device == shard_device and not reorders
                 else self._rows(num_representatives, trainer_device)
             )
-        self._taken_columns = self._columns(self._delivered)
-        self._collected_columns = self._columns(self._collected)
+        self._taken = self._with_columns(self._delivered)
         self._turn_end = self._stream.record_event() if self._stream is not None else None
         self._collected_pages = self.pages = None
         self._collected_counts = np.zeros(0, dtype=np.int64)
@@ -153,14 +159,16 @@ class Staging:
         num_rows = leaves[0].shape[0] if rows is None else len(rows)
         if self._stream is not None:
             self._begin_turn()
-        if num_rows > len(self._collected):
+        if num_rows > len(self._collected.records):
             # The worker has read it when its round ends: nothing of it is given away too early.
-            self._collected = self._rows(num_rows, self.trainer_device)
-            self._collected_columns = self._columns(self._collected)
-        collected = first_rows_of(self._collected, num_rows)
-        columns = first_rows(self._collected_columns, num_rows)
-        if self._collected_pages is None and self.on_gpu:
-            leaves = [leaf.to(self.trainer_device) for leaf in leaves]
+            self._collected = self._with_columns(self._rows(num_rows, self.trainer_device))
+        collected = first_rows(self._collected.records, num_rows)
+        columns = self._collected.first_columns(num_rows)
+        if self._collected_pages is None:  # some may be elsewhere than those of the first one
+            leaves = [
+                leaf.to(self.trainer_device) if own is None or column is None else leaf
+                for leaf, own, column in zip(leaves, samples, columns, strict=True)
+            ]
         self._layout.pack_bytes(leaves, samples, rows, collected, columns)
         if self._collected_pages is not None:
             num_bytes = self._layout.bytes_in_pages(leaves)
@@ -180,18 +188,19 @@ class Staging:
         """What was collected since the last call; must be used up before the next."""
         num, self._num_collected = self._num_collected, 0
         if self._collected_pages is None:
-            return Records(first_rows_of(self._collected, num))
-        return Records(self._collected[:num], self._collected_pages, self._collected_counts[:num])
+            return Records(first_rows(self._collected.records, num))
+        rows = self._collected.records[:num]
+        return Records(rows, self._collected_pages, self._collected_counts[:num])
 
     def take(self, num_rows: int) -> Tensor:
         """The first staged representatives as records, valid until ``release`` or ``collect``."""
         if self._stream is not None:
             self._begin_turn()
-        return first_rows_of(self._delivered, num_rows)
+        return first_rows(self._delivered, num_rows)
 
     def columns_taken(self, num_rows: int) -> Sequence[Bytes | None]:
         """``Layout.columns`` of what ``take`` gives; None where it is not in CPU memory."""
-        return first_rows(self._taken_columns, num_rows)
+        return self._taken.first_columns(num_rows)
 
     def release(self) -> None:
         """Says that all use of the views from ``take`` has been issued."""
@@ -271,7 +280,7 @@ class Staging:
 
     def receive(self, num_rows: int) -> Tensor:
         """Where the exchange puts this round's records: ``[num_rows, record_bytes]``."""
-        return first_rows_of(self._received, num_rows)
+        return first_rows(self._received, num_rows)
 
     def receive_pages(self, num_pages: int) -> Tensor:
         """Where the exchange puts the pages of this round: ``[num_pages, page_bytes]``."""
@@ -286,7 +295,7 @@ class Staging:
             num_rows: how many.
             order: int64 ``[num_rows]``, the place of each; None: as they came.
         """
-        received = first_rows_of(self._received, num_rows)
+        received = first_rows(self._received, num_rows)
         if order is not None:
             places = order.argsort()
             if received.device.type != "cpu":
@@ -313,7 +322,7 @@ class Staging:
         # PyTorch 2.6 says of a stream and None that they do not differ.
         if self._trainer_stream is None or stream != self._trainer_stream:
             # Freed, this memory is not given away before all who use it are done.
-            for rows in (self._collected, self._delivered):
+            for rows in (self._collected.records, self._delivered):
                 rows.record_stream(stream)
             self._trainer_stream = stream
 
@@ -333,9 +342,11 @@ class Staging:
         assert self._layout.paging is not None
         return self._layout.paging.page_bytes
 
-    def _columns(self, rows: Tensor) -> Sequence[Bytes | None]:
+    def _with_columns(self, rows: Tensor) -> Rows:
         on_cpu = rows.device.type == "cpu"
-        return self._layout.columns(rows) if on_cpu else [None] * len(self._layout.fields)
+        return Rows(
+            rows, self._layout.columns(rows) if on_cpu else [None] * len(self._layout.fields)
+        )
 
     def _rows(self, num_rows: int, device: torch.device) -> Tensor:
         pinned = device.type == "cpu" and self._stream is not None

@@ -1,8 +1,8 @@
 """The trainer's side of the rounds: one step after another.
 
 A step takes what the last round has staged, joins it with the mini-batch, copies the candidates and
-starts the next round, which the worker runs. All of it runs on the trainer's thread, but for
-``prepare``, which ``rehearse`` calls on a thread of its own.
+starts the next round, which as a rule the worker runs. All of it runs on the trainer's thread, but
+for ``prepare``, which ``rehearse`` calls on a thread of its own.
 
 An exception out of a signal handler may come at any moment on the trainer's thread, and passes
 through. So where the steps are is one object, and to replace it one store: before it the step did
@@ -11,6 +11,7 @@ not happen, behind it the worker ends the round whatever comes.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -71,7 +72,7 @@ class Steps(Waiting):
         storage: Storage,
         timeout_seconds: float,
         watch: Watch | None = None,
-        asynchronous: bool | str = "auto",
+        asynchronous: bool | str = True,
         coding: Coding | None = None,
     ) -> None:
         super().__init__(rounds, worker, timeout_seconds, watch)
@@ -116,7 +117,7 @@ class Steps(Waiting):
         """
         began = time.perf_counter()
         outputs, coding = self.outputs, self.outputs.coding
-        seconds_otherwise = self.seconds_waited + outputs.seconds
+        seconds_otherwise = self.seconds_waited + outputs.seconds + self.seconds_offering
         stored = batch
         if coding.encodes:
             stored = coding.encoded(batch if offered is None else offered)
@@ -141,7 +142,7 @@ class Steps(Waiting):
                 raise self.with_rank(error) from None
         self._copy_candidates(begun.staging, leaves, samples)
         self._num_new_joined = leaves[0].shape[0]
-        seconds_otherwise -= self.seconds_waited + outputs.seconds
+        seconds_otherwise -= self.seconds_waited + outputs.seconds + self.seconds_offering
         self.seconds_offering += time.perf_counter() - began + seconds_otherwise
         return augmented
 
@@ -216,16 +217,15 @@ class Steps(Waiting):
         self.rounds.rate = rate
         pause = self._pace.pause(time.perf_counter(), self._place.last_round.seconds)
         staging, decodes = self._known.staging, self.outputs.coding.decodes
-        runs_here = may_run_here and self._asynchronous == "auto" and self._pace.is_brief
-        runs_here = runs_here and not decodes and staging.runs_at_once
-        runs_here = runs_here and self.rounds.can_be_repeated
+        runs_here = may_run_here and self._is_quicker_here
         candidates = staging.candidates()
         run: Callable[[], int] = partial(self._run, candidates)
         if runs_here:
             run = partial(self.rounds.run_once, self.rounds.num_rounds, candidates)
         elif drawn is not None and decodes:
             run = partial(self._run_and_decode, run, drawn)
-        next_round = Errand(run, pause)
+        attempted_in = sys._getframe() if runs_here else None
+        next_round = Errand(run, 0.0 if runs_here else pause, attempted_in)
         drawn = drawn or Drawn()
         self._place = Place(self._place.num_offers + 1, True, num_new, num_past, next_round, drawn)
         if runs_here:
@@ -235,6 +235,17 @@ class Steps(Waiting):
         else:
             self._worker.start(next_round)
         return next_round
+
+    @property
+    def _is_quicker_here(self) -> bool:
+        """Whether the trainer runs its rounds itself."""
+        return (
+            self._asynchronous == "auto"
+            and self._pace.is_brief
+            and not self.outputs.coding.decodes
+            and self._known.staging.runs_at_once
+            and self.rounds.can_be_repeated
+        )
 
     def _run_and_decode(self, run: Callable[[], int], drawn: Drawn) -> int:
         """A round, and behind it what the trainer would wait for; on the worker's thread."""

@@ -2,7 +2,8 @@
 
 Signals reach the trainer's thread alone, and any exception may come out of their handlers, at any
 moment. So whatever must happen as a whole or not at all is an errand of the worker's: the trainer
-only hands it over and waits, and both can be done again after an interrupt.
+only hands it over and waits, and both can be done again after an interrupt. A round that can be
+done again itself, as if it had not begun, may be attempted by the trainer first.
 """
 
 from __future__ import annotations
@@ -11,12 +12,14 @@ import logging
 import math
 import os
 import queue
+import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from types import FrameType
 from typing import Any, Generic, Protocol, TypeVar
 
 from ritornello.transports.base import Transport
@@ -36,6 +39,9 @@ LONGEST_PAUSE_SECONDS = 0.05
 ROUNDS_IN_BRIEF_STEP = 10
 """A step of fewer rounds is too short to hide one."""
 
+ATTEMPT_POLL_SECONDS = 0.0002
+"""How often another thread looks whether the trainer has run its round."""
+
 EXIT_SECONDS = 5.0
 """How long a buffer that was never closed waits for its round when it is collected."""
 
@@ -47,9 +53,10 @@ class Errand(Generic[Result]):
     for it or takes it.
 
     Args:
-        act: is called once.
+        act: is called once, unless an attempt was broken off.
         pause: how many seconds the worker waits before it, unless something else comes, such as
             the same errand again.
+        attempted_in: the frame of the call that is going to ``attempt`` it, on this thread.
 
     Attributes:
         error: what it raised.
@@ -60,8 +67,11 @@ class Errand(Generic[Result]):
 
     _result: Result
 
-    def __init__(self, act: Callable[[], Result], pause: float = 0.0) -> None:
+    def __init__(
+        self, act: Callable[[], Result], pause: float = 0.0, attempted_in: FrameType | None = None
+    ) -> None:
         self._act: Callable[[], Result] | None = act
+        self._attempted_in, self._owner = attempted_in, threading.get_ident()
         self.pause = pause
         self.error: BaseException | None = None
         self.has_begun = self.has_ended = False
@@ -79,6 +89,7 @@ class Errand(Generic[Result]):
     def run(self) -> None:
         """Does it; on the worker's thread."""
         act, self._act = self._act, None  # nothing of a mini-batch may stay alive
+        self._attempted_in = None
         if act is None:
             return
         self.has_begun = True
@@ -104,7 +115,34 @@ class Errand(Generic[Result]):
         self.seconds = time.perf_counter() - began
         self.has_ended = True
         self.has_begun = True
-        self._act = None
+        self._act = self._attempted_in = None
+
+    def await_attempt(self) -> None:
+        """Waits until nobody is at it by ``attempt`` any more.
+
+        Raises:
+            RuntimeError: it is the caller itself, in whose midst a signal's handler runs.
+        """
+        while self._is_attempted and not self.has_ended:
+            if self._owner == threading.get_ident():
+                raise RuntimeError(
+                    "a signal's handler has used the buffer in the midst of a round that the "
+                    "trainer runs itself; let the handler only note the signal, and look at that "
+                    "between two steps, or make the buffer with asynchronous=True"
+                )
+            time.sleep(ATTEMPT_POLL_SECONDS)
+
+    @property
+    def _is_attempted(self) -> bool:
+        """Whether the call in which it is attempted has not been left.
+
+        No flag could say so: an interrupt might come before it is cleared.
+        """
+        wanted = self._attempted_in
+        frame = None if wanted is None else sys._current_frames().get(self._owner)
+        while frame is not None and frame is not wanted:
+            frame = frame.f_back
+        return frame is not None
 
     def wait(self, seconds: float) -> bool:
         """Whether it has ended within ``seconds``. May be interrupted, and called again."""
@@ -212,6 +250,7 @@ class Worker:
         if self.is_calling or self._state.life.has_ended:  # then it never will
             return errand.has_ended
         if not errand.has_begun:
+            errand.await_attempt()
             self.start(errand)
         return errand.wait(seconds)
 
