@@ -224,8 +224,10 @@ class Steps(Waiting):
             run = partial(self.rounds.run_once, self.rounds.num_rounds, candidates)
         elif drawn is not None and decodes:
             run = partial(self._run_and_decode, run, drawn)
-        attempted_in = sys._getframe() if runs_here else None
-        next_round = Errand(run, 0.0 if runs_here else pause, attempted_in)
+        # Not kept in a name: a frame that holds itself would hold the mini-batch, too.
+        next_round = Errand(
+            run, 0.0 if runs_here else pause, sys._getframe() if runs_here else None
+        )
         drawn = drawn or Drawn()
         self._place = Place(self._place.num_offers + 1, True, num_new, num_past, next_round, drawn)
         if runs_here:
