@@ -20,7 +20,7 @@ from ritornello.experiments.inspection.contact_sheet import draw_contact_sheet
 from ritornello.experiments.inspection.export import export
 from ritornello.experiments.inspection.inspection import inspect_buffer
 from ritornello.experiments.models import embedding
-from ritornello.experiments.models.augmentation import resized
+from ritornello.experiments.models.augmentation import Pixels, resized
 from ritornello.experiments.ranks.launch import launch
 from ritornello.experiments.ranks.place import Place
 from ritornello.experiments.recipes.named import recipe_named
@@ -373,3 +373,69 @@ def test_the_weights_of_imagenet(folder: Path) -> None:
     )
     results = train.run(recipe)
     assert results["average_top1"] > 0.9
+
+
+def test_what_begins_anew_takes_only_frozen_layers_of_a_finished_run(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also the weights that it began with may be gone, if the last layer alone has learnt."""
+    copied = tmp_path / "copied.pth"
+    begun = torch.load(folder / "weights.pth", weights_only=True)
+    for rate in (0.0, 1.0):
+        copied.write_bytes((folder / "weights.pth").read_bytes())
+        recipe = recipe_of(
+            folder, strategy="gdumb", weights=str(copied), stores="pixels", backbone_rate=rate
+        )
+        run = tmp_path / str(rate)
+        train.run(replace(recipe, epochs=1), str(run))
+        left = torch.load(run / "model.pt", weights_only=True)
+        if rate == 0:
+            copied.unlink()
+        begins: list[Any] = []
+        start_afresh = Trainer.start_afresh
+
+        def noting(trainer: Trainer, begins: list[Any] = begins, start: Any = start_afresh) -> None:
+            start(trainer)
+            state = trainer.network.whole.state_dict()
+            begins.append({name: each.clone() for name, each in state.items()})
+
+        with monkeypatch.context() as patched:
+            patched.setattr(Trainer, "start_afresh", noting)
+            extend(run, folder / "later.npz")
+        assert len(begins) == 2
+        for state in begins:
+            assert torch.equal(state["conv_stem.weight"], begun["conv_stem.weight"])
+            last = state["classifier.weight"][:NUM_CLASSES]
+            assert not torch.equal(last, left["classifier.weight"])
+
+
+def test_images_in_folders_are_seen_as_they_are_cropped(folder: Path) -> None:
+    data = load("npz", str(folder / "six.npz"))
+    recipe = recipe_of(folder, data="folder", image_size=8, crop_size=6)
+    assert Pixels.of(recipe, data).image_shape == (3, 6, 6)
+    assert Pixels.of(replace(recipe, data="npz"), data).image_shape == (3, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"model": "vit_tiny_patch16_224"},
+            "image_size=32 with model='vit_tiny_patch16_224': it cannot see images of 32 x 32: .*",
+        ),
+        (
+            {"strategy": "adapter", "model": "densenet121"},
+            "adapted_stages=2 with model='densenet121': .* it has no list of stages",
+        ),
+        ({"tuned_stages": 99}, f"tuned_stages=99 with model='{MODEL}': 99 of its last stages"),
+        (
+            {"strategy": "adapter", "adapter_width": 10000},
+            f"adapted_stages=2 with model='{MODEL}': adapter_width=10000",
+        ),
+    ],
+)
+def test_models_that_do_not_fit_their_settings(
+    changes: dict[str, Any], message: str, folder: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        train.run(recipe_of(folder, **{"stores": "pixels", "weights": None, **changes}))

@@ -32,7 +32,7 @@ from ritornello.experiments.results.writing import (
     setting_of,
     weights_digest,
 )
-from ritornello.experiments.strategies import strategy_of
+from ritornello.experiments.strategies import strategy_named, strategy_of
 from ritornello.experiments.training import exemplars
 from ritornello.experiments.training.checkpoints import Checkpoint, Position, RunSnapshot
 from ritornello.experiments.training.evaluation import Evaluation
@@ -165,7 +165,8 @@ class Trainer:
     def start_afresh(self) -> None:
         """Makes the model as it is before training, the same on every rank."""
         torch.manual_seed(self.recipe.seed)
-        self.network = Network(self.recipe, self.data, self.place, self._begins_with)
+        restarts = strategy_named(self.recipe.strategy).restarts
+        self.network = Network(self.recipe, self.data, self.place, self._begins_with, restarts)
         self._seed_this_rank()
         self.optimiser = None
 
