@@ -439,3 +439,30 @@ def test_models_that_do_not_fit_their_settings(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         train.run(recipe_of(folder, **{"stores": "pixels", "weights": None, **changes}))
+
+
+def test_untrained_layers_are_told_of_before_anything_is_embedded(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stopping(*_: Any, **__: Any) -> None:
+        raise KeyError
+
+    monkeypatch.setattr(train, "Trainer", stopping)
+    for rate, what in ((0.0, "the frozen layers"), (1.0, "the layers")):
+        recipe = recipe_of(
+            folder, weights=None, strategy="ridge", stores="pixels", backbone_rate=rate
+        )
+        with pytest.raises(KeyError):
+            train.run(recipe)
+        assert f"{what} of {MODEL} are untrained" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_missing_file_of_weights_is_told_of_before_the_launch(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("ritornello.experiments.cli.start.launch_ranks", None)
+    for name, message in (("no.pth", "there is no such file"), ("a.npz", "a file of weights ends")):
+        with pytest.raises(SystemExit):
+            cli.main(["run", "digits", "--model", MODEL, "--weights", name])
+        told = " ".join(capsys.readouterr().err.split())
+        assert f"weights='{name}': {message}" in told
