@@ -25,6 +25,7 @@ from ritornello.experiments.ranks.launch import launch
 from ritornello.experiments.ranks.place import Place
 from ritornello.experiments.recipes.named import recipe_named
 from ritornello.experiments.recipes.recipe import Recipe
+from ritornello.experiments.results.writing import weights_digest
 from ritornello.experiments.strategies import STRATEGIES
 from ritornello.experiments.training import run as train
 from ritornello.experiments.training.extension import extend
@@ -161,6 +162,8 @@ def test_what_a_run_leaves_is_a_whole_model_of_timm(folder: Path, tmp_path: Path
     for name, top1 in (("model.pt", "average_top1"), ("averaged.pt", "average_averaged_top1")):
         model = timm.create_model(MODEL, num_classes=NUM_CLASSES)
         model.load_state_dict(torch.load(tmp_path / name, weights_only=True))
+        digest = "averaged_sha256" if name == "averaged.pt" else "weights_sha256"
+        assert weights_digest(model.state_dict()) == results[digest]
         assert accuracy(model, folder) == pytest.approx(results[top1])
         for each, tensor in model.state_dict().items():
             assert each.startswith("classifier") or torch.equal(tensor, begun[each]), "frozen"
@@ -318,6 +321,7 @@ def test_grey_images_and_the_command_line(folder: Path, tmp_path: Path) -> None:
         ({"features_dtype": "int8"}, "features_dtype='int8': there are float32, float16"),
         ({"strategy": "ridge", "ridge_penalty": 0.0}, "ridge_penalty=0.0: it must be above 0"),
         ({"strategy": "ridge", "averaged": 0.9}, "averaged=0.9 with strategy='ridge': it makes no"),
+        ({"strategy": "ridge", "probe_every": 3}, "probe_every=3 with strategy='ridge': it makes"),
     ],
 )
 def test_settings_that_do_not_go_together(

@@ -67,6 +67,11 @@ def check_pretrained(recipe: Recipe) -> None:
             f"averaged={recipe.averaged} with strategy={recipe.strategy!r}: it makes no steps "
             "whose weights could be averaged; use averaged=0"
         )
+    if recipe.probe_every and recipe.strategy in SOLVED:
+        raise ValueError(
+            f"probe_every={recipe.probe_every} with strategy={recipe.strategy!r}: it makes no "
+            "steps between which it could be probed; use probe_every=0"
+        )
     if recipe.stores != "features":
         return
     for is_wrong, setting, use in (
