@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 import ritornello
 from ritornello.experiments.data.data_set import DataSet
