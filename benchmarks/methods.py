@@ -164,7 +164,7 @@ class Timed(Trainer):
 
 def multiples(
     methods: Sequence[Method], changes: dict[str, Any], num_repeats: int, file: Path
-) -> dict[str, float]:
+) -> list[float | None]:
     """The time of each method in multiples of the first one's, from the file where it knows it."""
     known: dict[str, float] = json.loads(file.read_text()) if file.exists() else {}
     measured: list[Recipe] = []
@@ -181,16 +181,19 @@ def multiples(
             file.write_text(json.dumps(known, indent=1))
         return known[key]
 
-    found = {}
+    found: list[float | None] = []
     for method in methods:
+        multiple = None
         if method.num_ranks == 1:
             # What lets a task pass by first does so once, however few steps follow: timed whole.
-            timed = {} if strategy_named(method.recipe.strategy).observes else changes
+            kind = strategy_named(method.recipe.strategy)
+            timed = {} if kind.observes or kind.solves else changes
             own, first = (with_changes(each.recipe, **timed) for each in (method, methods[0]))
             turns = [
                 (seconds_of(own, each), seconds_of(first, each)) for each in range(num_repeats)
             ]
-            found[method.name] = sum(a for a, _ in turns) / sum(b for _, b in turns)
+            multiple = sum(a for a, _ in turns) / sum(b for _, b in turns)
+        found.append(multiple)
     return found
 
 
@@ -275,12 +278,12 @@ def main() -> None:
         run = runs.of(method.name, short, 2) if arguments.sent_steps else None
         sent.append(None if run is None else float(run["costs"]["sent_bytes_per_step"]))
     file = arguments.output / "times.json"
-    times: dict[str, float] = {}
+    times: list[float | None] = [None] * len(methods)
     if arguments.repeats:
         times = multiples(methods, changes_in(arguments.timed), arguments.repeats, file)
     rows = [
-        row_of(group, method, count, times.get(method.name))
-        for group, method, count in zip(groups, methods, sent, strict=True)
+        row_of(group, method, count, multiple)
+        for group, method, count, multiple in zip(groups, methods, sent, times, strict=True)
     ]
     print(table(rows, groups[0].measure.header))
 

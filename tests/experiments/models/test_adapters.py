@@ -291,7 +291,7 @@ def test_where_adapters_stand(
 @KINDS
 def test_the_rest_of_a_split_model_can_be_adapted(make: Callable[[], nn.Module]) -> None:
     model, images = make(), images_of()
-    trunk, rest = split(model, 2)
+    trunk, rest = split(model, 2, images)
     with torch.no_grad():
         features = trunk(images)
         adapt(rest, 2, 4, 0.1, features)
@@ -310,9 +310,9 @@ def test_the_rest_of_a_split_model_can_be_adapted(make: Callable[[], nn.Module])
             transformer,
             4,
             4,
-            r"adapted_stages=4: it must be from 1 to the number of the model's stages \(3\)",
+            r"4 of its last stages: it must be from 1 to the number of the model's stages \(3\)",
         ),
-        (transformer, 0, 4, "adapted_stages=0: it must be from 1"),
+        (transformer, 0, 4, "0 of its last stages: it must be from 1"),
         (
             transformer,
             1,

@@ -19,6 +19,8 @@ SMALL = {
     "test_convnext": "stages.3",
 }
 
+IMAGES, SQUARES = (torch.linspace(-1, 1, 6 * side**2).view(2, 3, side, side) for side in (96, 224))
+
 
 @pytest.fixture(params=SMALL)
 def model(request):
@@ -42,22 +44,22 @@ def test_the_parts_give_what_the_model_gives(model, images):
     with torch.no_grad():
         whole = model(images)
         for num_last in (0, 1, num_stages):
-            trunk, rest = split(model, num_last)
+            trunk, rest = split(model, num_last, images)
             assert torch.equal(rest(trunk(images)), whole)
 
 
-def test_each_tensor_is_in_one_part_under_its_own_name(model):
+def test_each_tensor_is_in_one_part_under_its_own_name(model, images):
     for num_last in (0, 2):
-        trunk, rest = split(model, num_last)
+        trunk, rest = split(model, num_last, images)
         assert sorted([*trunk.state_dict(), *rest.state_dict()]) == sorted(model.state_dict())
-    last = split(model, 0)[1]
+    last = split(model, 0, images)[1]
     assert [name.rpartition(".")[0] for name in last.state_dict()] == [
         model.pretrained_cfg["classifier"]
     ] * 2
 
 
 def test_the_rest_takes_features_where_it_is_the_last_layer_alone(model, images):
-    trunk, rest = split(model, 0)
+    trunk, rest = split(model, 0, images)
 
     with torch.no_grad():
         seen = trunk(images)
@@ -68,7 +70,7 @@ def test_the_rest_takes_features_where_it_is_the_last_layer_alone(model, images)
 
 def test_what_is_trained_in_the_rest_is_trained_in_the_model():
     model = timm.create_model("test_efficientnet", num_classes=7)
-    _, rest = split(model, 1)
+    _, rest = split(model, 1, IMAGES)
 
     with torch.no_grad():
         for parameter in rest.parameters():
@@ -80,18 +82,19 @@ def test_what_is_trained_in_the_rest_is_trained_in_the_model():
 
 def test_dropout_before_the_last_layer_stays_with_it():
     model = timm.create_model("test_efficientnet", num_classes=7, drop_rate=0.5)
-    _, rest = split(model, 0)
+    _, rest = split(model, 0, IMAGES)
     features = torch.ones(64, rest.state_dict()["classifier.weight"].shape[1])
 
     assert rest.train()(features).std(0).max() > 0
     assert rest.eval()(features).std(0).max() == 0
 
 
-def test_the_library_s_own_models_are_split_before_their_last_layer():
-    model = build("small-cnn", 7, (3, 32, 32))
+@pytest.mark.parametrize("name", ["small-cnn", "strided-cnn", "halving-cnn", "mlp"])
+def test_the_library_s_own_models_are_split_before_their_last_layer(name):
+    model = build(name, 7, (3, 32, 32))
     images = torch.randn(2, 3, 32, 32, generator=torch.Generator())
 
-    trunk, rest = split(model, 0)
+    trunk, rest = split(model, 0, images)
 
     assert torch.equal(rest(trunk(images)), model(images))
     assert list(rest.state_dict()) == [f"{len(model) - 1}.weight", f"{len(model) - 1}.bias"]
@@ -101,7 +104,7 @@ def test_the_library_s_own_models_are_split_before_their_last_layer():
     ("name", "num_last", "message"),
     [
         ("densenet121", 1, "DenseNet cannot be split: it has no list of stages"),
-        ("resnet18", 5, r"num_last=5: it must be from 0 to the number of the model's stages \(4\)"),
+        ("resnet18", 5, r"5 of its last stages: it must be from 0 to the number of .* \(4\)"),
         ("levit_128s", 0, "LevitDistilled has no linear layer as its last one"),
         ("levit_128s", 1, "LevitDistilled cannot be split there: its parts"),
     ],
@@ -110,12 +113,12 @@ def test_refusals(name, num_last, message):
     model = timm.create_model(name, num_classes=7)
 
     with pytest.raises(ValueError, match=message):
-        split(model, num_last)
+        split(model, num_last, SQUARES)
 
 
 def test_a_model_in_training_stays_so():
     model = timm.create_model("test_resnet", num_classes=7).train()
 
-    split(model, 1)
+    split(model, 1, IMAGES)
 
     assert all(each.training for each in model.modules() if not isinstance(each, nn.Identity))

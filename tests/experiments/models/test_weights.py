@@ -132,6 +132,7 @@ def test_a_model_for_which_timm_has_none() -> None:
         ({}, "it holds no tensors by their names"),
         ([torch.zeros(2)], "it holds no tensors by their names"),
         ({"a": 3}, "'a' is no tensor"),
+        ({0: torch.zeros(2)}, "0 is no name of a tensor"),
         (b"nonsense", "it cannot be read"),
     ],
 )
@@ -143,6 +144,14 @@ def test_files_that_hold_something_else(content: Any, message: str, tmp_path: Pa
         torch.save(content, path)
     with pytest.raises(ValueError, match=message):
         tensors_in(path)
+
+
+def test_weights_that_are_not_finite(trained: State, tmp_path: Path) -> None:
+    path = tmp_path / "file.pth"
+    torch.save(trained | {"bn1.bias": trained["bn1.bias"] * float("nan")}, path)
+    message = f"file.pth' with model='{NAME}': the file's tensor for bn1.bias has values that are"
+    with pytest.raises(ValueError, match=message):
+        begin_with(model(), NAME, path)
 
 
 def test_no_file_and_another_kind_of_file(tmp_path: Path) -> None:

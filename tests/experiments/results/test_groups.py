@@ -11,6 +11,7 @@ from ritornello.experiments.recipes.named import RECIPES, recipe_named
 from ritornello.experiments.recipes.recipe import Published, Recipe, with_changes
 from ritornello.experiments.results import groups as sweep
 from ritornello.experiments.results.groups import Statistic, groups_of
+from ritornello.experiments.results.labels import settings_of
 from ritornello.experiments.strategies import STRATEGIES
 from ritornello.experiments.training.variants import folder_name, uses_buffer, variants
 
@@ -103,6 +104,23 @@ def test_strategies_without_a_buffer_have_no_settings_of_it(strategy: str) -> No
     bounds = ("incremental", "from-scratch", "joint", "class-means", "ridge")
     without = (*bounds, "generative", "si", "fedssi", "adapter")
     assert uses_buffer(strategy) == (strategy not in without)
+
+
+def test_the_penalty_is_a_setting_of_ridge_alone() -> None:
+    for strategy, num_settings in (("ridge", 2), ("rehearsal", 1)):
+        found = [
+            settings_of(
+                {
+                    "recipe": RECIPE.name,
+                    "strategy": strategy,
+                    "world_size": 1,
+                    "seed": 0,
+                    "config": {"strategy": strategy, "ridge_penalty": penalty},
+                }
+            )
+            for penalty in (0.1, 0.2)
+        ]
+        assert len({str(each) for each in found}) == num_settings
 
 
 def test_what_is_generated_varies_with_how_much_of_it_there_is_and_who_makes_it() -> None:

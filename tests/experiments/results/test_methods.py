@@ -85,15 +85,16 @@ def test_times_are_measured_once(methods: Any, tmp_path: Path, monkeypatch: Any)
 
     def used(recipe: Any) -> float:
         measured.append((recipe.strategy, recipe.epochs))
-        return {"incremental": 2.0, "rehearsal": 3.0, "gdumb": 4.0}[recipe.strategy]
+        return {"incremental": 2.0, "rehearsal": 3.0, "gdumb": 4.0, "ridge": 1.0}[recipe.strategy]
 
     monkeypatch.setattr(methods, "seconds_used", used)
     base = recipe_named("digits", device="cpu")
-    written = ("incremental", "rehearsal", "fedssi:ranks=2,local_steps=3", "gdumb")
+    written = ["incremental", "rehearsal", "fedssi:ranks=2,local_steps=3", "gdumb", "ridge"]
+    written += ["rehearsal:strategy=gdumb"]  # two rows of one name
     rows = [methods.method_of(each, base) for each in written]
     for _ in range(2):
         found = methods.multiples(rows, {"epochs": 1}, 2, tmp_path / "times.json")
-        assert found == {"incremental": 1.0, "rehearsal": 1.5, "gdumb": 2.0}
+        assert found == [1.0, 1.5, None, 2.0, 0.5, 2.0]
     short = [("incremental", 1), ("rehearsal", 1)]
-    whole = [("incremental", 12), ("gdumb", 12)]  # it lets each task pass by once
+    whole = [("incremental", 12), ("gdumb", 12), ("ridge", 12)]  # a task passes by once
     assert sorted(measured[1:]) == sorted(2 * (short + whole))  # the first one does not count

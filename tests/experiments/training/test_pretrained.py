@@ -20,11 +20,12 @@ from ritornello.experiments.inspection.contact_sheet import draw_contact_sheet
 from ritornello.experiments.inspection.export import export
 from ritornello.experiments.inspection.inspection import inspect_buffer
 from ritornello.experiments.models import embedding
-from ritornello.experiments.models.augmentation import resized
+from ritornello.experiments.models.augmentation import Pixels, resized
 from ritornello.experiments.ranks.launch import launch
 from ritornello.experiments.ranks.place import Place
 from ritornello.experiments.recipes.named import recipe_named
 from ritornello.experiments.recipes.recipe import Recipe
+from ritornello.experiments.results.writing import weights_digest
 from ritornello.experiments.strategies import STRATEGIES
 from ritornello.experiments.training import run as train
 from ritornello.experiments.training.extension import extend
@@ -161,6 +162,8 @@ def test_what_a_run_leaves_is_a_whole_model_of_timm(folder: Path, tmp_path: Path
     for name, top1 in (("model.pt", "average_top1"), ("averaged.pt", "average_averaged_top1")):
         model = timm.create_model(MODEL, num_classes=NUM_CLASSES)
         model.load_state_dict(torch.load(tmp_path / name, weights_only=True))
+        digest = "averaged_sha256" if name == "averaged.pt" else "weights_sha256"
+        assert weights_digest(model.state_dict()) == results[digest]
         assert accuracy(model, folder) == pytest.approx(results[top1])
         for each, tensor in model.state_dict().items():
             assert each.startswith("classifier") or torch.equal(tensor, begun[each]), "frozen"
@@ -318,6 +321,7 @@ def test_grey_images_and_the_command_line(folder: Path, tmp_path: Path) -> None:
         ({"features_dtype": "int8"}, "features_dtype='int8': there are float32, float16"),
         ({"strategy": "ridge", "ridge_penalty": 0.0}, "ridge_penalty=0.0: it must be above 0"),
         ({"strategy": "ridge", "averaged": 0.9}, "averaged=0.9 with strategy='ridge': it makes no"),
+        ({"strategy": "ridge", "probe_every": 3}, "probe_every=3 with strategy='ridge': it makes"),
     ],
 )
 def test_settings_that_do_not_go_together(
@@ -373,3 +377,96 @@ def test_the_weights_of_imagenet(folder: Path) -> None:
     )
     results = train.run(recipe)
     assert results["average_top1"] > 0.9
+
+
+def test_what_begins_anew_takes_only_frozen_layers_of_a_finished_run(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also the weights that it began with may be gone, if the last layer alone has learnt."""
+    copied = tmp_path / "copied.pth"
+    begun = torch.load(folder / "weights.pth", weights_only=True)
+    for rate in (0.0, 1.0):
+        copied.write_bytes((folder / "weights.pth").read_bytes())
+        recipe = recipe_of(
+            folder, strategy="gdumb", weights=str(copied), stores="pixels", backbone_rate=rate
+        )
+        run = tmp_path / str(rate)
+        train.run(replace(recipe, epochs=1), str(run))
+        left = torch.load(run / "model.pt", weights_only=True)
+        if rate == 0:
+            copied.unlink()
+        begins: list[Any] = []
+        start_afresh = Trainer.start_afresh
+
+        def noting(trainer: Trainer, begins: list[Any] = begins, start: Any = start_afresh) -> None:
+            start(trainer)
+            state = trainer.network.whole.state_dict()
+            begins.append({name: each.clone() for name, each in state.items()})
+
+        with monkeypatch.context() as patched:
+            patched.setattr(Trainer, "start_afresh", noting)
+            extend(run, folder / "later.npz")
+        assert len(begins) == 2
+        for state in begins:
+            assert torch.equal(state["conv_stem.weight"], begun["conv_stem.weight"])
+            last = state["classifier.weight"][:NUM_CLASSES]
+            assert not torch.equal(last, left["classifier.weight"])
+
+
+def test_images_in_folders_are_seen_as_they_are_cropped(folder: Path) -> None:
+    data = load("npz", str(folder / "six.npz"))
+    recipe = recipe_of(folder, data="folder", image_size=8, crop_size=6)
+    assert Pixels.of(recipe, data).image_shape == (3, 6, 6)
+    assert Pixels.of(replace(recipe, data="npz"), data).image_shape == (3, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"model": "vit_tiny_patch16_224"},
+            "image_size=32 with model='vit_tiny_patch16_224': it cannot see images of 32 x 32: .*",
+        ),
+        (
+            {"strategy": "adapter", "model": "densenet121"},
+            "adapted_stages=2 with model='densenet121': .* it has no list of stages",
+        ),
+        ({"tuned_stages": 99}, f"tuned_stages=99 with model='{MODEL}': 99 of its last stages"),
+        (
+            {"strategy": "adapter", "adapter_width": 10000},
+            f"adapted_stages=2 with model='{MODEL}': adapter_width=10000",
+        ),
+    ],
+)
+def test_models_that_do_not_fit_their_settings(
+    changes: dict[str, Any], message: str, folder: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        train.run(recipe_of(folder, **{"stores": "pixels", "weights": None, **changes}))
+
+
+def test_untrained_layers_are_told_of_before_anything_is_embedded(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stopping(*_: Any, **__: Any) -> None:
+        raise KeyError
+
+    monkeypatch.setattr(train, "Trainer", stopping)
+    for rate, what in ((0.0, "the frozen layers"), (1.0, "the layers")):
+        recipe = recipe_of(
+            folder, weights=None, strategy="ridge", stores="pixels", backbone_rate=rate
+        )
+        with pytest.raises(KeyError):
+            train.run(recipe)
+        assert f"{what} of {MODEL} are untrained" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_missing_file_of_weights_is_told_of_before_the_launch(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("ritornello.experiments.cli.start.launch_ranks", None)
+    for name, message in (("no.pth", "there is no such file"), ("a.npz", "a file of weights ends")):
+        with pytest.raises(SystemExit):
+            cli.main(["run", "digits", "--model", MODEL, "--weights", name])
+        told = " ".join(capsys.readouterr().err.split())
+        assert f"weights='{name}': {message}" in told

@@ -180,7 +180,10 @@ def test_compiled_models_grow(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_does_not_fit_the_model_is_said_before_anything_is_trained() -> None:
     for changes, message in (
-        ({"adapted_stages": 6}, r"adapted_stages=6: .* number of the model's stages \(5\)"),
+        (
+            {"adapted_stages": 6},
+            r"adapted_stages=6 with model=.*: 6 of its last stages: .* number of the model's stages \(5\)",
+        ),
         ({"model": "levit_128s"}, "the model LevitDistilled has no linear layer as its last"),
         ({"adapter_width": 40}, "adapter_width=40: the layer 'blocks.3.0' sees vectors of 32"),
     ):

@@ -26,6 +26,7 @@ def train(
     tracking: Tracking | None = None,
 ) -> None:
     """Trains one variant or several on all ranks; the main one shows what came out."""
+    from ritornello.experiments.models.pretrained import check_weights
     from ritornello.experiments.ranks.launch import place_in_job, restarted
     from ritornello.experiments.training.run import (
         OFF,
@@ -43,6 +44,9 @@ def train(
     for each in recipes.values():
         check(each, num_ranks)
     goes_on = saving.is_on and (saving.resume or restarted())
+    if not goes_on:  # one that has finished needs no weights
+        for each in recipes.values():
+            check_weights(each)
     if goes_on and output is None:
         raise ValueError("--resume: say with --output which run goes on")
     is_main = place is None or place.rank == 0

@@ -149,8 +149,8 @@ def adapt(model: nn.Module, num_stages: int, width: int, weight: float, example:
     names = stage_names(model)
     if not 1 <= num_stages <= len(names):
         raise ValueError(
-            f"adapted_stages={num_stages}: it must be from 1 to the number of the model's stages "
-            f"({len(names)})"
+            f"{num_stages} of its last stages: it must be from 1 to the number of the model's "
+            f"stages ({len(names)})"
         )
     layers = [
         layer

@@ -125,14 +125,13 @@ class Pixels(nn.Module):
             num_channels = len(mean) if channels == 1 else channels
         if recipe.pixels != "standardised":
             mean, std = (0.0,), (1.0,)
-        resizes = recipe.data in IN_ARRAYS or recipe.weights is not None
         return cls(
             data.image_shape,
             recipe.augmentation,
             recipe.crop_size,
             mean,
             std,
-            seen_size=recipe.image_size if resizes else None,
+            seen_size=recipe.image_size if recipe.data in IN_ARRAYS else None,
             num_channels=num_channels,
         )
 

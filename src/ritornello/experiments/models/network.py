@@ -19,7 +19,7 @@ from ritornello.experiments.models import adapters, stages
 from ritornello.experiments.models import build as models
 from ritornello.experiments.models.augmentation import Features, Pixels
 from ritornello.experiments.models.local_steps import average_over_ranks
-from ritornello.experiments.models.weights import begin_with
+from ritornello.experiments.models.weights import begin_with, tensors_in
 from ritornello.experiments.ranks.place import Place
 from ritornello.experiments.recipes.recipe import Recipe
 
@@ -50,14 +50,21 @@ class Network(nn.Module):
         data: what to build it for.
         place: of this rank; with several, the model is made parallel.
         begins_with: a file of the whole model's weights; None: the recipe's, if it has any.
+        only_frozen: whether only the frozen layers come from that file; the others begin as they
+            would without it.
 
     Raises:
         FileNotFoundError, ValueError, ConnectionError: there are no such weights (``weights``), or
-            the model cannot be split.
+            the model cannot be split, or cannot see images of that size.
     """
 
     def __init__(
-        self, recipe: Recipe, data: DataSet, place: Place, begins_with: Path | None = None
+        self,
+        recipe: Recipe,
+        data: DataSet,
+        place: Place,
+        begins_with: Path | None = None,
+        only_frozen: bool = False,
     ) -> None:
         super().__init__()
         device = place.device
@@ -75,28 +82,32 @@ class Network(nn.Module):
             pixels.image_shape,
             recipe.dropout,
         )
-        if begins_with is None and recipe.weights is not None:
-            begin_with(whole, recipe.model, recipe.weights)
-        if recipe.has_adapters:
-            adapters.adapt(
-                whole,
-                recipe.adapted_stages,
-                recipe.adapter_width,
-                recipe.adapter_scale,
-                torch.zeros(2, *pixels.image_shape),
-            )
+        shape = pixels.image_shape
+        example = torch.linspace(-1, 1, 2 * math.prod(shape)).reshape(2, *shape)
+        if recipe.weights is not None or recipe.freezes_trunk:
+            _try(whole, recipe, example)
+        if recipe.weights is not None and (begins_with is None or only_frozen):
+            _begin(whole, recipe, is_needed=begins_with is None or recipe.num_last_stages > 0)
         self._opens_outputs = recipe.strategy == "adapter"
-        if self._opens_outputs:
-            # Where borders are blurred, samples come before their classes' task.
-            adapters.close_outputs(whole, *([0.0] if recipe.scenario == "blurry" else []))
-        if begins_with is not None:
-            begin_with(whole, recipe.model, begins_with)
         self.model, trunk = whole, None
         try:
+            if recipe.has_adapters:
+                adapters.adapt(
+                    whole,
+                    recipe.adapted_stages,
+                    recipe.adapter_width,
+                    recipe.adapter_scale,
+                    example,
+                )
+            if self._opens_outputs:
+                # Where borders are blurred, samples come before their classes' task.
+                adapters.close_outputs(whole, *([0.0] if recipe.scenario == "blurry" else []))
+            if begins_with is not None and not only_frozen:
+                begin_with(whole, recipe.model, begins_with)
             if recipe.backbone_rate != 1:
                 stages.last_layer_name(whole)
             if recipe.freezes_trunk:
-                trunk, self.model = stages.split(whole, recipe.num_last_stages)
+                trunk, self.model = stages.split(whole, recipe.num_last_stages, example)
                 trunk.requires_grad_(False).eval()
         except ValueError as error:
             setting = "tuned_stages" if recipe.tuned_stages else "backbone_rate"
@@ -104,6 +115,9 @@ class Network(nn.Module):
             raise ValueError(
                 f"{setting}={getattr(recipe, setting)} with model={recipe.model!r}: {error}"
             ) from None
+        if trunk is not None and begins_with is not None and only_frozen:
+            saved = tensors_in(begins_with)
+            trunk.load_state_dict({name: saved[name] for name in trunk.state_dict()})
         whole.to(device).to(memory_format=self._memory_format)  # its parts as well
         self._whole, self._trunk, self._embedded_pixels = (whole,), (trunk,), (pixels,)
         self.sees_features = recipe.stores == "features"
@@ -327,6 +341,36 @@ class Network(nn.Module):
         if self._amp == "off":
             return nullcontext()
         return torch.autocast(self._device.type, getattr(torch, self._amp))
+
+
+def _try(model: nn.Module, recipe: Recipe, example: Tensor) -> None:
+    """Lets a model see an example of what it will see.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    was_training = model.training
+    try:
+        with torch.no_grad():
+            model.eval()(example)
+    except Exception as error:  # what is raised depends on the model
+        height, width = example.shape[2:]
+        raise ValueError(
+            f"image_size={recipe.image_size} with model={recipe.model!r}: it cannot see images of "
+            f"{height} x {width}: {error}"
+        ) from error
+    finally:
+        model.train(was_training)
+
+
+def _begin(model: nn.Module, recipe: Recipe, is_needed: bool) -> None:
+    """Gives a model the weights of its recipe; where they are not needed they may be gone."""
+    assert recipe.weights is not None
+    try:
+        begin_with(model, recipe.model, recipe.weights)
+    except (FileNotFoundError, ConnectionError):
+        if is_needed:
+            raise
 
 
 def _average_of(model: nn.Module, decay: float) -> AveragedModel:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from ritornello.experiments.models.build import OWN
+from ritornello.experiments.models.weights import DOWNLOAD, check_file
 from ritornello.experiments.ranks.progress import say
 from ritornello.experiments.recipes.recipe import Recipe
 
@@ -14,13 +17,23 @@ CHANGED_IMAGES = ("domain-incremental-permuted", "domain-incremental-rotated")
 
 
 def warn_of_untrained(recipe: Recipe) -> None:
-    """Says so where layers are frozen that nobody has trained."""
-    if recipe.freezes_trunk and recipe.weights is None:
+    """Says so where layers stay as they are that nobody has trained."""
+    if (recipe.freezes_trunk or recipe.strategy in SOLVED) and recipe.weights is None:
         say(
-            f"the frozen layers of {recipe.model} are untrained, and stay so; --weights says what "
-            "they begin with",
+            f"the {'frozen ' * recipe.freezes_trunk}layers of {recipe.model} are untrained, and "
+            "stay so; --weights says what they begin with",
             style="yellow",
         )
+
+
+def check_weights(recipe: Recipe) -> None:
+    """Checks that the file is there that the model begins with.
+
+    Raises:
+        FileNotFoundError, ValueError: it is not, or is of another kind.
+    """
+    if recipe.weights is not None and recipe.weights != DOWNLOAD:
+        check_file(Path(recipe.weights))
 
 
 def check_pretrained(recipe: Recipe) -> None:
@@ -53,6 +66,11 @@ def check_pretrained(recipe: Recipe) -> None:
         raise ValueError(
             f"averaged={recipe.averaged} with strategy={recipe.strategy!r}: it makes no steps "
             "whose weights could be averaged; use averaged=0"
+        )
+    if recipe.probe_every and recipe.strategy in SOLVED:
+        raise ValueError(
+            f"probe_every={recipe.probe_every} with strategy={recipe.strategy!r}: it makes no "
+            "steps between which it could be probed; use probe_every=0"
         )
     if recipe.stores != "features":
         return

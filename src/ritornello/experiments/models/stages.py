@@ -101,7 +101,7 @@ def stage_names(model: nn.Module) -> list[str]:
     return names
 
 
-def split(model: nn.Module, num_last: int) -> tuple[Trunk, nn.Module]:
+def split(model: nn.Module, num_last: int, example: Tensor) -> tuple[Trunk, nn.Module]:
     """Splits a model in two: ``rest(trunk(images)) == model(images)``, bit for bit.
 
     Both parts share the model's layers: what is trained in the rest is trained in the model.
@@ -110,6 +110,7 @@ def split(model: nn.Module, num_last: int) -> tuple[Trunk, nn.Module]:
         model: from ``build``.
         num_last: how many stages the rest has, with all that comes behind them; 0: the last layer
             alone, which takes pooled features.
+        example: what the model sees, ``[b, C, H, W]``; both ways are tried with it.
 
     Returns:
         The trunk, and the rest.
@@ -128,11 +129,11 @@ def split(model: nn.Module, num_last: int) -> tuple[Trunk, nn.Module]:
         names = stage_names(model)
         if not 1 <= num_last <= len(names):
             raise ValueError(
-                f"num_last={num_last}: it must be from 0 to the number of the model's stages "
-                f"({len(names)})"
+                f"{num_last} of its last stages: it must be from 0 to the number of the model's "
+                f"stages ({len(names)})"
             )
         parts = _split_at(model, names, len(names) - num_last)
-    _check_same(model, *parts)
+    _check_same(model, *parts, example)
     return parts
 
 
@@ -210,26 +211,18 @@ def _shallow(module: nn.Module) -> nn.Module:
     return other
 
 
-def _check_same(model: nn.Module, trunk: Trunk, rest: nn.Module) -> None:
-    """Tries the parts on an image.
+def _check_same(model: nn.Module, trunk: Trunk, rest: nn.Module, example: Tensor) -> None:
+    """Tries the parts on an example.
 
     Raises:
         ValueError: they do not give what the model does.
     """
-    tensor = next(model.parameters())
-    sizes = (getattr(each, "img_size", None) for each in model.modules())
-    size = next((size for size in sizes if size is not None), (96, 96))
-    convolution = next((each for each in model.modules() if isinstance(each, nn.Conv2d)), None)
-    if convolution is None:  # a perceptron, which knows no image
-        return
-    images = torch.linspace(-1, 1, 2 * convolution.in_channels * size[0] * size[1])
-    images = images.reshape(2, convolution.in_channels, *size).to(tensor.device, tensor.dtype)
     was_training = model.training
     for part in (model, trunk, rest):
         part.eval()
     try:
         with torch.no_grad():
-            same = torch.equal(rest(trunk(images)), model(images))
+            same = torch.equal(rest(trunk(example)), model(example))
     except (RuntimeError, TypeError, AttributeError, AssertionError):
         same = False
     finally:

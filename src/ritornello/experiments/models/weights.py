@@ -41,6 +41,12 @@ def begin_with(model: nn.Module, name: str, source: str | Path) -> None:
         raise ValueError(
             f"weights={str(source)!r} with model={name!r}: {_difference(own, found, last)}"
         )
+    for each, tensor in matched.items():
+        if not bool(tensor.isfinite().all()):
+            raise ValueError(
+                f"weights={str(source)!r} with model={name!r}: the file's tensor for {each} has "
+                "values that are not finite"
+            )
     model.load_state_dict(own | matched)
 
 
@@ -51,13 +57,7 @@ def tensors_in(path: Path) -> dict[str, Tensor]:
         FileNotFoundError: there is no such file.
         ValueError: it cannot be read, or holds something else.
     """
-    if path.suffix not in ENDINGS:
-        raise ValueError(
-            f"weights={str(path)!r}: a file of weights ends with {', '.join(ENDINGS)}; or take "
-            f"{DOWNLOAD!r}, what timm downloads"
-        )
-    if not path.is_file():
-        raise FileNotFoundError(f"weights={str(path)!r}: there is no such file")
+    check_file(path)
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -72,9 +72,26 @@ def tensors_in(path: Path) -> dict[str, Tensor]:
             found = found[wrapped]
     if not isinstance(found, Mapping) or not found:
         raise ValueError(f"weights={str(path)!r}: it holds no tensors by their names")
+    if unnamed := [name for name in found if not isinstance(name, str)]:
+        raise ValueError(f"weights={str(path)!r}: {unnamed[0]!r} is no name of a tensor")
     if odd := [name for name, each in found.items() if not isinstance(each, Tensor)]:
         raise ValueError(f"weights={str(path)!r}: {odd[0]!r} is no tensor")
     return {name.removeprefix("module."): each for name, each in found.items()}
+
+
+def check_file(path: Path) -> None:
+    """Checks that there is such a file of weights, without reading it.
+
+    Raises:
+        FileNotFoundError, ValueError: see ``tensors_in``.
+    """
+    if path.suffix not in ENDINGS:
+        raise ValueError(
+            f"weights={str(path)!r}: a file of weights ends with {', '.join(ENDINGS)}; or take "
+            f"{DOWNLOAD!r}, what timm downloads"
+        )
+    if not path.is_file():
+        raise FileNotFoundError(f"weights={str(path)!r}: there is no such file")
 
 
 def normalisation_of(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:

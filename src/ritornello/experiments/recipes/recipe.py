@@ -64,8 +64,8 @@ class Recipe:
     data_path: str | None = None
     image_size: int | None = None
     """Images that are decoded from files are resized to it and cropped at the centre; diffraction
-    patterns have this height and width. Of images in arrays, and with ``weights``, what the model
-    sees is resized to it, behind the augmentation."""
+    patterns have this height and width. Of images in arrays what the model sees is resized to it,
+    behind the augmentation."""
     scenario: str = "class-incremental"
     """See ``scenarios.SCENARIOS``."""
     num_tasks: int = 5

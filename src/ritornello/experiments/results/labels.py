@@ -91,6 +91,8 @@ def settings_of(run: Results) -> dict[str, Any]:
         left_out.update(GENERATOR_SETTINGS)
     if run["strategy"] not in WITH_IMPORTANCES:
         left_out.update(SI_SETTINGS)
+    if run["strategy"] != "ridge":
+        left_out.add("ridge_penalty")
     if run["strategy"] not in WITH_ADAPTERS:
         left_out.update(ADAPTER_SETTINGS)
     else:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor
 
 import ritornello
 from ritornello.experiments.data.data_set import DataSet
@@ -283,10 +283,10 @@ def _absolute_path(recipe: Recipe) -> str | None:
     return None if recipe.data == "digits" else os.path.abspath("data")
 
 
-def weights_digest(model: nn.Module) -> str:
-    """SHA-256 of all weights: equal only if the models are bit-identical."""
+def weights_digest(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 of all weights of a model's state: equal only if they are bit-identical."""
     digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
+    for name, value in sorted(state.items()):
         digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

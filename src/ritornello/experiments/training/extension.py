@@ -33,6 +33,7 @@ from ritornello.experiments.recipes.recipe import Recipe
 from ritornello.experiments.results import run_folder as living_folder
 from ritornello.experiments.results.run_folder import IN_WORK, locked, part_of
 from ritornello.experiments.results.writing import Results, TaskLog
+from ritornello.experiments.strategies import strategy_named
 from ritornello.experiments.training import run as train
 from ritornello.experiments.training.checkpoints import Checkpoints
 from ritornello.experiments.training.extended_data import (
@@ -195,9 +196,13 @@ def _say_what_comes(
 
 
 def _frozen_in(extension: Extension) -> Path | None:
-    """Where frozen layers are that the run began with, or all that it would have to get again."""
+    """Where frozen layers are that the run began with, or all that it would have to get again.
+
+    What is trained anew begins as it did, and takes no more than what is frozen.
+    """
     recipe = extension.recipe
-    if recipe.weights is None and not recipe.freezes_trunk:
+    begins_anew = recipe.weights is None or strategy_named(recipe.strategy).restarts
+    if begins_anew and not recipe.freezes_trunk:
         return None
     return part_of(extension.folder, "model.pt")
 

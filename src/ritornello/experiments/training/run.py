@@ -194,12 +194,12 @@ def _run(
         data = data() if callable(data) else data
         data = data or load(recipe.data, recipe.data_path, recipe.image_size)
         data = data_of(recipe, held_out(data, recipe.holdout))
+        if ranks.rank == 0:
+            warn_of_untrained(recipe)
         trainer = stack.enter_context(
             Trainer(recipe, data, Place(ranks.rank, ranks.num_ranks, device), embeddings=embeddings)
         )
         trainer.schedule.warn_of_room()
-        if ranks.rank == 0:
-            warn_of_untrained(recipe)
         saver = checkpoints = None
         if folder is not None and signals is not None:
             checkpoints = Checkpoints(folder / "checkpoints", saving.keep, ranks)

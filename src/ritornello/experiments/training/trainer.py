@@ -32,7 +32,7 @@ from ritornello.experiments.results.writing import (
     setting_of,
     weights_digest,
 )
-from ritornello.experiments.strategies import strategy_of
+from ritornello.experiments.strategies import strategy_named, strategy_of
 from ritornello.experiments.training import exemplars
 from ritornello.experiments.training.checkpoints import Checkpoint, Position, RunSnapshot
 from ritornello.experiments.training.evaluation import Evaluation
@@ -147,7 +147,7 @@ class Trainer:
             "resumed": self.num_resumed,
             "seconds_saving": self.seconds.saving,
             "buffer": self.strategy.stats(),
-            "weights_sha256": weights_digest(self.network.whole),
+            "weights_sha256": weights_digest(self.network.whole.state_dict()),
             **({} if self._embedded is None else {"seconds_embedding": self._embedded.seconds}),
             "costs": self.strategy.costs(self.network.model),
             **self.strategy.outcome(),
@@ -165,7 +165,8 @@ class Trainer:
     def start_afresh(self) -> None:
         """Makes the model as it is before training, the same on every rank."""
         torch.manual_seed(self.recipe.seed)
-        self.network = Network(self.recipe, self.data, self.place, self._begins_with)
+        restarts = strategy_named(self.recipe.strategy).restarts
+        self.network = Network(self.recipe, self.data, self.place, self._begins_with, restarts)
         self._seed_this_rank()
         self.optimiser = None
 
@@ -476,7 +477,9 @@ class Trainer:
     def _of_average(self) -> Results:
         """What the results say of the average of the weights, where there is one."""
         average = self.network.average
-        return {} if average is None else {"averaged_sha256": weights_digest(average.module)}
+        if average is None:
+            return {}
+        return {"averaged_sha256": weights_digest(self.network.state_of(average.module))}
 
     def _save_between(self, save: Callable[[int, Callable[[], RunSnapshot]], None]) -> None:
         """Lets the saver do its work; the task's time stands still meanwhile."""

@@ -139,6 +139,16 @@ def test_it_goes_on_within_a_task_and_with_further_classes(kind: str) -> None:
     torch.testing.assert_close(learnt(last, batches[3:], model()), expected)
 
 
+def test_a_mini_batch_without_samples_does_not_reach_the_model() -> None:
+    """Some models cannot see one."""
+    strategy, network = ClassMeans(NUM_CLASSES), model()
+    expected = learnt(ClassMeans(NUM_CLASSES), [samples()], network)
+    features, labels = samples()
+    broken = SimpleNamespace(last_layer=network.last_layer, features=None)
+    strategy.observe(broken, features[:0], labels[:0])  # type: ignore[arg-type]
+    assert torch.equal(learnt(strategy, [(features, labels)], network), expected)
+
+
 def test_it_makes_no_steps() -> None:
     with pytest.raises(RuntimeError, match="ClassMeans makes no steps: call observe for each"):
         ClassMeans(NUM_CLASSES).backward(nn.Identity(), *samples())

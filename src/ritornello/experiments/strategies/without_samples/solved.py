@@ -63,6 +63,8 @@ class Solved(Strategy):
     @torch.no_grad()
     def observe(self, model: nn.Module | Embeds, images: Tensor, labels: Tensor) -> None:
         """Adds a mini-batch to the sums."""
+        if not len(labels):  # a rank may have none left where others have some
+            return
         assert callable(model.features)
         features = model.features(images).double()
         behind = torch.cat([features, features.new_ones(len(features), 1)], dim=1)
