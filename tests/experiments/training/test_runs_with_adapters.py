@@ -184,7 +184,11 @@ def test_what_does_not_fit_the_model_is_said_before_anything_is_trained() -> Non
             {"adapted_stages": 6},
             r"adapted_stages=6 with model=.*: 6 of its last stages: .* number of the model's stages \(5\)",
         ),
-        ({"model": "levit_128s"}, "the model LevitDistilled has no linear layer as its last"),
+        ({"model": "levit_128s"}, "model='levit_128s': it cannot see images of 8 x 8"),
+        (
+            {"model": "levit_128s", "image_size": 224},
+            "the model LevitDistilled has no linear layer as its last",
+        ),
         ({"adapter_width": 40}, "adapter_width=40: the layer 'blocks.3.0' sees vectors of 32"),
     ):
         with pytest.raises(ValueError, match=message):
