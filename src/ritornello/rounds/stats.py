@@ -57,6 +57,8 @@ class BufferStats:
     """Rounds that the trainer ran itself: where steps are too short to hide one."""
     seconds_here: float = 0.0
     """That these took, which are a part of ``seconds_offering``."""
+    seconds_copying: float = 0.0
+    """What choosing and copying candidates took, which is a part of ``seconds_offering``."""
 
     @classmethod
     def of(cls, steps: Steps, *, per_class: bool, distinct: bool) -> Self:
@@ -94,6 +96,7 @@ class BufferStats:
             num_distinct=rounds.num_distinct(distinct),
             num_rounds_here=steps.num_rounds_here,
             seconds_here=steps.seconds_here,
+            seconds_copying=steps.seconds_copying,
         )
 
     @property
@@ -132,6 +135,7 @@ class BufferStats:
             },
             num_rounds_here=self.num_rounds_here - earlier.num_rounds_here,
             seconds_here=self.seconds_here - earlier.seconds_here,
+            seconds_copying=self.seconds_copying - earlier.seconds_copying,
         )
 
     def figures(self, prefix: str = "buffer") -> dict[str, float]:

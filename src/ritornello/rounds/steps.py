@@ -89,7 +89,7 @@ class Steps(Waiting):
         self.num_candidates = arguments.num_candidates
         self.training = Training(arguments, rounds, self.here)
         self._advice: str | None = None  # in errors; None: the trainer's first batch has come
-        self.seconds_offering = 0.0
+        self.seconds_offering = self.seconds_copying = 0.0
         self.num_rounds_here, self.seconds_here = 0, 0.0
 
     @property
@@ -305,10 +305,12 @@ class Steps(Waiting):
     def _copy_candidates(
         self, staging: Staging, leaves: list[Tensor], samples: list[Bytes | None]
     ) -> None:
+        began = time.perf_counter()
         rows = chosen_rows(
             leaves[0].shape[0], self.num_candidates, self._candidate_streams, self.num_offers
         )
         staging.collect(leaves, samples, rows)
+        self.seconds_copying += time.perf_counter() - began
 
     def _checked(self, batch: Batch) -> tuple[Begun, list[Tensor]]:
         """A mini-batch's leaves; the first one fixes what ``Begun`` says."""
