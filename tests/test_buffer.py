@@ -576,7 +576,7 @@ def test_an_interrupted_offer_leaves_no_half_written_candidates(
     with RehearsalBuffer(40, num_representatives=2) as buffer:
         buffer.update(batch_of(0, 4))
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr("ritornello.records.layout.Layout.pack_bytes", interrupted)
+            patch.setattr("ritornello.records.layout.Layout.pack_values", interrupted)
             buffer.update(batch_of(1, 4))
         buffer.update(batch_of(2, 4))
         assert len(buffer) == 8

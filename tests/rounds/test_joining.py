@@ -20,7 +20,7 @@ def join(outputs: Joiner, leaf: torch.Tensor, past: torch.Tensor) -> torch.Tenso
 def joined(
     outputs: Joiner, layout: Layout, leaf: torch.Tensor, records: torch.Tensor
 ) -> torch.Tensor:
-    samples, columns = layout.bytes_of([leaf]), layout.columns(records)
+    samples, columns = layout.values_of([leaf]), layout.columns(records)
     [tensor] = outputs.join(layout, [leaf], samples, records, columns)
     assert isinstance(tensor, torch.Tensor)
     return tensor

@@ -264,7 +264,11 @@ def check_labels(labels: NDArray[np.integer[Any]], num_classes: int | None) -> N
     if len(labels) == 0:
         return
     end = num_classes or MOST_LABELS
-    if labels.min() < 0 or int(labels.max()) >= end:
+    # Seen as unsigned, what is negative lies in the upper half: one pass over them finds both.
+    dtype = labels.dtype
+    is_signed = dtype.kind == "i"
+    unsigned = labels.view(f"u{dtype.itemsize}") if is_signed else labels
+    if int(unsigned.max()) >= min(end, 1 << (8 * dtype.itemsize - is_signed)):
         wrong = (labels < 0) | (labels >= end)
         rule = f"from 0 to {end - 1}" if num_classes or labels.min() >= 0 else "at least 0"
         raise ValueError(

@@ -52,6 +52,9 @@ IN_NUMPY = INTEGERS | {
 }
 """What NumPy calls them."""
 
+Values = Sequence[NDArray[Any] | None]
+"""``Field.values`` of some samples, a field each; None where these are no array in one piece."""
+
 DTYPES = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in vars(torch).values()
@@ -284,15 +287,20 @@ class Layout:
         columns = rows[:, field.offset : field.offset + field.num_bytes].view(field.dtype)
         return columns.view(shape)
 
-    def columns(self, rows: Tensor) -> list[Bytes]:
-        """The bytes of each field of records in CPU memory, ``[num_rows, bytes]``: views."""
+    def columns(self, rows: Tensor) -> Values:
+        """``Field.values`` of each field of records in CPU memory: views; None of ragged ones."""
         array = rows.numpy()
-        return [array[:, field.offset : field.offset + field.num_bytes] for field in self.fields]
-
-    def bytes_of(self, leaves: Sequence[Any]) -> list[Bytes | None]:
-        """``bytes_of`` each leaf of a mini-batch; None for ragged ones."""
         return [
-            bytes_of(leaf) if field.form is None else None
+            field.values(array[:, field.offset : field.offset + field.num_bytes])
+            if field.form is None
+            else None
+            for field in self.fields
+        ]
+
+    def values_of(self, leaves: Sequence[Any]) -> Values:
+        """``values_of`` each leaf of a mini-batch; None for ragged ones."""
+        return [
+            values_of(leaf) if field.form is None else None
             for field, leaf in zip(self.fields, leaves, strict=True)
         ]
 
@@ -319,24 +327,24 @@ class Layout:
             index: int64 ``[num_rows]``, the samples to take; None: all of them.
             rows: uint8 ``[num_rows, record_bytes]``, written; its padding is left as it is.
         """
-        columns: Sequence[Bytes | None] = [None] * len(leaves)
+        columns: Values = [None] * len(leaves)
         if rows.device.type == "cpu":
             columns = self.columns(rows)
-        self.pack_bytes(leaves, self.bytes_of(leaves), index, rows, columns)
+        self.pack_values(leaves, self.values_of(leaves), index, rows, columns)
 
-    def pack_bytes(
+    def pack_values(
         self,
         leaves: Sequence[Tensor],
-        samples: Sequence[Bytes | None],
+        samples: Values,
         index: Ints | None,
         rows: Tensor,
-        columns: Sequence[Bytes | None],
+        columns: Values,
     ) -> None:
         """As ``pack``, where views of both sides are known.
 
         Args:
             leaves: see ``pack``.
-            samples: their ``bytes_of``.
+            samples: their ``values_of``.
             index: see ``pack``.
             rows: see ``pack``.
             columns: its ``columns``; None where it is not in CPU memory.
@@ -355,7 +363,7 @@ class Layout:
             elif index is None:
                 places[:] = own
             elif field.num_bytes < LARGE_FIELD_BYTES:
-                places[:] = own[index]
+                places[:] = own.take(index, axis=0)
             else:
                 for place, sample in enumerate(index.tolist()):
                     places[place] = own[sample]
@@ -477,24 +485,25 @@ def _ragged_like(field: Field, leaf: Any) -> Ragged:
     return ragged
 
 
-def bytes_of(leaf: Tensor) -> Bytes | None:
-    """A leaf's bytes as an array ``[b, bytes per sample]``; None if they are not in one piece.
+def values_of(leaf: Tensor) -> NDArray[Any] | None:
+    """A leaf's values as ``Field.values`` has them; None if they are not in one piece.
 
     NumPy copies on the calling thread alone. For such small copies torch would wake all its
     threads, and wait for them.
     """
-    if not leaf.is_cpu or not leaf.is_contiguous() or leaf.numel() == 0:
+    if not leaf.is_cpu or not leaf.is_contiguous():
         return None
     if leaf.is_conj() or leaf.is_neg():  # the bytes are not yet the values
         return None
-    num_samples = leaf.shape[0]
     own = leaf.detach() if leaf.requires_grad else leaf
     if leaf.dtype not in IN_NUMPY:
-        own = own.view(num_samples, -1)
+        if leaf.numel() == 0:
+            return None
+        own = own.view(leaf.shape[0], -1)
         if own.stride(1) != 1:  # of one element torch takes any stride for contiguous
             return None
         own = own.view(torch.uint8)
-    array: Bytes = own.numpy().reshape(num_samples, -1).view(np.uint8)
+    array: NDArray[Any] = own.numpy()
     return array
 
 

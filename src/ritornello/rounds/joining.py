@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from ritornello.arrays import Bytes
 from ritornello.records.coding import Coding, Decoded
-from ritornello.records.layout import Field, Layout
+from ritornello.records.layout import Field, Layout, Values
 from ritornello.records.nesting import Batch
 from ritornello.records.nesting import leaves_of as nested_leaves_of
 from ritornello.records.paging import leaves_of, samples_of
@@ -47,14 +47,14 @@ class _Block:
         num_samples: how many of them.
 
     Attributes:
-        memory: all of it, uint8 ``[num_samples, bytes of the field]``.
+        values: all of it, see ``Field.values``.
     """
 
     def __init__(self, field: Field, num_samples: int) -> None:
         num_bytes = num_samples * field.num_bytes
         memory = torch.empty(num_bytes, dtype=torch.uint8, device="cpu").numpy()
-        self.memory: Bytes = memory.reshape(num_samples, field.num_bytes)
-        self._field, self._values = field, field.values(self.memory)
+        self.values = field.values(memory.reshape(num_samples, field.num_bytes))
+        self._field = field
         self._loan: weakref.ref[Any] | None = None
 
     @property
@@ -64,7 +64,7 @@ class _Block:
 
     def lend(self) -> Tensor:
         """All of it as an uninitialised tensor ``[num_samples, *shape]``."""
-        lent = self._values[:]
+        lent = self.values[:]
         self._loan = weakref.ref(lent)
         return self._field.tensor(lent)
 
@@ -79,9 +79,9 @@ class Joiner:
         self,
         layout: Layout,
         leaves: Sequence[Any],
-        samples: Sequence[Bytes | None],
+        samples: Values,
         records: Tensor,
-        columns: Sequence[Bytes | None],
+        columns: Values,
         pages: Tensor | None = None,
     ) -> list[Any]:
         """``torch.cat((leaf, past))`` for each field of some records.
@@ -89,7 +89,7 @@ class Joiner:
         Args:
             layout: of the records.
             leaves: one tensor ``[b, *shape]`` per field, on any device.
-            samples: their ``Layout.bytes_of``.
+            samples: their ``Layout.values_of``.
             records: uint8 ``[r, record_bytes]``.
             columns: their ``Layout.columns``; None where they are not in CPU memory.
             pages: those that go with them, if some fields are ragged. Of these, new samples stay
@@ -126,19 +126,21 @@ class Joiner:
         field = Field((), leaf.dtype, shape, 0, num_bytes // num_samples)
         return torch.cat(parts, out=self._free_block(field, num_samples).lend())
 
-    def _join(self, field: Field, leaf: Tensor, samples: Bytes, past: Bytes) -> Tensor:
-        """One field of mini-batch and records, whose bytes are in one piece."""
+    def _join(
+        self, field: Field, leaf: Tensor, samples: NDArray[Any], past: NDArray[Any]
+    ) -> Tensor:
+        """One field of mini-batch and records, whose values are in one piece."""
         num_samples = len(samples) + len(past)
         num_bytes = num_samples * field.num_bytes
         if num_bytes < WORTH_BYTES:
-            return field.tensor(field.values(np.concatenate((samples, past))))
+            return field.tensor(np.concatenate((samples, past)))
         block = self._free_block(field, num_samples)
         joined = block.lend()
         if num_bytes < MANY_BYTES:
-            np.concatenate((samples, past), out=block.memory)
+            np.concatenate((samples, past), out=block.values)
         else:
             joined[: len(samples)].copy_(leaf)
-            block.memory[len(samples) :] = past
+            block.values[len(samples) :] = past
         return joined
 
     def _free_block(self, field: Field, num_samples: int) -> _Block:
@@ -183,15 +185,13 @@ class Outputs:
             return begun.layout.rebuild(leaves)
         return self.coding.alone(leaves)
 
-    def joined(
-        self, begun: Begun, leaves: Sequence[Any], samples: Sequence[Bytes | None], staged: Tensor
-    ) -> Batch:
+    def joined(self, begun: Begun, leaves: Sequence[Any], samples: Values, staged: Tensor) -> Batch:
         """A mini-batch with what is staged behind it.
 
         Args:
             begun: what is known of samples.
             leaves: of the mini-batch.
-            samples: their ``Layout.bytes_of``.
+            samples: their ``Layout.values_of``.
             staged: records.
         """
         began = time.perf_counter()

@@ -21,9 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ritornello.arrays import Bytes, Ints
+from ritornello.arrays import Ints
 from ritornello.records import accelerators
-from ritornello.records.layout import Layout
+from ritornello.records.layout import Layout, Values
 from ritornello.records.pages import expanded
 from ritornello.records.paging import Records, pack_pages, pages_of_records, starts_of
 from ritornello.rounds.random_streams import Streams
@@ -48,10 +48,10 @@ class Rows(NamedTuple):
     """Memory for records. One object, as an interrupt may come between two stores."""
 
     records: Tensor
-    columns: Sequence[Bytes | None]
+    columns: Values
     """Its ``Layout.columns``; None where it is not in CPU memory."""
 
-    def first_columns(self, num_rows: int) -> Sequence[Bytes | None]:
+    def first_columns(self, num_rows: int) -> Values:
         """Those of the first records."""
         return [None if column is None else column[:num_rows] for column in self.columns]
 
@@ -146,14 +146,12 @@ class Staging:
 
     # On the trainer's thread.
 
-    def collect(
-        self, leaves: Sequence[Any], samples: Sequence[Bytes | None], rows: Ints | None
-    ) -> None:
+    def collect(self, leaves: Sequence[Any], samples: Values, rows: Ints | None) -> None:
         """Copies candidates out of a mini-batch.
 
         Args:
             leaves: one tensor ``[b, *shape]`` per field, of ragged ones a ``Ragged``.
-            samples: their ``Layout.bytes_of``.
+            samples: their ``Layout.values_of``.
             rows: int64 ``[m]``, the candidates; None: all samples.
         """
         num_rows = leaves[0].shape[0] if rows is None else len(rows)
@@ -169,7 +167,7 @@ class Staging:
                 leaf.to(self.trainer_device) if own is None or column is None else leaf
                 for leaf, own, column in zip(leaves, samples, columns, strict=True)
             ]
-        self._layout.pack_bytes(leaves, samples, rows, collected, columns)
+        self._layout.pack_values(leaves, samples, rows, collected, columns)
         if self._collected_pages is not None:
             num_bytes = self._layout.bytes_in_pages(leaves)
             counts = -(-(num_bytes if rows is None else num_bytes[rows]) // self._page_bytes)
@@ -198,7 +196,7 @@ class Staging:
             self._begin_turn()
         return first_rows(self._delivered, num_rows)
 
-    def columns_taken(self, num_rows: int) -> Sequence[Bytes | None]:
+    def columns_taken(self, num_rows: int) -> Values:
         """``Layout.columns`` of what ``take`` gives; None where it is not in CPU memory."""
         return self._taken.first_columns(num_rows)
 

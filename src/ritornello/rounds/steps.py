@@ -20,11 +20,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ritornello.arrays import Bytes
 from ritornello.policies.selection import check_labels
 from ritornello.records import accelerators
 from ritornello.records.coding import Coding, Drawn
-from ritornello.records.layout import Layout
+from ritornello.records.layout import Layout, Values
 from ritornello.records.nesting import Batch, leaves_of, path_text
 from ritornello.records.paging import Records
 from ritornello.records.storage import Storage
@@ -121,8 +120,7 @@ class Steps(Waiting):
         stored = batch
         if coding.encodes:
             stored = coding.encoded(batch if offered is None else offered)
-        begun, leaves = self._checked(stored)
-        samples = begun.layout.bytes_of(leaves)
+        begun, leaves, samples = self._checked(stored)
         given = leaves
         if not coding.is_none:
             try:
@@ -176,8 +174,8 @@ class Steps(Waiting):
                 "offer alternate (to store samples without training, call fill)"
             )
         began = time.perf_counter()
-        begun, leaves = self._checked(self.outputs.coding.encoded(batch))
-        self._copy_candidates(begun.staging, leaves, begun.layout.bytes_of(leaves))
+        begun, leaves, samples = self._checked(self.outputs.coding.encoded(batch))
+        self._copy_candidates(begun.staging, leaves, samples)
         self.seconds_offering += time.perf_counter() - began
         self.start_round(may_run_here=True)
 
@@ -302,9 +300,7 @@ class Steps(Waiting):
         self.drop_prepared()
         self.start_round()
 
-    def _copy_candidates(
-        self, staging: Staging, leaves: list[Tensor], samples: list[Bytes | None]
-    ) -> None:
+    def _copy_candidates(self, staging: Staging, leaves: list[Tensor], samples: Values) -> None:
         began = time.perf_counter()
         rows = chosen_rows(
             leaves[0].shape[0], self.num_candidates, self._candidate_streams, self.num_offers
@@ -312,8 +308,8 @@ class Steps(Waiting):
         staging.collect(leaves, samples, rows)
         self.seconds_copying += time.perf_counter() - began
 
-    def _checked(self, batch: Batch) -> tuple[Begun, list[Tensor]]:
-        """A mini-batch's leaves; the first one fixes what ``Begun`` says."""
+    def _checked(self, batch: Batch) -> tuple[Begun, list[Tensor], Values]:
+        """A mini-batch's leaves, and their values; the first one fixes what ``Begun`` says."""
         try:
             begun = self.begun
             if begun is None:
@@ -326,14 +322,17 @@ class Steps(Waiting):
                 leaves = begun.layout.leaves(batch)
                 if self._advice is not None:
                     begun = self._meet(batch, begun, leaves)
+            samples = begun.layout.values_of(leaves)
             if self.rounds.needs_labels and begun.label is not None:
-                labels = leaves[begun.label]
+                labels, given = samples[begun.label], leaves[begun.label]
                 # On a device, reading the labels would make the trainer wait: the worker does it.
-                if labels.device.type == "cpu" or not begun.staging.on_gpu:
-                    check_labels(labels.cpu().numpy(), self.rounds.selection.num_classes)
+                if labels is None and (given.is_cpu or not begun.staging.on_gpu):
+                    labels = given.cpu().numpy()
+                if labels is not None:
+                    check_labels(labels, self.rounds.selection.num_classes)
         except (TypeError, ValueError) as error:
             raise self.with_rank(error, self._advice or "") from None
-        return begun, leaves
+        return begun, leaves, samples
 
     @property
     def trainer_device(self) -> torch.device:
@@ -409,9 +408,9 @@ class Steps(Waiting):
         """
         self.settle()
         advice = "" if self.begun is None else self._advice
-        begun, leaves = self._checked(self.outputs.coding.encoded(batch))
+        begun, leaves, samples = self._checked(self.outputs.coding.encoded(batch))
         self._advice = advice  # the trainer's own may be on a device
-        begun.staging.collect(leaves, begun.layout.bytes_of(leaves), None)
+        begun.staging.collect(leaves, samples, None)
         return leaves[0].shape[0]
 
     def start_between_steps(self, rate: float) -> None:
