@@ -130,6 +130,24 @@ def test_labels_out_of_range() -> None:
 
 
 @pytest.mark.parametrize(
+    "dtype", ["int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"]
+)
+@pytest.mark.parametrize("num_classes", [None, 7, 100, 1000])
+def test_labels_of_any_integer_type(dtype: str, num_classes: int | None) -> None:
+    info = np.iinfo(dtype)
+    end = min(num_classes or 2**63, int(info.max) + 1)
+    for label in (0, 1, end - 1, end, int(info.max), -1, int(info.min)):
+        if not info.min <= label <= info.max:
+            continue
+        labels = np.array([0, label, 0, 0], dtype=dtype)[:: 2 if label == 0 else 1]
+        if 0 <= label < end:
+            check_labels(labels, num_classes)
+        else:
+            with pytest.raises(ValueError, match=f"the label {label} is out of range"):
+                check_labels(labels, num_classes)
+
+
+@pytest.mark.parametrize(
     ("rows", "slots", "message"),
     [
         ([0], [1, 2], "1 rows but 2 slots"),

@@ -217,19 +217,20 @@ class Layout:
         for position, (field, leaf) in enumerate(zip(self.fields, found, strict=True)):
             if field.form is not None:
                 found[position] = leaf = _ragged_like(field, leaf)
-                num_in_leaf, shape = len(leaf), []
+                num_in_leaf = len(leaf)
             else:
                 check_leaf(field.path, leaf)
                 if type(leaf) is not Tensor:
                     found[position] = plain_tensor(field.path, leaf)
-                num_in_leaf, *shape = leaf.shape
-            if field.form is None and (leaf.dtype != field.dtype or tuple(shape) != field.shape):
-                raise ValueError(
-                    f"{path_text(field.path)} is {leaf.dtype} {shape} per sample, but the "
-                    f"buffer's records hold {field.dtype} {list(field.shape)} there: "
-                    "dtype and shape are fixed by the first mini-batch. "
-                    + _remedy_for_another(leaf, field)
-                )
+                shape = leaf.shape
+                num_in_leaf = shape[0]
+                if leaf.dtype != field.dtype or shape[1:] != field.shape:
+                    raise ValueError(
+                        f"{path_text(field.path)} is {leaf.dtype} {list(shape[1:])} per sample, "
+                        f"but the buffer's records hold {field.dtype} {list(field.shape)} there: "
+                        "dtype and shape are fixed by the first mini-batch. "
+                        + _remedy_for_another(leaf, field)
+                    )
             if num_samples is None:
                 num_samples = num_in_leaf
             elif num_in_leaf != num_samples:
@@ -346,8 +347,8 @@ class Layout:
             leaves: see ``pack``.
             samples: their ``values_of``.
             index: see ``pack``.
-            rows: see ``pack``.
-            columns: its ``columns``; None where it is not in CPU memory.
+            rows: see ``pack``; may be more, of which the first are written.
+            columns: the ``columns`` of these first; None where they are not in CPU memory.
         """
         for position, (field, own, places) in enumerate(
             zip(self.fields, samples, columns, strict=True)
@@ -355,11 +356,11 @@ class Layout:
             if field.form is not None:
                 continue
             if own is None or places is None:
-                view, source = self.view(rows, position), leaves[position].detach()
+                source = leaves[position].detach()
                 if index is not None:
                     on_device = accelerators.copied_to(rows.device, torch.from_numpy(index))
                     source = source.index_select(0, on_device)
-                view.copy_(source)
+                self.view(rows[: source.shape[0]], position).copy_(source)
             elif index is None:
                 places[:] = own
             elif field.num_bytes < LARGE_FIELD_BYTES:

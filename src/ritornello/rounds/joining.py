@@ -196,7 +196,7 @@ class Outputs:
         """
         began = time.perf_counter()
         layout, staging = begun.layout, begun.staging
-        columns = staging.columns_taken(len(staged))
+        columns = staging.columns_taken(staged.shape[0])
         joined = self._joiner.join(layout, leaves, samples, staged, columns, staging.pages)
         augmented = layout.rebuild(joined)
         self.seconds += time.perf_counter() - began

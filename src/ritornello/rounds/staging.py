@@ -26,7 +26,7 @@ from ritornello.records import accelerators
 from ritornello.records.layout import Layout, Values
 from ritornello.records.pages import expanded
 from ritornello.records.paging import Records, pack_pages, pages_of_records, starts_of
-from ritornello.rounds.random_streams import Streams
+from ritornello.rounds.random_streams import Purpose, Streams
 
 WorkerStreams = dict[torch.device, torch.Stream]
 """The worker's streams: one for each accelerator that it uses, for as long as the buffer lives."""
@@ -56,27 +56,53 @@ class Rows(NamedTuple):
         return [None if column is None else column[:num_rows] for column in self.columns]
 
 
-def chosen_rows(
-    num_samples: int, num_candidates: int | None, streams: Streams, step: int
-) -> Ints | None:
+class Candidates:
     """Which samples of a mini-batch are candidates: each with the same chance, on its own.
 
-    Args:
-        num_samples: in the mini-batch.
-        num_candidates: how many are expected; None: all.
-        streams: of these choices.
-        step: whose mini-batch it is.
+    To choose takes as long as to copy them. So the next choice is made ahead, on the worker's
+    thread, for a mini-batch like the last one; another one is chosen from when it comes.
 
-    Returns:
-        int64 ``[m]``, ascending; None: all of them.
+    Args:
+        seed: of the choices.
+        rank: whose mini-batches.
     """
-    if num_candidates == 0:
-        return np.zeros(0, dtype=np.int64)
-    if num_candidates is None or num_samples <= num_candidates:
-        return None
-    chance = num_candidates / num_samples
-    rows: Ints = (streams.at(step).random(num_samples) < chance).nonzero()[0]
-    return rows
+
+    def __init__(self, seed: int, rank: int) -> None:
+        self._streams = Streams(seed, Purpose.CANDIDATES, rank)
+        self._last: tuple[int, int, int | None] | None = None
+        self._ahead: tuple[tuple[int, int, int | None], Ints | None] | None = None
+
+    def rows(self, step: int, num_samples: int, num_candidates: int | None) -> Ints | None:
+        """Those of a mini-batch; while no round runs.
+
+        Args:
+            step: whose mini-batch it is.
+            num_samples: in the mini-batch.
+            num_candidates: how many are expected; None: all.
+
+        Returns:
+            int64 ``[m]``, ascending; None: all of them.
+        """
+        self._last = step, num_samples, num_candidates
+        if self._ahead is not None and self._ahead[0] == self._last:
+            return self._ahead[1]
+        return self._chosen(step, num_samples, num_candidates)
+
+    def look_ahead(self) -> None:
+        """Makes the next choice, at the end of a round."""
+        if self._last is not None:
+            step, num_samples, num_candidates = self._last
+            following = step + 1, num_samples, num_candidates
+            self._ahead = following, self._chosen(*following)
+
+    def _chosen(self, step: int, num_samples: int, num_candidates: int | None) -> Ints | None:
+        if num_candidates == 0:
+            return np.zeros(0, dtype=np.int64)
+        if num_candidates is None or num_samples <= num_candidates:
+            return None
+        chance = num_candidates / num_samples
+        rows: Ints = (self._streams.at(step).random(num_samples) < chance).nonzero()[0]
+        return rows
 
 
 class Staging:
@@ -157,22 +183,22 @@ class Staging:
         num_rows = leaves[0].shape[0] if rows is None else len(rows)
         if self._stream is not None:
             self._begin_turn()
-        if num_rows > len(self._collected.records):
+        if num_rows > self._collected.records.shape[0]:
             # The worker has read it when its round ends: nothing of it is given away too early.
             self._collected = self._with_columns(self._rows(num_rows, self.trainer_device))
-        collected = first_rows(self._collected.records, num_rows)
-        columns = self._collected.first_columns(num_rows)
+        records, columns = self._collected.records, self._collected.first_columns(num_rows)
         if self._collected_pages is None:  # some may be elsewhere than those of the first one
             leaves = [
                 leaf.to(self.trainer_device) if own is None or column is None else leaf
                 for leaf, own, column in zip(leaves, samples, columns, strict=True)
             ]
-        self._layout.pack_values(leaves, samples, rows, collected, columns)
+        self._layout.pack_values(leaves, samples, rows, records, columns)
         if self._collected_pages is not None:
             num_bytes = self._layout.bytes_in_pages(leaves)
             counts = -(-(num_bytes if rows is None else num_bytes[rows]) // self._page_bytes)
             pages = at_least(self._collected_pages, int(counts.sum()))
-            pack_pages(self._layout, leaves, rows, counts, collected.numpy(), pages.numpy())
+            packed = first_rows(records, num_rows).numpy()
+            pack_pages(self._layout, leaves, rows, counts, packed, pages.numpy())
             self._collected_pages, self._collected_counts = pages, counts
         self._num_collected = num_rows
         if self._stream is not None:

@@ -30,9 +30,8 @@ from ritornello.records.storage import Storage
 from ritornello.rounds.arguments import Arguments, plain
 from ritornello.rounds.first_batch import Begun, device_of, understood
 from ritornello.rounds.joining import Outputs
-from ritornello.rounds.random_streams import Purpose, Streams
 from ritornello.rounds.round import Rounds
-from ritornello.rounds.staging import Staging, WorkerStreams, chosen_rows
+from ritornello.rounds.staging import Candidates, Staging, WorkerStreams
 from ritornello.rounds.waiting import GRACE_SECONDS, Place, Waiting
 from ritornello.rounds.watching import Training
 from ritornello.rounds.worker import Errand, Pace, Worker
@@ -78,7 +77,7 @@ class Steps(Waiting):
         self._run = rounds.run if watch is None else watch.run
         self.arguments, self._storage = arguments, storage
         self._asynchronous = asynchronous
-        self._candidate_streams = Streams(arguments.seed, Purpose.CANDIDATES, rounds.transport.rank)
+        self._candidates = Candidates(arguments.seed, rounds.transport.rank)
         self._worker_streams: WorkerStreams = {}
         self.begun: Begun | None = None
         self.outputs = Outputs(coding or Coding(), arguments.num_draws)
@@ -217,11 +216,13 @@ class Steps(Waiting):
         staging, decodes = self._known.staging, self.outputs.coding.decodes
         runs_here = may_run_here and self._is_quicker_here
         candidates = staging.candidates()
-        run: Callable[[], int] = partial(self._run, candidates)
+        run: Callable[[], int]
         if runs_here:
             run = partial(self.rounds.run_once, self.rounds.num_rounds, candidates)
-        elif drawn is not None and decodes:
-            run = partial(self._run_and_decode, run, drawn)
+        else:
+            run = partial(_run_and_look_ahead, self._run, candidates, self._candidates)
+            if drawn is not None and decodes:
+                run = partial(self._run_and_decode, run, drawn)
         # Not kept in a name: a frame that holds itself would hold the mini-batch, too.
         next_round = Errand(
             run, 0.0 if runs_here else pause, sys._getframe() if runs_here else None
@@ -302,9 +303,7 @@ class Steps(Waiting):
 
     def _copy_candidates(self, staging: Staging, leaves: list[Tensor], samples: Values) -> None:
         began = time.perf_counter()
-        rows = chosen_rows(
-            leaves[0].shape[0], self.num_candidates, self._candidate_streams, self.num_offers
-        )
+        rows = self._candidates.rows(self.num_offers, leaves[0].shape[0], self.num_candidates)
         staging.collect(leaves, samples, rows)
         self.seconds_copying += time.perf_counter() - began
 
@@ -472,3 +471,12 @@ class Steps(Waiting):
         if self.is_offered:
             self.drop_prepared()
             self.start_between_steps(rate)
+
+
+def _run_and_look_ahead(
+    run: Callable[[Records], int], candidates: Records, choice: Candidates
+) -> int:
+    """A round, and behind it the next choice; holds nothing of the trainer's."""
+    num_staged = run(candidates)
+    choice.look_ahead()
+    return num_staged
