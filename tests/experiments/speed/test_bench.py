@@ -30,7 +30,7 @@ def test_the_command_writes_table_picture_and_figures(
     shown, said = capfd.readouterr()
     for text in (
         "shared_memory", "collective", "ratio", "bytes/representative", "plain copying",
-        "handing over", "Beside a step of 1 ms or more", "rehearse", "with update",
+        "handing over", "Beside a step of about 1 ms", "rehearse", "with update",
     ):  # fmt: skip
         assert text in shown
     assert max(map(len, shown.partition("Picture:")[0].splitlines())) <= 81

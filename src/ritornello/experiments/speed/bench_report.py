@@ -109,7 +109,7 @@ def tables_of(measured: dict[str, Any]) -> Group:
         together = list(group)
         milliseconds = 1e3 * together[0].wished_seconds
         parts += [
-            f"\n[bold]Beside a step of {milliseconds:g} ms or more[/bold], µs",
+            f"\n[bold]Beside a step of about {milliseconds:g} ms[/bold], µs",
             _table_of_parts([_parts_of(each) | _prices_of(each) for each in together], together),
         ]
     if beside:

@@ -79,7 +79,7 @@ class Beside(UpdateTimes):
     """The same beside a training step, and what the step pays."""
 
     wished_seconds: float
-    """That the step was to last, at least."""
+    """That the step was to last."""
     alone_seconds: Quartiles
     """The training step where plain copies take the place of the buffer, without these."""
     step_seconds: Quartiles
