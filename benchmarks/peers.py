@@ -1,4 +1,4 @@
-"""Rounds per second of this buffer and of others, on the same work in the same run.
+"""What a round of this buffer takes, and one of others, on the same work in the same run.
 
     python benchmarks/peers.py --json peers.json
 
@@ -6,17 +6,23 @@ A round offers c candidates out of a mini-batch of b samples to a full buffer, d
 representatives and joins them to the mini-batch (``torch.cat``). Rounds follow one another with
 no training in between, so nothing is hidden behind it; torch has one thread. The first run makes
 an environment with PyTorch, the other libraries and this checkout (minutes, some gigabytes);
-the Python that starts it needs none of them. Repetitions take turns; the table shows medians.
+the Python that starts it needs none of them. Repetitions take turns, and each is measured in ten
+blocks; the table shows the median over all blocks, and their middle half.
 
 How to read it:
 
-- "x ours" is rounds per second divided by ours with as many processes: above 1 is faster.
+- "x ours" is a round's time divided by ours, by default, with as many processes: below 1 is faster.
+- "x floor" is the same for the plain copies: what is stored, drawn and joined is copied once, in
+  the quickest way known here, on memory of each process's own, and there is nothing else.
+- "ours, auto" is with ``asynchronous="auto"``. With the thread, which is for hiding rounds behind
+  training, there is nothing to hide behind here.
 - The policies differ. Ours balances classes, and draws without repetition over all ranks. TorchRL
-  overwrites the oldest, the plain tensors overwrite at random. Avalanche's are named.
+  overwrites the oldest, plain tensors and copies overwrite at random. Avalanche's are named.
 - Each does what is fastest for it. Avalanche stores references into a data set that stays in
   memory, and is read by index, as its ``ReplayDataLoader`` takes longer to start than to read.
   "draws only" is what it costs if the buffer is only updated between tasks.
-- On 2 ranks, both do the whole work in every round, on a buffer of twice the size.
+- On 2 ranks, both do the whole work in every round, on a buffer of twice the size, and the slower
+  one counts.
 - Mammoth's buffer is a file of its repository, not on PyPI (as mammoth-cl): not measured.
 """
 
@@ -36,7 +42,7 @@ import venv
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -104,13 +110,16 @@ def join(batch: tuple[Tensor, ...], past: Any) -> list[Tensor]:
 
 
 @contextmanager
-def ours(work: Workload, place: Place) -> Iterator[Rounds]:
-    """The rehearsal buffer of this checkout, as it is by default."""
+def ours(work: Workload, place: Place, **options: Any) -> Iterator[Rounds]:
+    """The rehearsal buffer of this checkout, as it is by default, or with options."""
     from ritornello import RehearsalBuffer
 
     capacity = work.num_rows * place.num_ranks
-    sizes = {"num_representatives": work.num_representatives, "num_candidates": work.num_candidates}
-    with RehearsalBuffer(capacity, **sizes) as buffer:
+    options |= {
+        "num_representatives": work.num_representatives,
+        "num_candidates": work.num_candidates,
+    }
+    with RehearsalBuffer(capacity, **options) as buffer:
         batch = work.samples(work.batch_size)
         while len(buffer) < capacity:
             buffer.update(batch)
@@ -137,6 +146,32 @@ def plain_tensors(work: Workload, place: Place) -> Iterator[Rounds]:
             leaf[written] = candidates
         read = torch.randint(work.num_rows, (work.num_representatives,))
         return join(batch, [leaf[read] for leaf in stored])
+
+    yield Rounds(step)
+
+
+@contextmanager
+def plain_copies(work: Workload, place: Place) -> Iterator[Rounds]:
+    """The floor: rows as 64-bit words, each copied once, into memory that is kept."""
+    import numpy as np
+
+    def words(leaf: Tensor) -> Any:
+        return leaf.numpy().reshape(len(leaf), -1).view(np.int64)
+
+    stored = [words(leaf) for leaf in work.samples(work.num_rows)]
+    num_joined = work.batch_size + work.num_representatives
+    joined = [words(leaf) for leaf in work.samples(num_joined)]
+    random = np.random.default_rng(place.rank)
+
+    def step(*batch: Tensor) -> object:
+        written = random.integers(work.num_rows, size=work.num_candidates)
+        read = random.integers(work.num_rows, size=work.num_representatives)
+        for leaf, rows, out in zip(batch, stored, joined, strict=True):
+            new = words(leaf)
+            rows[written] = new[: work.num_candidates]
+            out[: len(new)] = new
+            np.take(rows, read, axis=0, out=out[len(new) :], mode="clip")
+        return joined
 
     yield Rounds(step)
 
@@ -236,7 +271,9 @@ ON_DISK = ("LazyMemmapStorage", "RandomSampler")
 REMOTE = ("RemoteTensorDictReplayBuffer", *IN_MEMORY)
 BUFFERS: dict[str, tuple[Any, ...]] = {
     "ours": (1, ours),
+    "ours, auto": (1, partial(ours, asynchronous="auto")),
     "(torch.cat alone)": (1, join_alone),
+    "(plain copies)": (1, plain_copies),
     "(plain tensors)": (1, plain_tensors),
     "Avalanche reservoir": (1, avalanche, "ReservoirSamplingBuffer"),
     "Avalanche class-balanced": (1, avalanche, "ClassBalancedBuffer"),
@@ -245,40 +282,48 @@ BUFFERS: dict[str, tuple[Any, ...]] = {
     "TorchRL in memory, no repetition": (1, torchrl, "ReplayBuffer", *NO_REPETITION),
     "TorchRL memory-mapped": (1, torchrl, "ReplayBuffer", *ON_DISK),
     "ours, 2 ranks": (2, ours),
+    "ours, 2 ranks, auto": (2, partial(ours, asynchronous="auto")),
+    "(plain copies), 2 at once": (2, plain_copies),
     "TorchRL remote, server + 1 rank": (2, torchrl, *REMOTE, 1),
     "TorchRL remote, 2 ranks": (2, torchrl, *REMOTE, 2),
 }
 """The number of processes, what makes and fills the buffer (None on a rank that only serves),
 and its options."""
 
+BASES = {1: ("ours", "(plain copies)"), 2: ("ours, 2 ranks", "(plain copies), 2 at once")}
+"""By the number of processes: what figures are multiples of."""
 
-def rounds_per_second(rank: int, name: str, work: Workload, seconds: float, folder: str) -> float:
-    """One rank's figure, joining included; infinite if it only serves. Blocks start together."""
+
+def seconds_per_round(
+    rank: int, name: str, work: Workload, seconds: float, folder: str
+) -> list[float]:
+    """One rank's, for each block, joining included; zeros if it only serves."""
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    torch.manual_seed(rank)
     num_ranks, make, *settings = BUFFERS[name]
     batches = [work.samples(work.batch_size) for _ in range(4)]
 
     def block(rounds: Rounds | None, num_rounds: int) -> float:
+        """Seconds per round; ranks begin it together."""
         if num_ranks > 1:
             dist.barrier()
         if rounds is None:
-            return math.inf
+            return 0.0
         began = time.perf_counter()
         for number in range(num_rounds):
             rounds.step(*batches[number % len(batches)])
         rounds.finish()
-        return time.perf_counter() - began
+        return (time.perf_counter() - began) / num_rounds
 
     with make(work, Place(rank, num_ranks, folder), *settings) as rounds:
         block(rounds, 3)
-        num_rounds = torch.tensor(1 + int(5 * seconds / NUM_BLOCKS / block(rounds, 5)))
+        num_rounds = torch.tensor(1 + int(seconds / NUM_BLOCKS / (block(rounds, 5) or math.inf)))
         if num_ranks > 1:  # the last rank always trains
             dist.broadcast(num_rounds, num_ranks - 1)
-        spent = sum(block(rounds, int(num_rounds)) for _ in range(NUM_BLOCKS))
-    return math.inf if rounds is None else NUM_BLOCKS * int(num_rounds) / spent
+        return [block(rounds, int(num_rounds)) for _ in range(NUM_BLOCKS)]
 
 
 def measure(name: str, seconds: float) -> None:
@@ -291,13 +336,14 @@ def measure(name: str, seconds: float) -> None:
             with tempfile.TemporaryDirectory() as folder:
                 arguments = (name, work, seconds, folder)
                 if BUFFERS[name][0] == 1:
-                    rates: list[Any] = [rounds_per_second(0, *arguments)]
+                    found: list[Any] = [seconds_per_round(0, *arguments)]
                 else:
-                    rates = spawn_ranks(BUFFERS[name][0], rounds_per_second, *arguments)
-            for rate in rates:
-                if not isinstance(rate, float):
-                    raise rate if isinstance(rate, Exception) else RuntimeError(f"exit code {rate}")
-            result["rounds_per_second"] = min(rates)  # the slowest rank's: a step needs them all
+                    found = spawn_ranks(BUFFERS[name][0], seconds_per_round, *arguments)
+            for each in found:
+                if not isinstance(each, list):
+                    raise each if isinstance(each, Exception) else RuntimeError(f"exit code {each}")
+            # The slowest rank's: a step needs them all.
+            result["seconds_per_round"] = list(map(max, *found)) if found[1:] else found[0]
         except Exception as error:
             result["error"] = f"{type(error).__name__}: {error}".splitlines()[-1]
         print("RESULT " + json.dumps(result), flush=True)
@@ -349,21 +395,23 @@ def run(python: Path, name: str, seconds: float) -> dict[str, dict[str, Any]]:
     return missing | {result["workload"]: result for result in results}
 
 
-def table(work: Workload, rates: dict[str, list[float]], errors: dict[str, str]) -> str:
-    """One workload's medians, what they are to ours, and how far repetitions are apart."""
+def table(work: Workload, seconds: dict[str, list[float]], errors: dict[str, str]) -> str:
+    """One workload's medians, what they are to ours and to the floor, and their middle half."""
     sizes = f"b={work.batch_size}, c={work.num_candidates}, r={work.num_representatives}"
     shape = "x".join(map(str, work.shape))
     lines = [
         f"\n{work.name}, uint8 {shape}: {sizes}, {work.num_rows} rows per rank",
-        f"  {'':<34}{'rounds/s':>10}{'x ours':>9}{'spread':>9}",
+        f"  {'microseconds per round':<34}{'median':>9}{'x ours':>8}{'x floor':>8}  middle half",
     ]
-    medians = {name: statistics.median(values) for name, values in rates.items() if values}
+    medians = {name: statistics.median(values) for name, values in seconds.items() if values}
     for name, (num_processes, *_) in BUFFERS.items():
         if name in medians:
-            base = medians.get("ours" if num_processes == 1 else "ours, 2 ranks", math.nan)
-            spread = (max(rates[name]) - min(rates[name])) / medians[name]
-            figures = f"{medians[name]:>10.1f}{medians[name] / base:>9.3f}{spread:>9.0%}"
-            lines.append(f"  {name:<34}{figures}")
+            base, floor = (medians.get(each, math.nan) for each in BASES[num_processes])
+            low, _, high = (1e6 * each for each in statistics.quantiles(seconds[name], n=4))
+            lines.append(
+                f"  {name:<34}{1e6 * medians[name]:>9.0f}{medians[name] / base:>8.2f}"
+                f"{medians[name] / floor:>8.2f}  {low:.0f}..{high:.0f}"
+            )
         if name in errors:
             lines.append(f"  {name:<34}failed: {errors[name]}")
     return "\n".join(lines)
@@ -383,7 +431,7 @@ def main() -> None:
         measure(options.measure, options.seconds)
         return
     python, failed = make_environment(options.venv.absolute())
-    rates: dict[str, dict[str, list[float]]] = {
+    seconds: dict[str, dict[str, list[float]]] = {
         work.name: {name: [] for name in BUFFERS} for work in WORKLOADS
     }
     errors: dict[str, dict[str, str]] = {work.name: {} for work in WORKLOADS}
@@ -394,7 +442,7 @@ def main() -> None:
                 if "error" in result:
                     errors[work][name] = result["error"]
                 else:
-                    rates[work][name].append(result["rounds_per_second"])
+                    seconds[work][name] += result["seconds_per_round"]
     about = {
         "python": platform.python_version(),
         "cpu_cores": os.cpu_count(),
@@ -405,9 +453,9 @@ def main() -> None:
     }
     print("\n".join(f"{key}: {value}" for key, value in about.items()))
     for work in WORKLOADS:
-        print(table(work, rates[work.name], errors[work.name]))
+        print(table(work, seconds[work.name], errors[work.name]))
     if options.json:
-        written = about | {"rounds_per_second": rates, "errors": errors}
+        written = about | {"seconds_per_round": seconds, "errors": errors}
         options.json.write_text(json.dumps(written, indent=2) + "\n")
 
 

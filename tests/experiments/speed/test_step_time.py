@@ -162,8 +162,10 @@ def test_a_machine_that_was_benched(tmp_path: Path) -> None:
         rounds("mnist", "collective", 800, 45e-5),
         rounds("imagenet-uint8", "shared_memory", 150_000, 3e-4),
     ]
-    text = json.dumps({"rounds": [asdict(each) for each in measured]})
-    (tmp_path / "bench.json").write_text(text)
+    saved = [asdict(each) for each in measured]
+    for each in saved[1:]:  # as by an earlier version
+        del each["round_middle_half"], each["plain_middle_half"]
+    (tmp_path / "bench.json").write_text(json.dumps({"rounds": saved}))
     machine = benched_machine(tmp_path)
     assert machine.ranks_per_node == 2
     assert machine.message_seconds == pytest.approx(4e-4)

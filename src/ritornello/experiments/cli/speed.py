@@ -68,7 +68,7 @@ def bench(
             beside training. If not given, those that the ranks can use.
         rounds: Rounds per workload and transport.
         steps: Training steps, in milliseconds, to measure beside.
-        seconds: For each of them, with and without the buffer.
+        seconds: For each of them without the buffer, with update, and with rehearse.
         output: Folder for bench.json and bench.png; runs/bench if not given.
     """
     from ritornello.experiments.ranks.launch import launch, place_in_job

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import platform
+from collections.abc import Callable, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +16,30 @@ from matplotlib.figure import Figure
 from rich.console import Group
 from rich.table import Table
 
-from ritornello.experiments.speed.bench import Beside, RoundTimes
+from ritornello.experiments.speed.bench import RoundTimes
+from ritornello.experiments.speed.update_times import Beside, Quartiles, UpdateTimes
 from ritornello.rounds.round import STAGES
 from ritornello.version import __version__
 
 COLOURS = dict(zip(STAGES, ("#0072b2", "#e69f00", "#009e73", "#999999"), strict=True))
 PLAIN_COLOUR = "#000000"
+
+ROUNDS_CAPTION = (
+    "Medians (plan: mean), of the slowest rank; below them the middle half. round: all stages. "
+    "plain: a gather of r and scatter of c rows, all ranks at once, in the same run; ratio: round "
+    "to it.\n"
+)
+PARTS_CAPTION = (
+    "Per step, on the slowest rank: medians over turns of some steps; below them the middle half "
+    "of the turns. plain: copies of the same bytes, in turns without the buffer. round: where the "
+    "trainer runs it itself. handing over: all that is left of update."
+)
+PRICES_CAPTION = (
+    "rehearse: what it keeps the trainer's thread, joining included. hidden: the part of the round "
+    "during which the step runs. In % of the step alone: exposed, update without joining; slower, "
+    "what the step beside rounds takes longer. In % of step and plain join: what step and update, "
+    "and what step and rehearse, take longer than these."
+)
 
 
 def write_bench(measured: dict[str, Any], folder: Path) -> None:
@@ -48,63 +68,85 @@ def write_bench(measured: dict[str, Any], folder: Path) -> None:
 def tables_of(measured: dict[str, Any]) -> Group:
     """What was measured, for the terminal: at most 80 columns wide."""
     rounds = [RoundTimes(**each) for each in measured["rounds"]]
+    update = [UpdateTimes(**each) for each in measured["update"]]
+    beside = [Beside(**each) for each in measured["beside"]]
     parts: list[Any] = [
         f"[bold]Rounds on {rounds[0].num_ranks} rank(s), no training between[/bold]: µs",
         _table(
-            ("transport", "round", *STAGES, "plain", "ratio"),
+            ("workload", "round", *STAGES, "plain", "ratio"),
             [
                 (
-                    each,
-                    each.transport,
-                    _micro(each.round_seconds),
+                    f"{each.workload}\n  {each.transport}",
+                    f"{_micro(each.round_seconds)}\n{_range(each.round_middle_half, _micro)}",
                     *(_micro(each.stage_seconds[name]) for name in STAGES),
-                    _micro(each.plain_seconds),
+                    f"{_micro(each.plain_seconds)}\n{_range(each.plain_middle_half, _micro)}",
                     f"{each.ratio:.2f}",
                 )
                 for each in rounds
             ],
         ),
-        "Medians (plan: mean), of the slowest rank; round: all stages. plain: a gather of\n"
-        "r and scatter of c rows, all ranks at once, in the same run; ratio: round to it.\n",
+        ROUNDS_CAPTION,
         "[bold]What a round moves and takes[/bold]",
         _table(
-            ("transport", "GB/s", "update µs", "CPU µs", "bytes/representative"),
+            ("workload", "transport", "GB/s", "CPU µs", "bytes/representative"),
             [
                 (
-                    each,
+                    each.workload,
                     each.transport,
                     f"{each.gigabytes_per_second:.2f}",
-                    _micro(each.update_seconds),
                     _micro(each.cpu_seconds),
                     f"{each.bytes_per_representative:.0f}",
                 )
                 for each in rounds
             ],
         ),
-        "update: on the trainer's thread. CPU: of all threads of a rank, update included.",
+        "CPU: of all threads of a rank, update included.\n",
+        f"[bold]The trainer's thread, no training between: {update[0].transport}[/bold], µs",
+        _table_of_parts([_parts_of(each) for each in update], update),
+        PARTS_CAPTION,
     ]
-    if measured["beside"]:
+    for _, group in groupby(beside, key=lambda each: each.wished_seconds):
+        together = list(group)
+        milliseconds = 1e3 * together[0].wished_seconds
         parts += [
-            f"\n[bold]Beside a training step: {measured['beside'][0]['transport']}[/bold]",
-            _table(
-                ("step ms", "exposed µs", "% of step", "join µs", "hidden µs", "slower"),
-                [
-                    (
-                        each,
-                        f"{1e3 * each.alone_seconds:.2f}",
-                        _micro(each.exposed_seconds),
-                        f"{100 * each.exposed_seconds / each.alone_seconds:.2f}",
-                        _micro(each.join_seconds),
-                        _micro(each.hidden_seconds),
-                        f"{100 * (each.step_seconds / each.alone_seconds - 1):+.1f}%",
-                    )
-                    for each in (Beside(**fields) for fields in measured["beside"])
-                ],
-            ),
-            "Means. step ms: without a buffer; slower: the step beside rounds, without\n"
-            "update. exposed: what update waits and copies, without the join.",
+            f"\n[bold]Beside a step of about {milliseconds:g} ms[/bold], µs",
+            _table_of_parts([_parts_of(each) | _prices_of(each) for each in together], together),
         ]
+    if beside:
+        parts.append(PRICES_CAPTION)
     return Group(*parts)
+
+
+def _parts_of(each: UpdateTimes) -> dict[str, str]:
+    """Label to cell: what ``update`` takes, in parts, with the floor of those that have one."""
+    cells = {"update": _cell(each.update_seconds, _micro)}
+    for part, seconds in each.part_seconds.items():
+        label = part.replace("_", " ")
+        cells[f"  {label}"] = _cell(seconds, _micro)
+        if part in each.floor_seconds:
+            cells[f"  plain {label}"] = _cell(each.floor_seconds[part], _micro)
+    return cells
+
+
+def _prices_of(each: Beside) -> dict[str, str]:
+    """Label to cell: what a step pays."""
+    return {
+        "rehearse": _cell(each.rehearse_seconds, _micro),
+        "hidden": _cell(each.hidden_seconds, _micro),
+        "step alone, ms": _cell(each.alone_seconds, lambda seconds: f"{1e3 * seconds:.3g}"),
+        "exposed, %": _cell(each.exposed_share, _percent),
+        "slower, %": _cell(each.slower, _percent),
+        "  with update": _cell(each.slower_with_update, _percent),
+        "  with rehearse": _cell(each.slower_with_rehearse, _percent),
+    }
+
+
+def _table_of_parts(columns: list[dict[str, str]], measured: Sequence[UpdateTimes]) -> Table:
+    """A column of cells for each workload."""
+    return _table(
+        ("", *(each.workload for each in measured)),
+        [(label, *(cells[label] for cells in columns)) for label in columns[0]],
+    )
 
 
 def figure_of_rounds(rounds: list[RoundTimes]) -> Figure:
@@ -135,17 +177,31 @@ def figure_of_rounds(rounds: list[RoundTimes]) -> Figure:
     return figure
 
 
-def _table(columns: tuple[str, ...], rows: list[tuple[Any, ...]]) -> Table:
-    """A table of figures, each row beginning with the workload."""
+def _table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> Table:
+    """A table of figures."""
     table = Table(box=None, padding=(0, 1, 0, 0))
-    table.add_column("workload", no_wrap=True)
-    for name in columns:
-        left = name == "transport"
+    for number, name in enumerate(columns):
+        left = number == 0 or name == "transport"
         table.add_column(name, justify="left" if left else "right", no_wrap=True)
-    for measured, *figures in rows:
-        table.add_row(measured.workload, *figures)
+    for row in rows:
+        table.add_row(*row)
     return table
+
+
+def _cell(values: Quartiles, shown: Callable[[float], str]) -> str:
+    """The median, and below it the middle half."""
+    low, median, high = values
+    return f"{shown(median)}\n{_range((low, high), shown)}"
+
+
+def _range(ends: Sequence[float], shown: Callable[[float], str]) -> str:
+    return "[dim]" + "..".join(map(shown, ends)) + "[/dim]"
 
 
 def _micro(seconds: float) -> str:
     return f"{1e6 * seconds:.0f}"
+
+
+def _percent(share: float) -> str:
+    percent = 100 * share
+    return f"{percent:.0f}" if abs(percent) >= 10 else f"{percent:.1f}"

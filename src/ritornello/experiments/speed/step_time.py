@@ -16,7 +16,8 @@ import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ritornello.experiments.speed.bench import WORKLOADS, RoundTimes
+from ritornello.experiments.speed.bench import RoundTimes
+from ritornello.experiments.speed.workloads import WORKLOADS
 
 
 @dataclass(frozen=True)
