@@ -22,7 +22,7 @@ from torch import Tensor
 from ritornello.arrays import Bytes, Ints
 from ritornello.records import accelerators
 from ritornello.records.digest import digest
-from ritornello.records.leaves import check_leaf, plain_tensor
+from ritornello.records.leaves import check_leaf, plain_tensor, remedy_for_another
 from ritornello.records.nesting import (
     Batch,
     Path,
@@ -229,7 +229,7 @@ class Layout:
                         f"{path_text(field.path)} is {leaf.dtype} {list(shape[1:])} per sample, "
                         f"but the buffer's records hold {field.dtype} {list(field.shape)} there: "
                         "dtype and shape are fixed by the first mini-batch. "
-                        + _remedy_for_another(leaf, field)
+                        + remedy_for_another(leaf, field.dtype, field.shape)
                     )
             if num_samples is None:
                 num_samples = num_in_leaf
@@ -525,22 +525,6 @@ def check_field(dtype: torch.dtype, shape: Sequence[int]) -> None:
 def shape_elements(shape: Sequence[int]) -> int:
     """The number of elements of a tensor of that shape."""
     return torch.Size(shape).numel()
-
-
-def _remedy_for_another(leaf: Tensor, field: Field) -> str:
-    """What to do with a leaf that is not as those of the first mini-batch."""
-    if tuple(leaf.shape) == field.shape and leaf.dtype == field.dtype:
-        return "Give a single sample a batch dimension, with unsqueeze(0)"
-    if tuple(leaf.shape[1:]) == field.shape:
-        return f"Convert it, with to({field.dtype}), before it is offered"
-    if leaf.dim() - 1 != len(field.shape):
-        return f"Give all samples {len(field.shape)} dimensions"
-    if leaf.dim() == 2 and leaf.is_floating_point():
-        return (
-            "Where it has grown on purpose, as logits do with new classes, save the buffer and "
-            "load it with convert=, which gives stored samples the new form"
-        )
-    return "Pad, crop or resize all samples to one shape"
 
 
 def _remedy_for_label(field: Field) -> str:

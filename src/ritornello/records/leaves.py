@@ -90,3 +90,19 @@ def _remedy_for(leaf: Any) -> str:
     if type(leaf).__module__.startswith("PIL."):
         return "torchvision's pil_to_tensor converts images"
     return "torch.as_tensor converts arrays and numbers"
+
+
+def remedy_for_another(leaf: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> str:
+    """What to do with a leaf that is not as those of the first mini-batch."""
+    if tuple(leaf.shape) == shape and leaf.dtype == dtype:
+        return "Give a single sample a batch dimension, with unsqueeze(0)"
+    if tuple(leaf.shape[1:]) == shape:
+        return f"Convert it, with to({dtype}), before it is offered"
+    if leaf.dim() - 1 != len(shape):
+        return f"Give all samples {len(shape)} dimensions"
+    if leaf.dim() == 2 and leaf.is_floating_point():
+        return (
+            "Where it has grown on purpose, as logits do with new classes, save the buffer and "
+            "load it with convert=, which gives stored samples the new form"
+        )
+    return "Pad, crop or resize all samples to one shape"
