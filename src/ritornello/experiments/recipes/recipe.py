@@ -21,6 +21,12 @@ COMPOSITIONS: dict[str, dict[str, Any]] = {
 }
 """How a step is composed, and what a recipe takes with it that was composed otherwise."""
 
+CHANGED_IMAGES = ("domain-incremental-permuted", "domain-incremental-rotated")
+"""Scenarios whose tasks show the same images otherwise."""
+
+WITH_ADAPTERS = ("adapter", "adapter-rehearsal")
+"""Strategies that have them."""
+
 MAX_RATE_SCALE = 64
 """Where recipes scale with the ranks: the learning rate grows with them up to here."""
 
@@ -302,7 +308,7 @@ class Recipe:
     @property
     def has_adapters(self) -> bool:
         """Whether adapters and the last layer are all that learns."""
-        return self.strategy in ("adapter", "adapter-rehearsal")
+        return self.strategy in WITH_ADAPTERS
 
     @property
     def freezes_trunk(self) -> bool:
