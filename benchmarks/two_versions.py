@@ -135,6 +135,7 @@ class Checkout:
         return max([float(each) for each in line.split()] for line in lines)
 
     def stop(self) -> None:
+        """Ends all ranks."""
         for rank in self.ranks:
             rank.terminate()
             rank.wait()
