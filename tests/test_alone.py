@@ -240,6 +240,7 @@ def test_a_round_that_fails_says_where_whoever_runs_it(
     for asynchronous in ("auto", True):
         with make(asynchronous=asynchronous) as buffer:
             given(buffer, 0, 30)
+            buffer.stats()  # so that its last round has ended
             monkeypatch.setattr(type(buffer._steps.rounds.selection), "admit", fail)
             with pytest.raises(RoundError, match=r"^round 30 \(admit\) failed: ") as raised:
                 given(buffer, 30, 2)
