@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ritornello import RehearsalBuffer
+from ritornello import RehearsalBuffer, RoundError
 from ritornello.transports.launched import RANKS_AND_SIZES
 
 BATCH = torch.arange(4), torch.arange(4)
@@ -183,6 +183,100 @@ def test_a_save_in_the_background_keeps_rounds_with_the_worker(
         with make(asynchronous="auto") as again:
             again.load(tmp_path / "one")
             assert given(again, 30, 30) == given(buffer, 30, 30)
+
+
+def test_once_it_is_on_disk_the_trainer_runs_rounds_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though nobody has asked yet whether it is."""
+    monkeypatch.setattr("ritornello.rounds.worker.ROUNDS_IN_BRIEF_STEP", 10**9)
+    with make(asynchronous="auto") as buffer, make() as other:
+        assert given(buffer, 0, 30) == given(other, 0, 30)
+        buffer.save(tmp_path / "one", background=True)
+        deadline = time.monotonic() + 60
+        while buffer._steps.rounds.before_write is not None:
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        before = buffer.stats()
+        expected = given(other, 30, 30)
+        assert given(buffer, 30, 30) == expected
+        assert buffer.stats().since(before).num_rounds_here == 30
+        buffer.save(tmp_path / "two", background=True)  # takes the place of one that has ended
+        buffer.wait_until_saved()
+        buffer.load(tmp_path / "one")
+        assert given(buffer, 30, 30) == expected
+
+
+def test_what_a_buffer_has_done_is_counted_on_over_a_load(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ritornello.rounds.worker.ROUNDS_IN_BRIEF_STEP", 10**9)
+    with make(asynchronous="auto") as buffer, make(asynchronous="auto") as again:
+        given(buffer, 0, 30)
+        buffer.save(tmp_path)
+        given(buffer, 30, 30)
+        before = buffer.stats()
+        buffer.load(tmp_path)
+        after = buffer.stats()
+        assert (before.num_rounds, after.num_rounds) == (60, 30)
+        done = ("num_given", "num_rounds_here", "seconds_here", "seconds_copying")
+        for name in (*done, "seconds_joining", "seconds_offering"):
+            assert getattr(after, name) == getattr(before, name) > 0
+        again.load(tmp_path)
+        assert again.stats().num_rounds == 30
+        assert [getattr(again.stats(), name) for name in done] == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("error", [ValueError("of a bug"), MemoryError("too much")])
+def test_a_round_that_fails_says_where_whoever_runs_it(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ritornello.rounds.worker.ROUNDS_IN_BRIEF_STEP", 10**9)
+
+    def fail(*_: Any) -> None:
+        raise error
+
+    told = []
+    for asynchronous in ("auto", True):
+        with make(asynchronous=asynchronous) as buffer:
+            given(buffer, 0, 30)
+            buffer.stats()  # so that its last round has ended
+            monkeypatch.setattr(type(buffer._steps.rounds.selection), "admit", fail)
+            with pytest.raises(RoundError, match=r"^round 30 \(admit\) failed: ") as raised:
+                given(buffer, 30, 2)
+            assert raised.value.__cause__ is error
+            with pytest.raises(RoundError) as again:
+                buffer.update(BATCH)
+            told += [str(raised.value), str(again.value)]
+            monkeypatch.undo()
+            monkeypatch.setattr("ritornello.rounds.worker.ROUNDS_IN_BRIEF_STEP", 10**9)
+    assert len(set(told)) == 1
+
+
+def test_an_error_that_the_worker_does_not_meet_passes_through(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Such as one out of a signal's handler: the round is done all the same."""
+    monkeypatch.setattr("ritornello.rounds.worker.ROUNDS_IN_BRIEF_STEP", 10**9)
+    with make(asynchronous="auto") as buffer, make() as other:
+        assert given(buffer, 0, 30) == given(other, 0, 30)
+        kind, error = type(buffer._steps.rounds.selection), RuntimeError("the time is up")
+        admit = kind.admit
+
+        def handle(*arguments: Any) -> Any:
+            found = admit(*arguments)
+            if threading.current_thread() is threading.main_thread():
+                raise error
+            return found
+
+        monkeypatch.setattr(kind, "admit", handle)
+        for first in (30, 31, 32):
+            with pytest.raises(RuntimeError, match="^the time is up$"):
+                given(buffer, first, 1)
+            assert buffer.stats().num_rounds == first + 1
+        monkeypatch.setattr(kind, "admit", admit)
+        given(other, 30, 3)
+        assert given(buffer, 33, 30) == given(other, 33, 30)
 
 
 def test_what_changes_the_policy_between_rounds_counts(monkeypatch: pytest.MonkeyPatch) -> None:

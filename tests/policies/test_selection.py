@@ -15,7 +15,14 @@ from ritornello.policies.class_shares import ClassBalanced, PerClassRandom
 from ritornello.policies.largest_class import ClassBalancedReservoir
 from ritornello.policies.names import SELECTION_POLICIES, selection_policy
 from ritornello.policies.reservoir import Fifo, Reservoir
-from ritornello.policies.selection import Assignment, SelectionPolicy, check_labels, size_after
+from ritornello.policies.selection import (
+    MANY_TOLD,
+    Assignment,
+    Journal,
+    SelectionPolicy,
+    check_labels,
+    size_after,
+)
 from ritornello.records.shard import rows_of_rank
 from ritornello.testing import chi_square_p_value
 
@@ -171,3 +178,14 @@ def test_capacity_is_split_to_the_last_one() -> None:
     assert all(
         sum(rows_of_rank(c, i, n) for i in range(n)) == c for c in range(40) for n in range(1, 9)
     )
+
+
+def test_a_journal_counts_a_round_that_is_done_again_once() -> None:
+    policy = selection_policy("class-balanced")
+    policy.bind(4, 0, 1)
+    journal, labels = Journal(policy, 0), np.zeros(MANY_TOLD - 1, dtype=np.int64)
+    journal.note(0, labels)
+    journal.note(0, labels)
+    assert not journal.is_long
+    journal.note(1, labels)
+    assert journal.is_long

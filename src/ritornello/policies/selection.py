@@ -205,9 +205,10 @@ class Journal:
         return self._num_told >= max(MANY_TOLD, self.policy.num_slots)
 
     def note(self, number: int, labels: Ints) -> None:
-        """Notes of which candidates a round is about to decide."""
-        self._told[number] = labels
-        self._num_told += len(labels)
+        """Notes of which candidates a round is about to decide; again if it is done again."""
+        if number not in self._told:
+            self._told[number] = labels
+            self._num_told += len(labels)
 
     def policy_before(
         self, number: int, unused: SelectionPolicy, stream: Callable[[int], np.random.Generator]

@@ -108,8 +108,9 @@ class BufferStats:
         """What it holds now, and what it has cost since ``earlier``.
 
         Args:
-            earlier: of the same buffer. After a ``load`` take new ones: a loaded buffer goes on
-                counting the rounds of the saved one, but begins its seconds and bytes anew.
+            earlier: of the same buffer. After a ``load`` take new ones: ``num_rounds`` is then that
+                of the saved buffer, while all that this one has done, representatives given,
+                rounds here, seconds and bytes, is counted on.
 
         Raises:
             ValueError: it has more rounds than these: another buffer's, or from before a ``load``.

@@ -230,7 +230,12 @@ class Steps(Waiting):
         drawn = drawn or Drawn()
         self._place = Place(self._place.num_offers + 1, True, num_new, num_past, next_round, drawn)
         if runs_here:
-            next_round.attempt()
+            try:
+                next_round.attempt()
+            except Exception:  # the round's own, which the worker meets, too; or a handler's
+                next_round.give_up_attempt()
+                self.settle()
+                raise
             self.num_rounds_here += 1
             self.seconds_here += next_round.seconds
         else:

@@ -108,6 +108,9 @@ class Errand(Generic[Result]):
 
         If anything breaks it off, it has not begun: whoever wants it next has the worker do it, so
         ``act`` must bear to be called again.
+
+        Raises:
+            BaseException: out of ``act``, or out of a signal's handler.
         """
         assert self._act is not None
         began = time.perf_counter()
@@ -116,6 +119,10 @@ class Errand(Generic[Result]):
         self.has_ended = True
         self.has_begun = True
         self._act = self._attempted_in = None
+
+    def give_up_attempt(self) -> None:
+        """Says that ``attempt`` was broken off, while the call in which it was goes on."""
+        self._attempted_in = None
 
     def await_attempt(self) -> None:
         """Waits until nobody is at it by ``attempt`` any more.

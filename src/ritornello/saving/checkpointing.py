@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -119,11 +120,10 @@ class Checkpointing:
                 background,
             )
             saving.begin()
-            self._saving, self._rounds.before_write = saving, saving.keep
-            if self._rounds.paged is not None:
-                self._rounds.paged.before_write = saving.keep_pages
+            self._saving = saving
+            self._have_kept(saving)
             if background:
-                self._worker.while_idle(saving.step)
+                self._worker.while_idle(partial(self._step, saving))
             else:
                 self._end()
 
@@ -169,9 +169,22 @@ class Checkpointing:
             if self._saving is not None:
                 self._saving.wait()
         finally:
-            self._saving = self._rounds.before_write = None
-            if self._rounds.paged is not None:
-                self._rounds.paged.before_write = None
+            self._saving = None
+            self._have_kept(None)
+
+    def _step(self, saving: SaveUnderWay) -> float | None:
+        """``SaveUnderWay.step``, between two rounds; what it says of the save is for ``wait``."""
+        pause = saving.step()
+        if saving.has_ended and saving is self._saving:
+            self._have_kept(None)
+        return pause
+
+    def _have_kept(self, saving: SaveUnderWay | None) -> None:
+        """Has rounds set aside for a save what they overwrite; None: for none any more."""
+        rounds = self._rounds
+        rounds.before_write = None if saving is None else saving.keep
+        if rounds.paged is not None:
+            rounds.paged.before_write = None if saving is None else saving.keep_pages
 
     def _snapshot(self) -> Snapshot:
         """What this rank saves, while no round runs.

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import inspect
 import itertools
 from collections.abc import Iterable
@@ -8,7 +9,14 @@ from collections.abc import Iterable
 import pytest
 
 from ritornello.experiments.cli import flags as changes
-from ritornello.experiments.cli.flags import BufferChanges, Changes, Sweep
+from ritornello.experiments.cli.flags import (
+    BufferChanges,
+    Changes,
+    RehearsalChanges,
+    Sweep,
+    TaskChanges,
+    check_kept,
+)
 from ritornello.experiments.data import scenarios
 from ritornello.experiments.models import augmentation
 from ritornello.experiments.recipes import recipe as config
@@ -110,3 +118,17 @@ def help_of(kind: type) -> dict[str, str]:
 def test_the_help_names_all_that_there_is(kind: type, field: str, names: Iterable[str]) -> None:
     words = help_of(kind)[field].replace(",", " ").replace(".", " ").replace(";", " ").split()
     assert [name for name in names if name not in words] == []
+
+
+def test_what_a_finished_run_keeps_is_refused_by_name() -> None:
+    check_kept(["extend", "runs/one", "--data=more.npz", "--epochs", "1", "--capacity", "9"])
+    for flag in ("--weights", "--strategy=der", "--seed", "--scenario", "--tuned_stages=1"):
+        name = flag.partition("=")[0]
+        with pytest.raises(ValueError, match=f"^extend {name}: a finished run goes on with its"):
+            check_kept(["extend", "runs/one", "--data", "more.npz", flag, "3"])
+
+
+@pytest.mark.parametrize("kind", [TaskChanges, RehearsalChanges])
+def test_what_may_change_is_not(kind: type) -> None:
+    for each in dataclasses.fields(kind):
+        check_kept(["extend", "runs/one", f"--{each.name.replace('_', '-')}", "1"])

@@ -20,7 +20,7 @@ from ritornello.experiments.training import run as train
             "ranks_differ=0.0: it must be above 0 (each class on one rank) and at most 1e+06 (all "
             "ranks alike)",
         ),
-        ({"ranks_differ": float("nan")}, 2, "ranks_differ=nan: it must be above 0"),
+        ({"ranks_differ": float("nan")}, 2, "ranks_differ=nan: it must be a finite number"),
         ({"draws": "near"}, 2, "draws='near': there are global, local"),
         ({"local_steps": -1}, 2, "local_steps=-1: it must be 0 (off) or more steps"),
         (

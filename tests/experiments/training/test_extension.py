@@ -771,6 +771,10 @@ def test_the_command(
     with pytest.raises(SystemExit):
         cli.main(["extend", "nowhere", "--data", str(arrived / "second.npz")])
     assert "error: nowhere holds no finished run: give" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as ended:
+        cli.main([*arguments, "--weights", "other.pth"])
+    assert ended.value.code == 2
+    assert "error: extend --weights: a finished run goes on with its own" in capsys.readouterr().err
     cli.main([*arguments, "--resume"])
     assert "has been learnt before; nothing is run" in capsys.readouterr().err
 

@@ -18,6 +18,7 @@ except ImportError as error:  # pragma: no cover - the extra is installed in tes
     ) from None
 
 from ritornello.experiments.cli.buffers import forget, inspect
+from ritornello.experiments.cli.flags import check_kept
 from ritornello.experiments.cli.output import COMMAND
 from ritornello.experiments.cli.recipes import recipes
 from ritornello.experiments.cli.results import report, results
@@ -40,6 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         *(inspect, forget, bench, simulate, recipes),
     )
     try:
+        if arguments and arguments[0] == extend.__name__:
+            check_kept(arguments)
         tyro.extras.subcommand_cli_from_dict(
             {each.__name__: each for each in functions},
             prog="ritornello",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal
 
 import tyro
@@ -271,6 +272,24 @@ class BufferChanges(RehearsalChanges):
     selection: str | None = None
     """Who is admitted, and who is replaced: class-balanced, per-class-random,
     class-balanced-reservoir, grasp, greedy-balanced, first-offered, reservoir or fifo."""
+
+
+def check_kept(arguments: Sequence[str]) -> None:
+    """Checks that a command line of ``extend`` changes nothing that a finished run keeps.
+
+    Raises:
+        ValueError: names the flag.
+    """
+    of_runs = {each.name for each in (*fields(Changes), *fields(BufferChanges))} - {"data"}
+    may_change = {each.name for each in (*fields(TaskChanges), *fields(RehearsalChanges))}
+    kept = {"strategy", "seed", "seeds", *of_runs} - may_change
+    for each in arguments:
+        flag = each.partition("=")[0]
+        if flag.startswith("--") and flag.removeprefix("--").replace("-", "_") in kept:
+            raise ValueError(
+                f"extend {flag}: a finished run goes on with its own; another one makes another "
+                "run, for 'ritornello run'. 'ritornello extend --help' lists what may change"
+            )
 
 
 @dataclass

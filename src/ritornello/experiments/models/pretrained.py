@@ -7,18 +7,12 @@ from pathlib import Path
 from ritornello.experiments.models.build import OWN
 from ritornello.experiments.models.weights import DOWNLOAD, check_file
 from ritornello.experiments.ranks.progress import say
-from ritornello.experiments.recipes.recipe import Recipe
-
-SOLVED = ("class-means", "ridge")
-"""Strategies that make no steps."""
-
-CHANGED_IMAGES = ("domain-incremental-permuted", "domain-incremental-rotated")
-"""Scenarios whose tasks show the same images otherwise."""
+from ritornello.experiments.recipes.recipe import CHANGED_IMAGES, Recipe
 
 
-def warn_of_untrained(recipe: Recipe) -> None:
+def warn_of_untrained(recipe: Recipe, makes_steps: bool) -> None:
     """Says so where layers stay as they are that nobody has trained."""
-    if (recipe.freezes_trunk or recipe.strategy in SOLVED) and recipe.weights is None:
+    if (recipe.freezes_trunk or not makes_steps) and recipe.weights is None:
         say(
             f"the {'frozen ' * recipe.freezes_trunk}layers of {recipe.model} are untrained, and "
             "stay so; --weights says what they begin with",
@@ -36,11 +30,12 @@ def check_weights(recipe: Recipe) -> None:
         check_file(Path(recipe.weights))
 
 
-def check_pretrained(recipe: Recipe) -> None:
+def check_pretrained(recipe: Recipe, makes_steps: bool) -> None:
     """Checks them before anything is loaded.
 
     Args:
         recipe: any.
+        makes_steps: whether its strategy does.
 
     Raises:
         ValueError: names the setting, its value and the rule.
@@ -62,12 +57,12 @@ def check_pretrained(recipe: Recipe) -> None:
             f"tuned_stages={recipe.tuned_stages} with backbone_rate={recipe.backbone_rate}: all "
             "stages learn; use backbone_rate=0, which freezes the others, or tuned_stages=0"
         )
-    if recipe.averaged and recipe.strategy in SOLVED:
+    if recipe.averaged and not makes_steps:
         raise ValueError(
             f"averaged={recipe.averaged} with strategy={recipe.strategy!r}: it makes no steps "
             "whose weights could be averaged; use averaged=0"
         )
-    if recipe.probe_every and recipe.strategy in SOLVED:
+    if recipe.probe_every and not makes_steps:
         raise ValueError(
             f"probe_every={recipe.probe_every} with strategy={recipe.strategy!r}: it makes no "
             "steps between which it could be probed; use probe_every=0"

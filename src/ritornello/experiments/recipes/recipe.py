@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -20,6 +21,12 @@ COMPOSITIONS: dict[str, dict[str, Any]] = {
     "proportional": {"sampling": "earlier-tasks", "loss_weights": "by-sample"},
 }
 """How a step is composed, and what a recipe takes with it that was composed otherwise."""
+
+CHANGED_IMAGES = ("domain-incremental-permuted", "domain-incremental-rotated")
+"""Scenarios whose tasks show the same images otherwise."""
+
+WITH_ADAPTERS = ("adapter", "adapter-rehearsal")
+"""Strategies that have them."""
 
 MAX_RATE_SCALE = 64
 """Where recipes scale with the ranks: the learning rate grows with them up to here."""
@@ -302,7 +309,7 @@ class Recipe:
     @property
     def has_adapters(self) -> bool:
         """Whether adapters and the last layer are all that learns."""
-        return self.strategy in ("adapter", "adapter-rehearsal")
+        return self.strategy in WITH_ADAPTERS
 
     @property
     def freezes_trunk(self) -> bool:
@@ -370,6 +377,9 @@ class Recipe:
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r}: there are {', '.join(allowed)}")
+        for name, value in vars(self).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{name}={value}: it must be a finite number")
         counts = ["epochs", "iterations", "global_batch_size", "latents", "generator_units"]
         if not self.is_proportional:
             counts.append("global_num_representatives")
@@ -387,14 +397,14 @@ class Recipe:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)}: it must be above 0")
         weights = ("alpha", "beta", "si_strength", "soft_targets", "distillation")
-        for name in (*weights, "global_num_representatives"):
+        for name in (*weights, "weight_decay", "seed", "num_workers", "global_num_representatives"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)}: it must not be negative")
         if not 0 <= self.blur < 1:
             raise ValueError(f"blur={self.blur}: it must be from 0 to below 1")
         self._check_composition()
         self._check_soft_targets()
-        for name in ("averaged", "holdout", "generated_share"):
+        for name in ("momentum", "averaged", "holdout", "generated_share"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(
                     f"{name}={getattr(self, name)}: it must be from 0 (off) to below 1"

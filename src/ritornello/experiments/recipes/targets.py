@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from ritornello.experiments.recipes.recipe import Recipe
+from ritornello.experiments.recipes.recipe import CHANGED_IMAGES, Recipe
 
 WITHOUT_CLASSES = {
-    "scenario": (
-        "group-incremental",
-        "instance-incremental",
-        "domain-incremental-permuted",
-        "domain-incremental-rotated",
-    ),
+    "scenario": ("group-incremental", "instance-incremental", *CHANGED_IMAGES),
     "augmentation": ("none",),
     "soft_targets": (0.0,),
     "generated_share": (0.0,),

@@ -8,7 +8,12 @@ from dataclasses import MISSING, fields
 from typing import Any
 
 from ritornello.experiments.recipes import published
-from ritornello.experiments.recipes.recipe import COMPOSITIONS, DESCRIPTIONS, Recipe
+from ritornello.experiments.recipes.recipe import (
+    COMPOSITIONS,
+    DESCRIPTIONS,
+    WITH_ADAPTERS,
+    Recipe,
+)
 from ritornello.experiments.results.writing import Results
 from ritornello.experiments.strategies import STRATEGIES
 
@@ -63,9 +68,6 @@ REHEARSAL_SETTINGS = (
 
 PROPORTIONAL_SETTINGS = ("samples_per_step", "first_share", "share_floor")
 """Settings that change nothing where steps are not composed in proportion."""
-
-WITH_ADAPTERS = ("adapter", "adapter-rehearsal")
-"""Strategies that have them."""
 
 WITH_IMPORTANCES = tuple(name for name, each in STRATEGIES.items() if each.remembers_in_itself)
 """Strategies that know how important each weight is."""

@@ -195,7 +195,7 @@ def _run(
         data = data or load(recipe.data, recipe.data_path, recipe.image_size)
         data = data_of(recipe, held_out(data, recipe.holdout))
         if ranks.rank == 0:
-            warn_of_untrained(recipe)
+            warn_of_untrained(recipe, not strategy_named(recipe.strategy).solves)
         trainer = stack.enter_context(
             Trainer(recipe, data, Place(ranks.rank, ranks.num_ranks, device), embeddings=embeddings)
         )
@@ -270,7 +270,7 @@ def check(recipe: Recipe, num_ranks: int) -> None:
     check_split(recipe, num_ranks)
     check_several_ranks(recipe, num_ranks, kind.rehearses)
     check_targets(recipe, kind.takes_tensors, kind.rehearses)
-    check_pretrained(recipe)
+    check_pretrained(recipe, not kind.solves)
     if recipe.device not in ("auto", "cpu"):
         accelerator_named(recipe.device)
     for name, allowed in (

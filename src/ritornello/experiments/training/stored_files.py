@@ -7,7 +7,7 @@ from typing import Any
 from ritornello.experiments.data.data_set import DataSet
 from ritornello.experiments.data.decoding import Decoder, Decoding, KeptFiles, with_files
 from ritornello.experiments.ranks.place import Place
-from ritornello.experiments.recipes.recipe import Recipe
+from ritornello.experiments.recipes.recipe import CHANGED_IMAGES, Recipe
 from ritornello.experiments.strategies import strategy_named
 from ritornello.policies.names import selection_policy
 from ritornello.policies.within_bytes import within_bytes
@@ -38,7 +38,7 @@ def check_stores(recipe: Recipe) -> None:
         (recipe.fixed_shares, "fixed_shares=True", "fixed_shares=False"),
         (recipe.ranks_differ is not None, f"ranks_differ={recipe.ranks_differ}", "ranks alike"),
         (
-            recipe.scenario in ("domain-incremental-permuted", "domain-incremental-rotated"),
+            recipe.scenario in CHANGED_IMAGES,
             f"scenario={recipe.scenario!r}, whose images are not those of the files",
             "another scenario",
         ),
