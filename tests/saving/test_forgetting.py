@@ -476,8 +476,10 @@ def test_a_state_that_contradicts_itself(tmp_path: Path) -> None:
 
 
 def test_where_there_is_no_buffer_nothing_is_made(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="holds no saved buffer"):
+    with pytest.raises(CheckpointError, match="holds no saved buffer: it has no manifest.json"):
         forget(tmp_path, {"label": 1})
+    with pytest.raises(CheckpointError, match="holds no saved buffer: there is no such folder"):
+        forget(tmp_path / "misspelt", {"label": 1})
     assert not list(tmp_path.iterdir())
 
 

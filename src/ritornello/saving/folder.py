@@ -127,7 +127,8 @@ class SavedFolder(SavedBuffer):
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = folder_at(folder)
         if not os.path.lexists(self.folder / MANIFEST):
-            raise CheckpointError(f"{folder} holds no saved buffer: it has no {MANIFEST}")
+            reason = f"it has no {MANIFEST}" if self.folder.exists() else "there is no such folder"
+            raise CheckpointError(f"{folder} holds no saved buffer: {reason}")
         self.manifest = _read_manifest(self.folder)
         if not self.manifest.files:
             raise CheckpointError(f"{self.folder / MANIFEST} names no files")

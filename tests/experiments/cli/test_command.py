@@ -208,6 +208,7 @@ def test_one_recipe(capsys: pytest.CaptureFixture[str]) -> None:
             "device='gpu': there are auto, cpu, and accelerators such as cuda",
         ),
         (("compare", "digits", "--strategies", "x"), "strategy='x': there are incremental"),
+        (("run", "digits", "--ranks", "0"), "--ranks 0: it must be at least 1"),
         (("run", "digits", "--ranks", "3"), "does not divide evenly over 3 ranks"),
         (("run", "mnist", "--data", "nowhere.npz"), "data: there is no file nowhere.npz"),
         (("run", "folder", "--data", "nowhere"), "nowhere must hold a folder 'train'"),

@@ -141,7 +141,7 @@ def extend(
         ranks: Local processes to start. Leave it out under torchrun, srun or mpirun.
         output: Another folder to write to; the run then stays as it is.
     """
-    from ritornello.experiments.ranks.launch import place_in_job
+    from ritornello.experiments.ranks.launch import num_ranks_in, place_in_job
     from ritornello.experiments.training.extension import extend as extend_run
     from ritornello.experiments.training.extension_plan import plan
 
@@ -150,7 +150,7 @@ def extend(
         "changes": changes.as_changes() | buffer.as_changes(),
     }
     place = place_in_job(os.environ)
-    num_ranks = place.num_ranks if place else ranks or 1
+    num_ranks = num_ranks_in(place, ranks)
     saving.check()
     tracking.check()
     planned = plan(Path(folder), Path(data), num_ranks=num_ranks, **settings)

@@ -71,12 +71,12 @@ def bench(
         seconds: For each of them without the buffer, with update, and with rehearse.
         output: Folder for bench.json and bench.png; runs/bench if not given.
     """
-    from ritornello.experiments.ranks.launch import launch, place_in_job
+    from ritornello.experiments.ranks.launch import launch, num_ranks_in, place_in_job
     from ritornello.experiments.speed.bench import check_bench, measure_all
     from ritornello.experiments.speed.bench_report import tables_of, write_bench
 
     place = place_in_job(os.environ)
-    num_ranks = place.num_ranks if place else ranks or 1
+    num_ranks = num_ranks_in(place, ranks)
     under_mpi = place is not None and place.launcher == "mpirun"
     transports = check_bench(workloads, transports, num_ranks, under_mpi, rounds, steps, seconds)
     is_main = place is None or place.rank == 0

@@ -27,7 +27,7 @@ def train(
 ) -> None:
     """Trains one variant or several on all ranks; the main one shows what came out."""
     from ritornello.experiments.models.pretrained import check_weights
-    from ritornello.experiments.ranks.launch import place_in_job, restarted
+    from ritornello.experiments.ranks.launch import num_ranks_in, place_in_job, restarted
     from ritornello.experiments.training.run import (
         OFF,
         UNTRACKED,
@@ -37,7 +37,7 @@ def train(
     )
 
     place = place_in_job(os.environ)
-    num_ranks = place.num_ranks if place else ranks or 1
+    num_ranks = num_ranks_in(place, ranks)
     saving, tracking = saving or OFF, tracking or UNTRACKED
     saving.check()
     tracking.check()

@@ -80,23 +80,39 @@ def launch(
         RunInterruptedError: the ranks raised it: they were asked to stop.
     """
     place = place_in_job(os.environ)
+    num_in_all = num_ranks_in(place, num_ranks)
     if place is not None:
-        if num_ranks not in (None, place.num_ranks):
-            raise ValueError(
-                f"--ranks {num_ranks}, but {place.launcher} has started {place.num_ranks} "
-                "rank(s): leave --ranks out, or start without a launcher"
-            )
         if num_restarts:
             raise ValueError(
                 f"--restarts {num_restarts}, but {place.launcher} has started the ranks: leave it "
                 "out, and have the launcher start them again (torchrun: --max-restarts)"
             )
         return _join(place, target, *arguments)
+    if num_in_all == 1 and not num_restarts:
+        return target(*arguments)
+    return _start(num_in_all, num_restarts, target, *arguments)
+
+
+def num_ranks_in(place: PlaceInJob | None, num_ranks: int | None) -> int:
+    """How many ranks there are in a job, or will be.
+
+    Args:
+        place: of this process in a job, if it is in one.
+        num_ranks: that are wished.
+
+    Raises:
+        ValueError: the job has another number, or there can be no such number.
+    """
     if num_ranks is not None and num_ranks < 1:
         raise ValueError(f"--ranks {num_ranks}: it must be at least 1")
-    if num_ranks in (None, 1) and not num_restarts:
-        return target(*arguments)
-    return _start(num_ranks or 1, num_restarts, target, *arguments)
+    if place is None:
+        return num_ranks or 1
+    if num_ranks not in (None, place.num_ranks):
+        raise ValueError(
+            f"--ranks {num_ranks}, but {place.launcher} has started {place.num_ranks} "
+            "rank(s): leave --ranks out, or start without a launcher"
+        )
+    return place.num_ranks
 
 
 def restarted() -> bool:
