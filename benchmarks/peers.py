@@ -282,7 +282,6 @@ BUFFERS: dict[str, tuple[Any, ...]] = {
     "TorchRL in memory, no repetition": (1, torchrl, "ReplayBuffer", *NO_REPETITION),
     "TorchRL memory-mapped": (1, torchrl, "ReplayBuffer", *ON_DISK),
     "ours, 2 ranks": (2, ours),
-    "ours, 2 ranks, auto": (2, partial(ours, asynchronous="auto")),
     "(plain copies), 2 at once": (2, plain_copies),
     "TorchRL remote, server + 1 rank": (2, torchrl, *REMOTE, 1),
     "TorchRL remote, 2 ranks": (2, torchrl, *REMOTE, 2),
