@@ -127,8 +127,9 @@ class SavedFolder(SavedBuffer):
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = folder_at(folder)
         if not os.path.lexists(self.folder / MANIFEST):
-            reason = f"it has no {MANIFEST}" if self.folder.exists() else "there is no such folder"
-            raise CheckpointError(f"{folder} holds no saved buffer: {reason}")
+            if not self.folder.exists():
+                raise CheckpointError(f"{folder} holds no saved buffer: there is no such folder")
+            raise CheckpointError(f"{folder} holds no saved buffer: it has no {MANIFEST}")
         self.manifest = _read_manifest(self.folder)
         if not self.manifest.files:
             raise CheckpointError(f"{self.folder / MANIFEST} names no files")
