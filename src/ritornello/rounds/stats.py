@@ -109,8 +109,8 @@ class BufferStats:
 
         Args:
             earlier: of the same buffer. After a ``load`` take new ones: ``num_rounds`` is then that
-                of the saved buffer, while all that this one has done, representatives given,
-                rounds here, seconds and bytes, is counted on.
+                of the saved buffer, while representatives given, rounds here, seconds and bytes go
+                on from what this one has done.
 
         Raises:
             ValueError: it has more rounds than these: another buffer's, or from before a ``load``.

@@ -127,7 +127,7 @@ class SavedFolder(SavedBuffer):
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = folder_at(folder)
         if not os.path.lexists(self.folder / MANIFEST):
-            if not self.folder.exists():
+            if not os.path.exists(self.folder):  # `Path.exists` raises where it may not look
                 raise CheckpointError(f"{folder} holds no saved buffer: there is no such folder")
             raise CheckpointError(f"{folder} holds no saved buffer: it has no {MANIFEST}")
         self.manifest = _read_manifest(self.folder)
