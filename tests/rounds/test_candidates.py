@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -57,3 +60,21 @@ def test_what_is_stored_does_not_depend_on_it(monkeypatch: pytest.MonkeyPatch) -
     assert found == stored()
     assert 0.7 < len(found) / (40 * 3) < 1.3
     assert len(np.unique(found)) == len(found)
+
+
+def test_the_trainer_chooses_for_the_first_mini_batch_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    choose, choosers = Candidates._chosen, list[threading.Thread]()
+
+    def chosen(candidates: Candidates, *arguments: Any) -> Ints | None:
+        choosers.append(threading.current_thread())
+        return choose(candidates, *arguments)
+
+    monkeypatch.setattr(Candidates, "_chosen", chosen)
+    with RehearsalBuffer(20, num_representatives=2, num_candidates=3) as buffer:
+        for step in range(10):
+            buffer.update((torch.arange(8) + step, torch.arange(8)))
+        len(buffer)  # waits for the last round
+    trainer = threading.current_thread()
+    assert [each is trainer for each in choosers] == [True] + 10 * [False]
